@@ -1,0 +1,1 @@
+"""Captions, images and cached tokens: everything that is read from disk."""

@@ -1,0 +1,72 @@
+"""An endless, seeded stream of pictures in which the position alone decides what comes.
+
+Item i is the same in every process and every run, so a job shards by position and resumes by starting at another one.
+"""
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from captioner.images import ImageError
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 20
+"""Broken pictures in a row after which the data, not a picture, is at fault."""
+
+
+class SeededStream(Dataset):
+    """Base of endless streams: epoch after epoch, `size` pictures in a fresh seeded order.
+
+    A subclass implements `load(number, i)`, where `number` says which picture and i seeds what is random about it. A
+    picture that cannot be opened is reported once and replaced by the next.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self.broken: set[int] = set()
+
+    def load(self, number: int, i: int) -> dict[str, Any]:
+        """Return the item made of picture `number` at position i."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: it must implement load")
+
+    def __len__(self) -> int:
+        return 2**40
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a stream lives as long as the run
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the order of the pictures in an epoch, (size,)."""
+        return np.random.default_rng((self.seed, epoch)).permutation(self.size)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        epoch, place = divmod(i, self.size)
+        for attempt in range(PATIENCE):
+            number = int(self.order(epoch)[(place + attempt) % self.size])
+            try:
+                return self.load(number, i)
+            except ImageError as error:
+                last = error
+                if number not in self.broken:
+                    self.broken.add(number)
+                    logger.warning("skipped: %s", error)
+        raise ValueError(f"{PATIENCE} pictures in a row cannot be used; the last: {last}")
+
+    def generator(self, i: int) -> np.random.Generator:
+        """Return the random numbers of position i."""
+        return np.random.default_rng((self.seed, 1, i))
+
+    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+        """Load the items from position `start` to `stop` in batches."""
+        return DataLoader(
+            Subset(self, range(start, stop)),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=collate_fn,
+            drop_last=True,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,361 @@
+"""LookupViT: compressed tokens that look up the image (Koner et al., ECCV 2024, arXiv 2407.12753).
+
+Letters: B batch, N lookup tokens (the patches), M compressed tokens (class token + g x g grid), D width, H heads,
+d = D / H the width of a head, C image channels, (h, w) the lookup grid.
+
+A block keeps two streams, each with its own norms and weights (section 3 of the paper):
+
+1. information gathering       P <- P + W_o (A V_l),        A = softmax(Q_p K_l^T / sqrt(d))
+2. representation refinement   P <- ordinary ViT block on P
+3. global context infusion     L <- L + W_o' (A^T V_p)      the same A, transposed, not renormalised
+4. lookup MLP                  L <- L + MLP(L)              hidden width D / 2
+
+Steps 1 and 3 together are multi-head bidirectional cross-attention (MHBC). Each of its three projections on the N side
+can be moved, exactly, to the M side ("absorbed"); `MHBC` takes whichever form costs fewer multiply-adds.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from captioner.encoders.base import Grid, TokenEncoder
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class MHBC(nn.Module):
+    """Multi-head bidirectional cross-attention between compressed and lookup tokens.
+
+    Direct and absorbed form are the same function. In multiply-adds per image and projection, direct costs
+    `N*D*D + M*N*D` and absorbed `M*D*D + H*M*N*D`; keys, values and infusion trade alike, so one comparison of the
+    shapes decides all three. There is no key bias: it adds a constant to a softmax row and so changes nothing.
+
+    Args:
+        dim: token width D.
+        num_heads: heads H, a divisor of D.
+        infuse: whether the layer also sends context back to the lookup tokens (the last block does not).
+        absorb: `None` picks the cheaper form from the shapes; `True` or `False` forces one.
+    """
+
+    def __init__(self, dim: int, num_heads: int, infuse: bool = True, absorb: bool | None = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        self.num_heads, self.head_dim, self.absorb = num_heads, dim // num_heads, absorb
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.infuse_v = nn.Linear(dim, dim) if infuse else None
+        self.infuse_proj = nn.Linear(dim, dim) if infuse else None
+
+    def absorbs(self, num_compressed: int, num_lookup: int) -> bool:
+        """Whether the absorbed form is taken for M compressed and N lookup tokens."""
+        if self.absorb is not None:
+            return self.absorb
+        m, n, heads = num_compressed, num_lookup, self.num_heads
+        dim = heads * self.head_dim
+        return m * dim + heads * m * n < n * dim + m * n
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Split the width into heads: (B, T, D) -> (B, H, T, d)."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def gather(self, compressed: torch.Tensor, lookup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Information gathering: what the compressed tokens read, and the map A by which they read it.
+
+        Args:
+            compressed: normed compressed tokens (B, M, D).
+            lookup: normed lookup tokens (B, N, D).
+
+        Returns:
+            The update of the compressed tokens (B, M, D) and A (B, H, M, N).
+        """
+        m, n = compressed.shape[1], lookup.shape[1]
+        q = self.split(self.q(compressed)) * self.head_dim**-0.5  # (B, H, M, d)
+        if self.absorbs(m, n):
+            w_k, w_v = (w.weight.unflatten(0, (self.num_heads, self.head_dim)) for w in (self.k, self.v))  # (H, d, D)
+            q = (q @ w_k.to(q.dtype)).flatten(1, 2)  # (B, H*M, D)
+            attn = (q @ lookup.mT).softmax(-1).to(lookup.dtype)  # (B, H*M, N)
+            read = (attn @ lookup).unflatten(1, (self.num_heads, m))  # (B, H, M, D)
+            read = read @ w_v.mT.to(read.dtype)  # (B, H, M, d)
+            read = read + self.v.bias.to(read.dtype).view(1, self.num_heads, 1, self.head_dim)
+            attn = attn.unflatten(1, (self.num_heads, m))  # (B, H, M, N)
+        else:
+            k, v = self.split(self.k(lookup)), self.split(self.v(lookup))  # (B, H, N, d)
+            attn = (q @ k.mT).softmax(-1).to(v.dtype)  # (B, H, M, N)
+            read = attn @ v  # (B, H, M, d)
+        return self.proj(read.transpose(1, 2).flatten(2)), attn
+
+    def infusion(self, compressed: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
+        """Global context infusion: the update of the lookup tokens (B, N, D) from A (B, H, M, N), transposed.
+
+        Args:
+            compressed: normed, refined compressed tokens (B, M, D).
+            attn: the map that `gather` returned.
+        """
+        v = self.split(self.infuse_v(compressed))  # (B, H, M, d)
+        if self.absorbs(*attn.shape[2:]):
+            w_o = self.infuse_proj.weight.unflatten(1, (self.num_heads, self.head_dim)).permute(1, 2, 0)  # (H, d, D)
+            context = (v @ w_o.to(v.dtype)).flatten(1, 2)  # (B, H*M, D)
+            return attn.flatten(1, 2).mT @ context + self.infuse_proj.bias.to(context.dtype)  # (B, N, D)
+        read = attn.mT @ v  # (B, H, N, d)
+        return self.infuse_proj(read.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class LookupBlock(nn.Module):
+    """One LookupViT block on compressed tokens P and lookup tokens L; the last block leaves L behind."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        lookup_mlp_ratio: float = 0.5,
+        cross_heads: int | None = None,
+        drop_path: float = 0.0,
+        last: bool = False,
+        absorb: bool | None = None,
+    ):
+        super().__init__()
+        self.norm_compressed = LayerNorm(dim)
+        self.norm_lookup = LayerNorm(dim)
+        self.cross = MHBC(dim, cross_heads or num_heads, infuse=not last, absorb=absorb)
+        self.refine = Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_layer=LayerNorm)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.last = last
+        if not last:
+            self.norm_refined = LayerNorm(dim)
+            self.norm_lookup_mlp = LayerNorm(dim)
+            self.lookup_mlp = Mlp(dim, int(dim * lookup_mlp_ratio))
+
+    def forward(self, streams: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update (P, L) of shapes (B, M, D) and (B, N, D)."""
+        compressed, lookup = streams
+        read, attn = self.cross.gather(self.norm_compressed(compressed), self.norm_lookup(lookup))
+        compressed = compressed + self.drop_path(read)
+        compressed = self.refine(compressed)  # (B, M, D)
+        if not self.last:
+            lookup = lookup + self.drop_path(self.cross.infusion(self.norm_refined(compressed), attn))
+            lookup = lookup + self.drop_path(self.lookup_mlp(self.norm_lookup_mlp(lookup)))  # (B, N, D)
+        return compressed, lookup
+
+
+class LookupViT(TokenEncoder):
+    """LookupViT, a timm image model whose output is a few compressed tokens.
+
+    Args:
+        img_size: training image size in pixels; any multiple of the patch works at call time.
+        patch_size: patch side in pixels.
+        in_chans: image channels C.
+        num_classes: classifier outputs; 0 for none.
+        global_pool: what the classifier reads: `token` (the class token) or `avg` (the mean of the grid).
+        embed_dim: width D.
+        depth: number of blocks.
+        num_heads: heads H of the refinement block.
+        cross_heads: heads of MHBC; `None` for `num_heads`. Fewer make the absorbed form cheaper still.
+        mlp_ratio: hidden width of the refinement MLP, in units of D.
+        lookup_mlp_ratio: hidden width of the lookup MLP, in units of D (1/q, q = 2 in the paper).
+        grid: compressed grid used when a call names none; its positional embedding is stored at this size.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        absorb: see `MHBC`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        cross_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        lookup_mlp_ratio: float = 0.5,
+        grid: Grid = (5, 5),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        absorb: bool | None = None,
+    ):
+        super().__init__()
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f"global_pool is '{global_pool}'; LookupViT knows 'token' and 'avg'")
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.num_classes, self.global_pool, self.grid = num_classes, global_pool, tuple(grid)
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, output_fmt="NHWC", flatten=False, strict_img_size=False
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_lookup = nn.Parameter(torch.zeros(1, *self.patch_embed.grid_size, embed_dim))
+        self.pos_compressed = nn.Parameter(torch.zeros(1, *self.grid, embed_dim))
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.Sequential(
+            *(
+                LookupBlock(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio,
+                    lookup_mlp_ratio,
+                    cross_heads,
+                    drop_path=rates[i],
+                    last=i == depth - 1,
+                    absorb=absorb,
+                )
+                for i in range(depth)
+            )
+        )
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
+        ]
+        self.norm = LayerNorm(embed_dim)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise as ViT does: truncated normal weights of deviation 0.02, zero biases."""
+        for parameter in (self.pos_lookup, self.pos_compressed):
+            trunc_normal_(parameter, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def embed(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the two streams from pixels: compressed tokens (B, 1+g*g, D) and lookup tokens (B, N, D).
+
+        Raises:
+            ValueError: the image is not a multiple of the patch, or the grid is larger than the lookup grid.
+        """
+        patch = self.patch_embed.patch_size
+        height, width = pixel_values.shape[-2:]
+        if height % patch[0] or width % patch[1]:
+            raise ValueError(f"image of {height}x{width} px is not a multiple of the patch, {patch[0]}x{patch[1]} px")
+        grid = tuple(grid or self.grid)
+        x = self.patch_embed(pixel_values)  # (B, h, w, D)
+        if not (1 <= grid[0] <= x.shape[1] and 1 <= grid[1] <= x.shape[2]):
+            raise ValueError(
+                f"compressed grid {grid[0]}x{grid[1]} is not within the lookup grid {x.shape[1]}x{x.shape[2]}"
+            )
+        lookup = x + resize_tokens(self.pos_lookup, x.shape[1:3])
+        compressed = resize_tokens(x, grid) + resize_tokens(self.pos_compressed, grid)  # (B, g, g, D)
+        cls_token = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
+        return torch.cat([cls_token, compressed.flatten(1, 2)], 1), lookup.flatten(1, 2)
+
+    def forward_features(self, x: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        """Encode pixels (B, C, H, W) into normed compressed tokens (B, 1+g*g, D), the class token first."""
+        streams = self.embed(x, grid)
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            streams = checkpoint_seq(self.blocks, streams)
+        else:
+            streams = self.blocks(streams)
+        return self.norm(streams[0])
+
+    forward_tokens = forward_features
+
+    def num_tokens(self, grid: Grid | None = None) -> int:
+        """Count the compressed tokens, class token included."""
+        rows, columns = grid or self.grid
+        return 1 + rows * columns
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Classify tokens (B, M, D) into logits (B, num_classes), or stop at the pooled feature (B, D)."""
+        x = self.head_drop(x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Classify pixels (B, C, H, W) into logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a fresh classifier of `num_classes` outputs in place (0 for none)."""
+        self.num_classes, self.global_pool = num_classes, global_pool or self.global_pool
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory: recompute each block in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that timm's optimiser leaves undecayed."""
+        return {"cls_token", "pos_lookup", "pos_compressed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Group parameters by depth, for timm's layer-wise learning rates."""
+        return {"stem": r"^cls_token|pos_|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+
+def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
+    """Resize a token map (B, h, w, D) bilinearly, in two dimensions, to (B, *size, D)."""
+    if tuple(tokens.shape[1:3]) == tuple(size):
+        return tokens
+    return F.interpolate(tokens.movedim(-1, 1), size=tuple(size), mode="bilinear").movedim(1, -1)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> LookupViT:
+    return build_model_with_cfg(LookupViT, variant, pretrained, **kwargs)
+
+
+_CFG = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": False,
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "license": "apache-2.0",
+}
+default_cfgs = generate_default_cfgs(
+    {f"lookupvit_{size}_patch16_224": dict(_CFG) for size in ("tiny", "small", "base", "large")}
+)
+
+
+@register_model
+def lookupvit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+    """LookupViT-Ti/16: width 192, 12 blocks, 3 heads."""
+    return _create(
+        "lookupvit_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
+    )
+
+
+@register_model
+def lookupvit_small_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+    """LookupViT-S/16: width 384, 12 blocks, 6 heads."""
+    return _create(
+        "lookupvit_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs}
+    )
+
+
+@register_model
+def lookupvit_base_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+    """LookupViT-B/16: width 768, 12 blocks, 12 heads."""
+    return _create(
+        "lookupvit_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
+    )
+
+
+@register_model
+def lookupvit_large_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+    """LookupViT-L/16: width 1024, 24 blocks, 16 heads."""
+    return _create(
+        "lookupvit_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, "num_heads": 16, **kwargs}
+    )

@@ -1,0 +1,113 @@
+"""Opening untrusted images safely: any file or bytes in, an upright 8-bit RGB picture out, or one clear error."""
+
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA")
+"""Decoders that may see untrusted bytes; those that call out to other programs (EPS, say) are not among them."""
+
+SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".mpo",
+        ".avif",
+        ".jp2",
+        ".ico",
+        ".tga",
+    ]
+)
+"""File endings taken for pictures when a folder is searched."""
+
+MAX_PIXELS = 128 * 2**20
+"""Pixels above which a picture is refused as a decompression bomb; a 128-megapixel camera still passes."""
+
+MAX_BYTES = 512 * 2**20
+"""Encoded size in bytes above which a file is refused unread."""
+
+ImageSource = str | os.PathLike | bytes | Mapping | Image.Image
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names it and says why."""
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Open one picture as upright, 8-bit RGB.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit and float data are scaled to 8 bits, and of an
+    animation the first frame is taken.
+
+    Args:
+        source: a path, encoded bytes, a `datasets` record `{"path": ..., "bytes": ...}`, or a PIL image.
+
+    Raises:
+        ImageError: missing, empty, truncated, not a picture, of a refused format, or larger than `MAX_PIXELS`.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if isinstance(source, Mapping):
+        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    name = "image in memory" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
+    try:
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        if size == 0:
+            raise ImageError(f"{name} is empty")
+        if size > MAX_BYTES:
+            raise ImageError(f"{name} is {size / 2**20:.0f} MiB; files over {MAX_BYTES // 2**20} MiB are refused")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF and our own size limit make Pillow warn
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError(
+                        f"{name} is {image.width}x{image.height} px; over {MAX_PIXELS // 10**6} megapixels is refused"
+                    )
+                image.draft("RGB", (1024, 1024))  # a large JPEG decodes at a fraction of its size
+                image.load()
+                return to_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not a picture of a supported format") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} is too large: over {MAX_PIXELS // 10**6} megapixels is refused") from None
+    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, TypeError, ValueError) as error:
+        # Pillow's decoders raise all of these on broken data
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name} cannot be read: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any PIL image upright and into mode RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 257).convert("L")
+    elif image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if high > 255 or low < 0:
+            high, low = (65535, 0) if image.mode == "I" and low >= 0 and high < 65536 else (high, low)
+            scale = 255 / max(high - low, 1e-12)
+            image = image.convert("F").point(lambda value: value * scale - low * scale)
+        image = image.convert("L")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")

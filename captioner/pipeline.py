@@ -1,0 +1,164 @@
+"""Captioning in a line: `captioner.load()`, `captioner.caption(...)`, and the `image-to-text` pipeline."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import Pipeline
+
+from captioner.encoders import Grid
+from captioner.images import ImageError, ImageSource
+from captioner.modeling import CaptionerModel
+from captioner.processing import CaptionerProcessor
+
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass
+class Caption:
+    """One captioned picture: its caption and log-probability, or the error that stood in the way."""
+
+    path: str
+    caption: str | None = None
+    logprob: float | None = None
+    error: str | None = None
+
+    def as_dict(self) -> dict:
+        """Return the fields as a dict, in order."""
+        return asdict(self)
+
+
+class Captioner:
+    """A model and its processor on a device, ready to caption.
+
+    Args:
+        model: the captioner model.
+        processor: its processor.
+        device: a torch device; `None` takes CUDA, then MPS, then the CPU.
+    """
+
+    def __init__(self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None):
+        self.device = torch.device(device or pick_device())
+        dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
+        self.model, self.processor = model.to(self.device, dtype).eval(), processor
+
+    def stream(
+        self, images: Iterable[ImageSource], batch_size: int = 16, grid: Grid | None = None, **generation
+    ) -> Iterator[Caption]:
+        """Caption pictures one batch at a time, in order; a bad picture yields its error and stops nothing.
+
+        Args:
+            images: paths, encoded bytes or PIL images.
+            batch_size: pictures per batch.
+            grid: compressed grid; `None` for the model's own.
+            generation: settings of transformers' `generate`, such as `num_beams`.
+        """
+        images = iter(images)
+        while batch := list(islice(images, batch_size)):
+            results, pixels = [], []
+            for image in batch:
+                name = str(image) if isinstance(image, str | Path) else "image in memory"
+                results.append(Caption(name))
+                try:
+                    pixels.append(self.processor.pixels(image))
+                except ImageError as error:
+                    results[-1].error = str(error)
+            good = [result for result in results if result.error is None]
+            if good:
+                captions, logprobs = self.generate(torch.stack(pixels), grid, **generation)
+                for result, text, logprob in zip(good, captions, logprobs, strict=True):
+                    result.caption, result.logprob = text, logprob
+            yield from results
+
+    @torch.inference_mode()
+    def generate(
+        self, pixel_values: torch.Tensor, grid: Grid | None = None, **generation
+    ) -> tuple[list[str], list[float]]:
+        """Caption pixels (B, 3, H, W); returns captions and their log-probabilities."""
+        tokens = self.model.encode(pixel_values.to(self.device), grid)
+        prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
+        sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
+        logprobs = self.model.log_probability(sequences, tokens, prompt)
+        return self.processor.captions(sequences), [round(value, 4) for value in logprobs.tolist()]
+
+    def __call__(self, images: ImageSource | Sequence[ImageSource], **options) -> str | list[str]:
+        """Caption one picture or several; see `stream` for the options.
+
+        Raises:
+            ImageError: a picture cannot be used.
+        """
+        single = not isinstance(images, list | tuple)
+        captions = []
+        for result in self.stream([images] if single else images, **options):
+            if result.error is not None:
+                raise ImageError(result.error)
+            captions.append(result.caption)
+        return captions[0] if single else captions
+
+
+def pick_device() -> str:
+    """Return the best device there is: `cuda`, `mps` or `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load(model: str | Path | None = None, device: str | None = None) -> Captioner:
+    """Load a captioner: the shipped one, a local folder, or a hub id.
+
+    Raises:
+        ValueError: the folder or repository holds no captioner.
+    """
+    source = str(model if model is not None else DEFAULT_WEIGHTS)
+    local = Path(source).exists()
+    if local and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"no captioner model in '{source}': it has no config.json")
+    if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
+        raise ValueError(f"no captioner model at '{source}': no such folder, and not a hub id")
+    try:
+        processor = CaptionerProcessor.from_pretrained(source)
+        loaded = CaptionerModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}") from None
+    return Captioner(loaded, processor, device)
+
+
+def caption(images: ImageSource | Sequence[ImageSource], model: str | Path | None = None, **options) -> str | list[str]:
+    """Caption one picture or several with the shipped model, or another; see `Captioner.stream` for the options."""
+    return load(model)(images, **options)
+
+
+class ImageToTextPipeline(Pipeline):
+    """The `image-to-text` task that transformers 5 dropped: pictures in, `[{"generated_text": ...}]` out."""
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = False
+
+    def __init__(self, model: CaptionerModel, **kwargs):
+        if not isinstance(model, CaptionerModel):
+            raise ValueError(f"image-to-text runs captioner models; for {type(model).__name__} use image-text-to-text")
+        super().__init__(model, **kwargs)
+
+    def _sanitize_parameters(self, max_new_tokens: int | None = None, generate_kwargs: dict | None = None, **kwargs):
+        generation = dict(generate_kwargs or {})
+        if max_new_tokens is not None:
+            generation["max_new_tokens"] = max_new_tokens
+        return {}, generation | kwargs, {}
+
+    def preprocess(self, image: ImageSource) -> dict:
+        """Open and transform one picture."""
+        return {"image": self.processor(image).pixel_values}
+
+    def _forward(self, inputs: dict, **generation) -> dict:
+        pixel_values = inputs["image"]
+        start = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(pixel_values), -1)
+        return {"sequences": self.model.generate(pixel_values, start, **generation)}
+
+    def postprocess(self, outputs: dict) -> list[dict[str, str]]:
+        """Decode the captions of one picture."""
+        return [{"generated_text": text} for text in self.processor.captions(outputs["sequences"])]
