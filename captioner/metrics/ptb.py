@@ -12,6 +12,9 @@ punctuation. The same tokens come out here. What that implies:
   are spaces too.
 - Brackets stay, as `-lrb-` and the like: the list of punctuation has them in capitals, the tokens are in small letters.
 - Some tokens hold a no-break space (U+00A0), as in "23 3/4": `str.split()` cuts there, `str.split(" ")` does not.
+
+Known to differ, found with random strings: the small form of a capital sigma in a token that also has digits or
+signs; and tags and one smiley (`~.[^x=`...) that Java follows across lines are not followed here.
 """
 
 import re

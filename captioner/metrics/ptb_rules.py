@@ -5,8 +5,9 @@ and among equals the first. That is how lexer generators choose, and why each pa
 and may go on after it. Patterns match the class string of `ptb_chars.py`, not the caption: there, `é` stands for any
 letter outside ASCII. Characters in brackets are themselves, words in `caseless` are in any case.
 
-What each rule accepts was settled against the Java program, by feeding it strings until none came out differently
-(`tests/test_ptb.py`); where Java has a quirk, the rule has it too.
+Which rules there are was learned from published versions of CoreNLP's lexer specification, older and newer than 3.4.1;
+what each accepts was then measured on the Java program, by feeding it strings until none came out differently
+(`tests/test_ptb.py`). Where Java has a quirk, the rule has it too.
 """
 
 import re

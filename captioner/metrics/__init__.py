@@ -1,0 +1,37 @@
+"""Scores anyone can trust, without Java: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE where Java is.
+
+```python
+from captioner.metrics import score
+
+scores = score({1: "a dog runs"}, {1: ["a dog is running", "the dog runs fast"]})
+print(scores["CIDEr"], scores.image(1), scores.warnings)
+```
+"""
+
+from captioner.metrics.cider import CiderD, DocumentFrequency
+from captioner.metrics.compare import Difference, Interval, confidence, paired_test
+from captioner.metrics.explain import NGramMatch, matched_ngrams
+from captioner.metrics.ptb import tokenize, tokenize_caption
+from captioner.metrics.scores import KEYS, METRICS, Scores, score
+from captioner.metrics.statistics import CaptionStatistics, caption_statistics
+from captioner.metrics.torchmetric import CaptionMetric
+
+__all__ = [
+    "KEYS",
+    "METRICS",
+    "CaptionMetric",
+    "CaptionStatistics",
+    "CiderD",
+    "Difference",
+    "DocumentFrequency",
+    "Interval",
+    "NGramMatch",
+    "Scores",
+    "caption_statistics",
+    "confidence",
+    "matched_ngrams",
+    "paired_test",
+    "score",
+    "tokenize",
+    "tokenize_caption",
+]

@@ -1,0 +1,158 @@
+"""How sure a score is, and whether two systems differ: resampling over images.
+
+BLEU and METEOR are computed anew for each sample from its images' counts; the others are means. CIDEr's document
+frequencies stay those of the whole set.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from captioner.metrics.scores import Scores
+
+Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+_BLOCK = 200  # samples worked on at once: 200 x 5,000 images are 8 MB
+
+
+class Interval(NamedTuple):
+    """A score with its bootstrap confidence interval."""
+
+    score: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """What a second system gains over a first."""
+
+    first: float
+    second: float
+    difference: float
+    """second - first."""
+    low: float
+    high: float
+    """Bootstrap interval of the difference."""
+    p: float
+    """Chance of a difference as large if each image's two captions had been swapped by the toss of a coin."""
+
+
+def confidence(scores: Scores, samples: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, Interval]:
+    """Bootstrap confidence intervals of the corpus scores (Efron, 1979; percentiles).
+
+    Args:
+        scores: one system's.
+        samples: times the images are drawn, with replacement.
+        level: share of samples inside the interval.
+        seed: the same seed gives the same intervals.
+
+    Raises:
+        ValueError: a level that is no share, or fewer than two samples.
+    """
+    _check(samples, level)
+    generator = np.random.default_rng(seed)
+    drawn = _resample(scores.corpus_of, len(scores.image_ids), samples, generator)
+    return {
+        name: Interval(scores.corpus[name], *_percentiles(values, level))
+        for name, values in drawn.items()
+        if scores.corpus[name] is not None
+    }
+
+
+def paired_test(
+    first: Scores, second: Scores, samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> dict[str, Difference]:
+    """Compare two systems on the same images.
+
+    The p-value is that of approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), two-sided; the interval
+    is a paired bootstrap's.
+
+    Args:
+        first: one system.
+        second: the other, scored against the same references.
+        samples: times the images are drawn, and times they are swapped; the smallest p-value is 1 / (samples + 1).
+        level: share of samples inside the interval.
+        seed: the same seed gives the same result.
+
+    Returns:
+        For each score both have.
+
+    Raises:
+        ValueError: the two were scored on different images or with different tokens.
+    """
+    _check(samples, level)
+    if set(first.image_ids) != set(second.image_ids):
+        apart = set(first.image_ids) ^ set(second.image_ids)
+        raise ValueError(
+            f"the two systems differ in {len(apart)} images, such as {next(iter(apart))!r}; score the same"
+        )
+    if first.tokenizer != second.tokenizer:
+        raise ValueError("the two systems were tokenized differently; score both the same way")
+    second = _in_order(second, first.image_ids)
+    names = [name for name in first.per_image if name in second.per_image]
+    count, generator = len(first.image_ids), np.random.default_rng(seed)
+
+    def gain(weights: np.ndarray) -> dict[str, np.ndarray]:
+        one, two = first.corpus_of(weights), second.corpus_of(weights)
+        return {name: two[name] - one[name] for name in names}
+
+    drawn = _resample(gain, count, samples, generator)
+    both = _joined(first, second, names)
+    extreme = dict.fromkeys(names, 0)
+    for start in range(0, samples, _BLOCK):
+        swapped = generator.integers(0, 2, (min(_BLOCK, samples - start), count)).astype(np.float64)
+        one = both.corpus_of(np.concatenate([1 - swapped, swapped], axis=1))
+        two = both.corpus_of(np.concatenate([swapped, 1 - swapped], axis=1))
+        for name in names:
+            observed = abs(second.corpus[name] - first.corpus[name])
+            extreme[name] += int(np.sum(np.abs(two[name] - one[name]) >= observed - 1e-12))
+    return {
+        name: Difference(
+            first.corpus[name],
+            second.corpus[name],
+            second.corpus[name] - first.corpus[name],
+            *_percentiles(drawn[name], level),
+            (extreme[name] + 1) / (samples + 1),
+        )
+        for name in names
+    }
+
+
+def _check(samples: int, level: float) -> None:
+    if samples < 2 or not 0 < level < 1:
+        raise ValueError(f"samples must be two or more and level between 0 and 1, not {samples} and {level}")
+
+
+def _resample(statistic: Statistic, count: int, samples: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Apply a statistic of image weights to bootstrap samples: (samples,) by name."""
+    blocks = []
+    for start in range(0, samples, _BLOCK):
+        weights = generator.multinomial(count, np.full(count, 1 / count), min(_BLOCK, samples - start))
+        blocks.append(statistic(weights.astype(np.float64)))
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _in_order(scores: Scores, image_ids: list) -> Scores:
+    """Return the same scores with the images in another order."""
+    place = {image_id: number for number, image_id in enumerate(scores.image_ids)}
+    order = [place[image_id] for image_id in image_ids]
+    per_image = {name: values[order] for name, values in scores.per_image.items()}
+    statistics = {name: rows[order] for name, rows in scores.statistics.items()}
+    return Scores(scores.corpus, per_image, list(image_ids), scores.tokenizer, statistics=statistics)
+
+
+def _joined(first: Scores, second: Scores, names: list[str]) -> Scores:
+    """Put both systems' images behind one another, so that weights choose whose caption counts."""
+    per_image = {name: np.concatenate([first.per_image[name], second.per_image[name]]) for name in names}
+    statistics = {
+        name: np.concatenate([rows, second.statistics[name]])
+        for name, rows in first.statistics.items()
+        if name in second.statistics
+    }
+    return Scores({}, per_image, first.image_ids + second.image_ids, first.tokenizer, statistics=statistics)

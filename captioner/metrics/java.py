@@ -1,0 +1,168 @@
+"""METEOR and SPICE, which exist only as Java programs; both optional.
+
+One process a call: all input is handed over at once, standard error is read along, the locale is fixed, a time limit
+kills the process, and it is waited for in every case. Nothing is downloaded and nothing is written beside the jars.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+TIMEOUT = 1800.0
+"""Seconds a Java program may take."""
+
+# METEOR 1.5, English, task "rank" (Denkowski and Lavie, 2014): the values the jar uses by default.
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
+_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
+
+
+class JavaError(RuntimeError):
+    """A Java program that is missing, failed, or took too long; the message says which and what to do."""
+
+
+def missing_java() -> str | None:
+    """Say why Java programs cannot run here, or None."""
+    return None if shutil.which("java") else "java is not on the PATH; install a Java runtime (Debian: default-jre)"
+
+
+def meteor_statistics(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = TIMEOUT
+) -> np.ndarray:
+    """Align captions with their references by the METEOR 1.5 jar in pycocoevalcap.
+
+    Args:
+        predictions: B tokenized captions.
+        references: the tokenized references of each.
+        timeout: seconds.
+
+    Returns:
+        (B, 23) the jar's statistics against the best reference; sums over captions give the corpus (see `meteor`).
+
+    Raises:
+        JavaError: Java is missing, the jar failed, or the time is up.
+    """
+    jar = _package() / "meteor" / "meteor-1.5.jar"
+    lines = [
+        " ||| ".join(["SCORE", *map(_field, others), _field(caption)])
+        for caption, others in zip(predictions, references, strict=True)
+    ]
+    output = _run(["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"], lines, timeout, "METEOR")
+    rows = [line.split() for line in output.splitlines() if line.strip()]
+    if len(rows) != len(lines) or any(len(row) != 23 for row in rows):
+        raise JavaError(f"METEOR answered {len(rows)} lines for {len(lines)} captions; leave METEOR out")
+    statistics = np.array(rows, np.float64)
+    # A caption matched whole in one piece has no fragments, also within a sum.
+    whole = (statistics[:, 21] == statistics[:, 0]) & (statistics[:, 22] == statistics[:, 1]) & (statistics[:, 20] == 1)
+    statistics[whole, 20] = 0
+    return statistics
+
+
+def meteor(statistics: np.ndarray) -> np.ndarray:
+    """Turn statistics (..., 23), of one caption or summed over many, into METEOR (...,).
+
+    The formula of Denkowski and Lavie (2014), section 2: a weighted F-mean less a penalty for fragments.
+    """
+    length, other, function, other_function = np.moveaxis(statistics[..., :4], -1, 0)
+    matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)  # (..., matcher, content/function x side)
+    chunks, matched, other_matched = np.moveaxis(statistics[..., 20:], -1, 0)
+
+    def share(side: int, words: np.ndarray, function_words: np.ndarray) -> np.ndarray:
+        found = _DELTA * matches[..., side] + (1 - _DELTA) * matches[..., 2 + side]  # (..., matcher)
+        return _ratio(found @ _WEIGHTS, _DELTA * (words - function_words) + (1 - _DELTA) * function_words)
+
+    precision, recall = share(0, length, function), share(1, other, other_function)
+    mean = _ratio(precision * recall, _ALPHA * precision + (1 - _ALPHA) * recall)
+    return mean * (1 - _GAMMA * _ratio(chunks, (matched + other_matched) / 2) ** _BETA)
+
+
+def spice(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    models: str | os.PathLike,
+    timeout: float = TIMEOUT,
+) -> np.ndarray:
+    """SPICE F-scores by the jar in pycocoevalcap.
+
+    Args:
+        predictions: B tokenized captions.
+        references: the tokenized references of each.
+        models: folder with `stanford-corenlp-3.6.0.jar` and `stanford-corenlp-3.6.0-models.jar`, from
+            http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip (SPICE wants Java 8).
+        timeout: seconds.
+
+    Returns:
+        (B,) F-scores; NaN where the program gives none.
+
+    Raises:
+        JavaError: Java or a model file is missing, the program failed, or the time is up.
+    """
+    folder, package = Path(models), _package() / "spice"
+    jars = [folder / f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]
+    absent = [jar.name for jar in jars if not jar.is_file()]
+    if absent:
+        raise JavaError(f"SPICE needs {' and '.join(absent)} in '{folder}'; unpack stanford-corenlp-full-2015-12-09")
+    items = [
+        {"image_id": number, "test": caption, "refs": list(others)}
+        for number, (caption, others) in enumerate(zip(predictions, references, strict=True))
+    ]
+    classes = os.pathsep.join(map(str, [package / "spice-1.0.jar", *jars, package / "lib" / "*"]))
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "in.json", Path(scratch) / "out.json"
+        source.write_text(json.dumps(items), encoding="utf-8")
+        command = ["-Xmx8G", "-cp", classes, "edu.anu.spice.SpiceScorer", str(source), "-out", str(target), "-silent"]
+        _run(command, [], timeout, "SPICE")
+        if not target.is_file():
+            raise JavaError("SPICE wrote no scores; leave SPICE out")
+        found = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(target.read_text("utf-8"))}
+    values = [found.get(number) for number in range(len(items))]
+    return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def _package() -> Path:
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None or not spec.submodule_search_locations:
+        raise JavaError("pycocoevalcap, which brings the jars, is not installed; pip install pycocoevalcap")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _field(caption: str) -> str:
+    """One field of METEOR's line protocol: no separators, no line breaks."""
+    return caption.replace("|||", "").replace("  ", " ").translate({10: 32, 13: 32})
+
+
+def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> str:
+    reason = missing_java()
+    if reason:
+        raise JavaError(reason)
+    fixed = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8"]
+    environment = os.environ | {"LC_ALL": "C.UTF-8"}
+    try:
+        done = subprocess.run(
+            ["java", *fixed, *arguments],
+            input="".join(line + "\n" for line in lines).encode(),
+            capture_output=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise JavaError(f"{name} took longer than {timeout:.0f} s and was stopped; raise java_timeout") from None
+    except OSError as error:
+        raise JavaError(f"java cannot be started: {error}") from None
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip().splitlines()
+        raise JavaError(f"{name} failed with exit code {done.returncode}: {words[-1] if words else 'no message'}")
+    return done.stdout.decode(errors="replace")
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Divide, 0 where there is nothing to divide by."""
+    above, below = np.broadcast_arrays(np.asarray(above, np.float64), np.asarray(below, np.float64))
+    return np.divide(above, below, out=np.zeros(above.shape), where=below != 0)

@@ -1,0 +1,281 @@
+"""The caption scores people report, keyed by image id: `score(predictions, references) -> Scores`.
+
+BLEU-1..4, ROUGE-L and CIDEr (that is CIDEr-D) equal pycocoevalcap's and need no Java, METEOR runs where Java is, SPICE
+on request where its models are. Fractions, not percent.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from captioner.metrics import java, overlap
+from captioner.metrics.cider import CiderD, DocumentFrequency
+from captioner.metrics.explain import NGramMatch, matched_ngrams
+from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
+from captioner.metrics.ptb import tokenize
+
+KEYS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
+"""Names of the scores, in the order people print them."""
+
+METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
+"""What `score` computes unless told otherwise; `SPICE` may be added."""
+
+PTB = "PTB (Python, the tokens of Stanford CoreNLP 3.4.1 as pycocoevalcap runs it)"
+NO_TOKENIZER = "none (captions taken as tokens between spaces)"
+
+Predictions = Mapping[Hashable, str] | Iterable[Mapping]
+References = Mapping[Hashable, Sequence[str]]
+
+
+@dataclass
+class Scores:
+    """Scores of one system on one set of images."""
+
+    corpus: dict[str, float | None]
+    """Score of the whole set by name, see `KEYS`; None for one that was asked for and cannot be had."""
+    per_image: dict[str, np.ndarray]
+    """(images,) score of each image by name, in the order of `image_ids`."""
+    image_ids: list[Hashable]
+    """The images scored, in the order of the references."""
+    tokenizer: str
+    """How captions became tokens."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """Why a score is None, by name."""
+    warnings: list[str] = field(default_factory=list)
+    """What to know before believing or comparing a score."""
+    partial: dict[str, int] | None = None
+    """With `partial=True`: how many images were scored, were missing from the predictions, and were extra there."""
+    predictions: list[str] = field(default_factory=list, repr=False)
+    """Tokenized predictions, in the order of `image_ids`."""
+    references: list[list[str]] = field(default_factory=list, repr=False)
+    """Tokenized references, in the order of `image_ids`."""
+    statistics: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Rows whose sum over images gives a corpus score that is no mean: `BLEU` (images, 10), `METEOR` (images, 23)."""
+
+    def __getitem__(self, name: str) -> float | None:
+        return self.corpus[name]
+
+    def __str__(self) -> str:
+        rows = [f"{name:<8}{'absent' if value is None else f'{value:.4f}'}" for name, value in self.corpus.items()]
+        notes = [f"{name} absent: {reason}" for name, reason in self.absent.items()]
+        notes += [f"warning: {text}" for text in self.warnings]
+        return "\n".join([*rows, f"{len(self.image_ids)} images, tokenizer: {self.tokenizer}", *notes])
+
+    def image(self, image_id: Hashable) -> dict[str, float]:
+        """Return the scores of one image by name."""
+        place = self._place(image_id)
+        return {name: float(values[place]) for name, values in self.per_image.items()}
+
+    def explain(self, image_id: Hashable) -> list[NGramMatch]:
+        """Say of each n-gram of an image's caption which references have it: why its scores are what they are."""
+        place = self._place(image_id)
+        return matched_ngrams(self.predictions[place], self.references[place])
+
+    def corpus_of(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute corpus scores as if each image stood there as often as its weight says.
+
+        Args:
+            weights: (..., images), not all zero in a row.
+
+        Returns:
+            For each score that is not absent, an array (...,).
+        """
+        results = {}
+        for name, values in self.per_image.items():
+            if name == "BLEU-1":
+                values = overlap.bleu(weights @ self.statistics["BLEU"])
+                results |= {f"BLEU-{n + 1}": values[..., n] for n in range(4)}
+            elif name == "METEOR":
+                results[name] = java.meteor(weights @ self.statistics["METEOR"])
+            elif not name.startswith("BLEU"):
+                results[name] = weights @ np.nan_to_num(values) / (weights @ ~np.isnan(values))
+        return results
+
+    def to_dict(self) -> dict:
+        """Return plain values for JSON: corpus and per-image scores, and all that qualifies them."""
+        images = [
+            {"image_id": image_id, **{name: _plain(values[place]) for name, values in self.per_image.items()}}
+            for place, image_id in enumerate(self.image_ids)
+        ]
+        return {
+            "corpus": {name: None if value is None else _plain(value) for name, value in self.corpus.items()},
+            "images": images,
+            "tokenizer": self.tokenizer,
+            "absent": self.absent,
+            "warnings": self.warnings,
+            "partial": self.partial,
+        }
+
+    def _place(self, image_id: Hashable) -> int:
+        if image_id not in self.image_ids:
+            raise ValueError(f"image id {image_id!r} was not scored")
+        return self.image_ids.index(image_id)
+
+
+def score(
+    predictions: Predictions,
+    references: References,
+    *,
+    metrics: Sequence[str] = METRICS,
+    partial: bool = False,
+    allow_empty: bool = False,
+    tokenized: bool = False,
+    document_frequency: DocumentFrequency | None = None,
+    spice_models: str | os.PathLike | None = None,
+    java_timeout: float = java.TIMEOUT,
+) -> Scores:
+    """Score captions against references.
+
+    Args:
+        predictions: one caption per image id; or COCO results, a list of `{"image_id": ..., "caption": ...}`.
+        references: the references of each image id. Their order matters as little as in pycocoevalcap (`ptb.py`).
+        metrics: any of `BLEU`, `METEOR`, `ROUGE-L`, `CIDEr`, `SPICE`.
+        partial: score the images both sides have, and record how many that leaves out.
+        allow_empty: score an empty prediction (it gets zeros) instead of refusing it.
+        tokenized: the captions are tokens already, joined by single spaces.
+        document_frequency: n-gram statistics for CIDEr from another corpus; by default from `references`.
+        spice_models: folder with SPICE's models, see `captioner.metrics.java.spice`.
+        java_timeout: seconds METEOR and SPICE may take, each.
+
+    Raises:
+        ValueError: ids missing, extra or given twice, captions that are not text or empty, an unknown metric.
+    """
+    unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
+    if unknown:
+        raise ValueError(f"no metric '{unknown[0]}'; choose from {', '.join((*METRICS, 'SPICE'))}")
+    captions = _one_each(predictions)
+    image_ids, counts = _common_ids(captions, references, partial)
+    _check_text(captions, references, image_ids, allow_empty)
+    sides = [captions[image_id] for image_id in image_ids], [list(references[image_id]) for image_id in image_ids]
+    scores = Scores({}, {}, image_ids, NO_TOKENIZER if tokenized else PTB, partial=counts if partial else None)
+    scores.predictions, scores.references = sides if tokenized else (tokenize(sides[0]), _tokenize_groups(sides[1]))
+
+    if "BLEU" in metrics or "CIDEr" in metrics:
+        _count_ngrams(scores, metrics, document_frequency)
+    if "ROUGE-L" in metrics:
+        pairs = zip(scores.predictions, scores.references, strict=True)
+        scores.per_image["ROUGE-L"] = np.array([overlap.rouge_l(caption, others) for caption, others in pairs])
+    if "METEOR" in metrics:
+        try:
+            rows = java.meteor_statistics(scores.predictions, scores.references, java_timeout)
+            scores.statistics["METEOR"], scores.per_image["METEOR"] = rows, java.meteor(rows)
+        except java.JavaError as error:
+            scores.absent["METEOR"] = str(error)
+    if "SPICE" in metrics:
+        try:
+            if spice_models is None:
+                raise java.JavaError("name the folder of its models by spice_models; nothing is downloaded")
+            scores.per_image["SPICE"] = java.spice(scores.predictions, scores.references, spice_models, java_timeout)
+        except java.JavaError as error:
+            scores.absent["SPICE"] = str(error)
+
+    scores.per_image = {name: scores.per_image[name] for name in KEYS if name in scores.per_image}
+    corpus = scores.corpus_of(np.ones(len(image_ids)))
+    named = [name for name in KEYS if name in corpus or name in scores.absent]
+    scores.corpus = {name: float(corpus[name]) if name in corpus else None for name in named}
+    scores.warnings = _doubts(scores, captions, counts, document_frequency is None)
+    return scores
+
+
+def _count_ngrams(scores: Scores, metrics: Sequence[str], document_frequency: DocumentFrequency | None) -> None:
+    """Add BLEU and CIDEr, which count the same n-grams."""
+    grams = document_frequency.grams.copy() if document_frequency else NGrams()
+    image_of, references = flatten(dict(enumerate(scores.references)))
+    counts = grams.count(references, learn=True)
+    images = np.arange(len(scores.image_ids))
+    index = ReferenceIndex(counts, image_of, len(images), grams.size)
+    predicted = grams.count(scores.predictions)
+    if "BLEU" in metrics:
+        scores.statistics["BLEU"] = overlap.bleu_statistics(index, images, predicted)
+        values = overlap.bleu(scores.statistics["BLEU"])
+        scores.per_image |= {f"BLEU-{n + 1}": values[:, n] for n in range(4)}
+    if "CIDEr" in metrics:
+        scorer = CiderD.from_index(index, counts, document_frequency)
+        scores.per_image["CIDEr"] = scorer.score_counts(images, predicted)
+
+
+def _tokenize_groups(groups: list[list[str]]) -> list[list[str]]:
+    tokens = iter(tokenize([caption for group in groups for caption in group]))
+    return [[next(tokens) for _ in group] for group in groups]
+
+
+def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
+    """Turn COCO results into a mapping."""
+    if isinstance(predictions, Mapping):
+        return predictions
+    rows = list(predictions)
+    bad = [row for row in rows if not isinstance(row, Mapping) or not {"image_id", "caption"} <= set(row)]
+    if bad:
+        raise ValueError(f"{len(bad)} results lack 'image_id' or 'caption', such as {str(bad[0])[:80]}")
+    times = Counter(row["image_id"] for row in rows)
+    twice = [image_id for image_id, number in times.items() if number > 1]
+    if twice:
+        raise ValueError(f"{_name(twice)} predicted more than once; give one caption each")
+    return {row["image_id"]: row["caption"] for row in rows}
+
+
+def _common_ids(captions: Mapping, references: References, partial: bool) -> tuple[list[Hashable], dict[str, int]]:
+    missing = [image_id for image_id in references if image_id not in captions]
+    extra = [image_id for image_id in captions if image_id not in references]
+    if (missing or extra) and not partial:
+        parts = [f"{_name(missing)} without a prediction"] * bool(missing)
+        parts += [f"{_name(extra)} predicted but without references"] * bool(extra)
+        kinds = {type(image_id).__name__ for image_id in captions} ^ {
+            type(image_id).__name__ for image_id in references
+        }
+        hint = f" (ids are of different kinds: {', '.join(sorted(kinds))})" if kinds else ""
+        raise ValueError(f"{'; '.join(parts)}{hint}; partial=True scores what both have")
+    common = [image_id for image_id in references if image_id in captions]
+    if not common:
+        raise ValueError("no image id has both a prediction and references")
+    return common, {"scored": len(common), "missing": len(missing), "extra": len(extra)}
+
+
+def _check_text(captions: Mapping, references: References, image_ids: list[Hashable], allow_empty: bool) -> None:
+    odd = [image_id for image_id in image_ids if not isinstance(captions[image_id], str)]
+    if odd:
+        raise ValueError(f"{_name(odd)} with a prediction that is no text but {captions[odd[0]]!r}")
+    empty = [image_id for image_id in image_ids if not captions[image_id].strip()]
+    if empty and not allow_empty:
+        raise ValueError(f"{_name(empty)} with an empty prediction; allow_empty=True gives it zeros")
+    odd = [image_id for image_id in image_ids if isinstance(references[image_id], str) or not len(references[image_id])]
+    if odd:
+        raise ValueError(f"{_name(odd)} without a list of references")
+    odd = [image_id for image_id in image_ids if not all(isinstance(caption, str) for caption in references[image_id])]
+    if odd:
+        raise ValueError(f"{_name(odd)} with a reference that is no text")
+    empty = [image_id for image_id in image_ids if not all(caption.strip() for caption in references[image_id])]
+    if empty:
+        raise ValueError(f"{_name(empty)} with an empty reference; remove it")
+
+
+def _doubts(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequency: bool) -> list[str]:
+    """Say where a score means less than it seems to."""
+    doubts = []
+    if counts["missing"] or counts["extra"]:
+        doubts.append(
+            "images scored: {scored}; without a prediction: {missing}; without references: {extra}".format(**counts)
+        )
+    if len(scores.image_ids) == 1 and own_frequency and "CIDEr" in scores.corpus:
+        doubts.append("CIDEr of a single image is always 0: every n-gram stands in all documents, so none has weight")
+    few = sum(len(others) < 5 for others in scores.references)
+    if few:
+        doubts.append(f"images with fewer than five references: {few}; scores are not comparable with published ones")
+    silent = sum(not tokens for tokens in scores.predictions)
+    if silent:
+        doubts.append(f"predictions without words: {silent}")
+    return doubts
+
+
+def _name(image_ids: list[Hashable], first: int = 3) -> str:
+    """Name the first few ids and how many there are."""
+    shown = ", ".join(repr(image_id) for image_id in image_ids[:first])
+    return f"{len(image_ids)} image{'s' * (len(image_ids) > 1)} ({shown}{', ...' * (len(image_ids) > first)})"
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

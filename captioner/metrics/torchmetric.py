@@ -1,0 +1,81 @@
+"""An `update` / `compute` object in the manner of torchmetrics, for batches on many processes."""
+
+import sys
+from collections.abc import Hashable, Sequence
+
+from captioner.metrics.scores import Scores, score
+
+
+class CaptionMetric:
+    """Collects captions of all processes and scores them together.
+
+    ```python
+    metric = CaptionMetric()
+    for batch in loader:
+        metric.update(batch["image_id"], model_captions, batch["captions"])
+    scores = metric.compute()
+    ```
+
+    An image met twice, as samplers that pad the last batch make happen, counts once. Images are scored in the order of
+    their ids, so that the number of processes changes nothing.
+
+    Args:
+        metrics: as for `score`; METEOR, which starts Java on every process, only if named.
+        **options: further options of `score`.
+    """
+
+    def __init__(self, metrics: Sequence[str] = ("BLEU", "ROUGE-L", "CIDEr"), **options):
+        self.metrics = tuple(metrics)
+        self.options = options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was collected."""
+        self._rows: dict[Hashable, tuple[str, list[str]]] = {}
+
+    def update(
+        self, image_ids: Sequence[Hashable], predictions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> None:
+        """Add a batch of this process.
+
+        Args:
+            image_ids: B ids; tensors of one number count as that number.
+            predictions: B captions.
+            references: the references of each.
+
+        Raises:
+            ValueError: lists of different lengths.
+        """
+        if not len(image_ids) == len(predictions) == len(references):
+            found = f"{len(image_ids)} image ids, {len(predictions)} predictions, {len(references)} lists of references"
+            raise ValueError(f"{found}; give one of each for each image")
+        for image_id, prediction, others in zip(image_ids, predictions, references, strict=True):
+            key = image_id.item() if hasattr(image_id, "item") else image_id
+            self._rows.setdefault(key, (prediction, others if isinstance(others, str) else list(others)))
+
+    def compute(self) -> Scores:
+        """Score what all processes collected; every process gets the same result and must call this.
+
+        Raises:
+            ValueError: nothing was collected, or `score` refuses it.
+        """
+        rows: dict[Hashable, tuple[str, list[str]]] = {}
+        for part in _gather(self._rows):
+            for image_id, row in part.items():
+                rows.setdefault(image_id, row)
+        if not rows:
+            raise ValueError("nothing to score; call update first")
+        image_ids = sorted(rows, key=lambda image_id: (type(image_id).__name__, image_id))
+        predictions = {image_id: rows[image_id][0] for image_id in image_ids}
+        references = {image_id: rows[image_id][1] for image_id in image_ids}
+        return score(predictions, references, metrics=self.metrics, **self.options)
+
+
+def _gather(rows: dict) -> list[dict]:
+    """Collect every process's rows, in the order of ranks."""
+    distributed = sys.modules.get("torch.distributed")  # not imported means no process group, and imports stay light
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return [rows]
+    parts: list[dict] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(parts, rows)
+    return parts

@@ -1,0 +1,381 @@
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from captioner.metrics import caption_statistics, confidence, java, paired_test, score
+from captioner.metrics.torchmetric import CaptionMetric
+
+DATA = Path(__file__).parents[1].parent / "shared/data"
+FAST = ("BLEU", "ROUGE-L", "CIDEr")
+needs_java = pytest.mark.skipif(not shutil.which("java"), reason="java is not on the PATH")
+
+PREDICTIONS = {1: "a dog runs", 2: "two cats sleep on a bed", "x": "A man's T.V. is on (loud)!"}
+REFERENCES = {
+    1: ["A dog is running fast.", "the dog runs"],
+    2: ["Two cats are sleeping on a bed", "cats sleep", "a bed with two cats", "2 cats", "sleeping cats"],
+    "x": ["The T.V. is on", "a man's loud TV"],
+}
+
+
+def leave_one_out(name, limit=None):
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"no {name} here")
+    captions = {}
+    for row in json.loads(path.read_text())["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    captions = dict(list(captions.items())[:limit])
+    return {n: group[0] for n, group in captions.items()}, {n: group[1:] for n, group in captions.items()}
+
+
+def broken(predictions):
+    """Wreck captions as bad models do: cut, repeat, shuffle, drown in punctuation, write in another script."""
+    chance = random.Random(0)
+    wrecks = [
+        lambda words: words[: len(words) // 2],
+        lambda words: words[:1] * 60,
+        lambda words: chance.sample(words, len(words)),
+        lambda words: ["...", *words, "!!!", "-", "\u2014"],
+        lambda words: ["."],
+        lambda words: [word.upper() for word in words],
+        lambda words: ["\u4e2d\u6587", "caf\u00e9", *words[::-1]],
+        lambda words: ["1 1/2", "<b>", *words, "http://a.b/c", "K."],
+    ]
+    return {
+        n: " ".join(wrecks[place % len(wrecks)](caption.split()))
+        for place, (n, caption) in enumerate(predictions.items())
+    }
+
+
+def assert_equals_pycocoevalcap(scores):
+    references = dict(enumerate(scores.references))
+    predictions = {n: [caption] for n, caption in enumerate(scores.predictions)}
+    corpus, images = Bleu(4).compute_score(references, predictions, verbose=0)
+    for n in range(4):
+        assert scores[f"BLEU-{n + 1}"] == pytest.approx(corpus[n], abs=1e-12)
+        np.testing.assert_allclose(scores.per_image[f"BLEU-{n + 1}"], images[n], rtol=0, atol=1e-9)
+    for name, scorer in (("ROUGE-L", Rouge()), ("CIDEr", Cider())):
+        corpus, images = scorer.compute_score(references, predictions)
+        assert scores[name] == pytest.approx(corpus, abs=1e-12)
+        np.testing.assert_allclose(scores.per_image[name], images, rtol=0, atol=1e-9)
+
+
+def test_equals_pycocoevalcap_on_a_few():
+    assert_equals_pycocoevalcap(score(PREDICTIONS, REFERENCES, metrics=FAST))
+    assert_equals_pycocoevalcap(score({1: "..."}, {1: ["a dog"]}, metrics=FAST))
+
+
+@pytest.mark.slow
+def test_known_values_and_pycocoevalcap_on_coco():
+    scores = score(*leave_one_out("coco/captions_val2017.json"), metrics=FAST)
+    assert scores["BLEU-4"] == pytest.approx(0.19553851792504892, abs=1e-12)
+    assert scores["ROUGE-L"] == pytest.approx(0.4717583581954499, abs=1e-12)
+    assert scores["CIDEr"] == pytest.approx(0.886544201761606, abs=1e-12)
+    assert_equals_pycocoevalcap(scores)
+
+
+@pytest.mark.slow
+def test_equals_pycocoevalcap_on_flickr8k_and_on_broken_captions():
+    predictions, references = leave_one_out("flickr8k/annotations/captions_test.json")
+    assert_equals_pycocoevalcap(score(predictions, references, metrics=FAST))
+    assert_equals_pycocoevalcap(score(broken(predictions), references, metrics=FAST))
+
+
+@needs_java
+@pytest.mark.java
+@pytest.mark.slow
+def test_meteor_known_value_and_captions_that_break_its_line_protocol():
+    predictions, references = leave_one_out("coco/captions_val2017.json")
+    scores = score(predictions, references, metrics=("BLEU",))
+    nasty = ["a dog\nruns ||| fast", "", "a\rcat", "\u4e2d\u6587 caf\u00e9"]
+    statistics = java.meteor_statistics(
+        nasty + scores.predictions, [["a dog runs\nfast ||| x", "a cat"]] * 4 + scores.references
+    )
+    assert java.meteor(statistics[4:].sum(axis=0)) == pytest.approx(0.2420960375875178, abs=1e-12)
+    first, second, third, fourth = java.meteor(statistics[:4])
+    assert first > 0.4
+    assert third == 1
+    assert second == fourth == 0
+
+
+def test_meteor_formula_on_recorded_statistics():
+    """Statistics of six captions by METEOR 1.5, and what pycocoevalcap's Meteor scored them, alone and together."""
+    matched = [[6, 5, 3, 2, 2, 2, 2, 2, 1, 1], [6, 7, 3, 4, 2, 2, 3, 3, 1, 1], [2, 2, 1, 1, 1, 1, 1, 1, 0, 0]]
+    rows = [*matched, [3, 2, 3, 1, *[0] * 6], [1, 2, *[0] * 8], [9, 9, 2, 2, 5, 5, 1, 1, 1, 1]]
+    ends = [[2, 5, 5], [2, 6, 6], [0, 2, 2], [0, 0, 0], [0, 0, 0], [5, 8, 9]]
+    paraphrases = [[0, 0, 0, 0]] * 5 + [[1, 1, 0, 1]]
+    statistics = np.array(
+        [[*row, *[0] * 6, *more, *end] for row, more, end in zip(rows, paraphrases, ends, strict=True)], float
+    )
+    expected = [0.4398732861414338, 0.4356602863652688, 1.0, 0.0, 0.0, 0.4025144539352961]
+    np.testing.assert_allclose(java.meteor(statistics), expected, rtol=0, atol=1e-12)
+    assert java.meteor(statistics.sum(axis=0)) == pytest.approx(0.36711841294943925, abs=1e-12)
+
+
+def test_without_java_meteor_is_absent_with_a_reason(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    scores = score(PREDICTIONS, REFERENCES)
+    assert scores["METEOR"] is None
+    assert "java is not on the PATH" in scores.absent["METEOR"]
+    assert "METEOR" not in scores.per_image
+    assert list(scores.corpus) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    assert "METEOR absent: java" in str(scores)
+
+
+def fake_java(folder, monkeypatch, script):
+    program = folder / "java"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exec sleep 60", "longer than 1 s"),
+        ("echo boom >&2; exit 3", "exit code 3: boom"),
+        ("cat > /dev/null; echo 1 2 3", "answered 1 lines for 3"),
+        ("head -c 1000000 /dev/zero >&2; cat > /dev/null", "answered 0 lines"),
+    ],
+)
+def test_a_java_that_hangs_or_fails_stops_nothing(tmp_path, monkeypatch, script, message):
+    fake_java(tmp_path, monkeypatch, script)
+    scores = score(PREDICTIONS, REFERENCES, java_timeout=1)
+    assert scores["METEOR"] is None
+    assert message in scores.absent["METEOR"]
+    assert scores["CIDEr"] > 0
+
+
+def test_spice_only_on_request_and_only_with_its_models(tmp_path):
+    assert "SPICE" not in score(PREDICTIONS, REFERENCES, metrics=FAST).corpus
+    assert "spice_models" in score(PREDICTIONS, REFERENCES, metrics=("SPICE",)).absent["SPICE"]
+    absent = score(PREDICTIONS, REFERENCES, metrics=("SPICE",), spice_models=tmp_path).absent["SPICE"]
+    assert "stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar" in absent
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spice_reads_the_programs_answer(tmp_path, monkeypatch):
+    for part in ("", "-models"):
+        (tmp_path / f"stanford-corenlp-3.6.0{part}.jar").touch()
+    answer = json.dumps([{"image_id": n, "scores": {"All": {"f": f}}} for n, f in ((1, 0.5), (0, 0.25), (2, None))])
+    (tmp_path / "answer.json").write_text(answer)
+    fake_java(tmp_path, monkeypatch, f'while [ "$1" != -out ]; do shift; done; cp {tmp_path}/answer.json "$2"')
+    scores = score(PREDICTIONS, REFERENCES, metrics=("SPICE",), spice_models=tmp_path)
+    assert scores.per_image["SPICE"][:2].tolist() == [0.25, 0.5]
+    assert math.isnan(scores.per_image["SPICE"][2])
+    assert scores["SPICE"] == 0.375
+    assert scores.to_dict()["images"][2]["SPICE"] is None
+
+
+def test_keyed_by_id_not_by_place():
+    shuffled = {key: PREDICTIONS[key] for key in ("x", 1, 2)}
+    assert score(shuffled, REFERENCES, metrics=FAST).corpus == score(PREDICTIONS, REFERENCES, metrics=FAST).corpus
+    rows = [{"image_id": key, "caption": caption} for key, caption in shuffled.items()]
+    assert score(rows, REFERENCES, metrics=FAST).corpus == score(PREDICTIONS, REFERENCES, metrics=FAST).corpus
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        (
+            {1: "a"},
+            {1: ["a"], 2: ["b"], 3: ["c"], 4: ["d"], 5: ["e"]},
+            r"4 images \(2, 3, 4, \.\.\.\) without a prediction",
+        ),
+        ({1: "a", 9: "b"}, {1: ["a"]}, r"1 image \(9\) predicted but without references"),
+        ({"1": "a"}, {1: ["a"]}, "ids are of different kinds: int, str"),
+        ([{"image_id": 1, "caption": "a"}] * 2, {1: ["a"]}, r"1 image \(1\) predicted more than once"),
+        ([{"id": 1}], {1: ["a"]}, "1 results lack 'image_id' or 'caption'"),
+        ({1: math.nan}, {1: ["a"]}, r"1 image \(1\) with a prediction that is no text but nan"),
+        ({1: None}, {1: ["a"]}, "no text but None"),
+        ({1: " "}, {1: ["a"]}, r"1 image \(1\) with an empty prediction"),
+        ({1: "a"}, {1: "a dog"}, "without a list of references"),
+        ({1: "a"}, {1: []}, "without a list of references"),
+        ({1: "a"}, {1: ["a", 5]}, "reference that is no text"),
+        ({1: "a"}, {1: ["a", ""]}, "empty reference"),
+        ({}, {}, "no image id has both"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(predictions, references, message):
+    with pytest.raises(ValueError, match=message) as error:
+        score(predictions, references, metrics=FAST)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_metric():
+    with pytest.raises(ValueError, match="no metric 'BLUE'; choose from"):
+        score(PREDICTIONS, REFERENCES, metrics=("BLUE",))
+
+
+def test_partial_scores_what_both_have_and_says_so():
+    scores = score({1: "a dog runs", 7: "x"}, REFERENCES, metrics=FAST, partial=True)
+    assert scores.image_ids == [1]
+    assert scores.partial == {"scored": 1, "missing": 2, "extra": 1}
+    assert any("images scored: 1; without a prediction: 2; without references: 1" in text for text in scores.warnings)
+    with pytest.raises(ValueError, match="no image id has both"):
+        score({7: "x"}, REFERENCES, partial=True)
+
+
+def test_warnings_where_a_score_means_little():
+    warnings = score({1: "a dog"}, {1: ["a dog"] * 5}, metrics=FAST).warnings
+    assert any("CIDEr of a single image is always 0" in text for text in warnings)
+    assert not any("fewer than five" in text for text in warnings)
+    warnings = score({1: "a", 2: ""}, {1: ["a"] * 5, 2: ["b"]}, metrics=FAST, allow_empty=True).warnings
+    assert any(text.startswith("images with fewer than five references: 1") for text in warnings)
+    assert "predictions without words: 1" in warnings
+
+
+def test_explain_names_the_references():
+    scores = score(PREDICTIONS, REFERENCES, metrics=FAST)
+    found = {match.ngram: match for match in scores.explain(1)}
+    assert found[("a", "dog")].references == (0,)
+    assert found[("dog", "runs")].references == (1,)
+    assert found[("dog",)].references == (0, 1)
+    assert found[("a", "dog", "runs")].references == ()
+    assert found[("a", "dog", "runs")].credited == 0
+    with pytest.raises(ValueError, match="image id 5 was not scored"):
+        scores.explain(5)
+
+
+def test_says_which_tokenizer():
+    assert score(PREDICTIONS, REFERENCES, metrics=FAST).tokenizer.startswith("PTB")
+    raw = score({1: "A Dog."}, {1: ["A Dog."]}, metrics=FAST, tokenized=True)
+    assert raw.tokenizer.startswith("none")
+    assert raw.predictions == ["A Dog."]
+
+
+def test_to_dict_is_json():
+    whole = json.loads(json.dumps(score(PREDICTIONS, REFERENCES, metrics=FAST).to_dict()))
+    assert whole["images"][2]["image_id"] == "x"
+    assert set(whole["corpus"]) == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
+
+
+def systems(images=300):
+    chance = random.Random(0)
+    words = [f"w{n}" for n in range(50)]
+    references = {n: [" ".join(chance.choices(words, k=8)) for _ in range(5)] for n in range(images)}
+
+    def system(errors):
+        return {
+            n: " ".join(chance.choice(words) if chance.random() < errors else word for word in group[0].split())
+            for n, group in references.items()
+        }
+
+    return [score(system(errors), references, metrics=FAST) for errors in (0.5, 0.4, 0.5)]
+
+
+def test_confidence_and_paired_test():
+    worse, better, same = systems()
+    intervals = confidence(worse, samples=300)
+    assert set(intervals) == set(worse.corpus)
+    for name, interval in intervals.items():
+        assert interval.low < worse[name] == interval.score < interval.high
+    assert confidence(worse, samples=300) == intervals
+    # The interval of a mean is about 1.96 standard errors to each side.
+    values = worse.per_image["ROUGE-L"]
+    half = (intervals["ROUGE-L"].high - intervals["ROUGE-L"].low) / 2
+    assert half == pytest.approx(1.96 * values.std() / len(values) ** 0.5, rel=0.15)
+
+    gains = paired_test(worse, better, samples=300)
+    assert gains["BLEU-4"].p < 0.05
+    assert gains["CIDEr"].low > 0
+    assert gains["CIDEr"].difference == pytest.approx(better["CIDEr"] - worse["CIDEr"])
+    assert paired_test(worse, same, samples=300)["CIDEr"].p > 0.05
+    assert paired_test(worse, worse, samples=50)["BLEU-4"].p == 1
+
+
+def test_weights_of_one_give_the_corpus_scores():
+    scores = systems(20)[0]
+    for name, value in scores.corpus_of(np.ones((2, 20))).items():
+        assert value.shape == (2,)
+        assert value[1] == pytest.approx(scores[name], abs=1e-12)
+
+
+def test_paired_test_aligns_by_id_and_refuses_other_images():
+    first = score(PREDICTIONS, REFERENCES, metrics=FAST)
+    turned = score(PREDICTIONS, dict(reversed(REFERENCES.items())), metrics=FAST)
+    assert paired_test(first, turned, samples=20)["ROUGE-L"].p == 1
+    other = score({1: "a dog"}, {1: ["a dog"]}, metrics=FAST)
+    with pytest.raises(ValueError, match="differ in 2 images"):
+        paired_test(first, other)
+    with pytest.raises(ValueError, match="samples must be two or more"):
+        confidence(first, samples=1)
+
+
+def test_caption_statistics():
+    found = caption_statistics(["A dog runs.", "a dog runs", "A cat"], training=["a cat!", "a bird"])
+    assert (found.captions, found.vocabulary, found.min_length, found.max_length) == (3, 4, 2, 3)
+    assert found.mean_length == pytest.approx(8 / 3)
+    assert found.distinct_1 == pytest.approx(4 / 8)
+    assert found.distinct_2 == pytest.approx(3 / 5)
+    assert found.unique == pytest.approx(2 / 3)
+    assert found.seen_in_training == pytest.approx(1 / 3)
+    assert caption_statistics(["a"]).seen_in_training is None
+    with pytest.raises(ValueError, match="no captions"):
+        caption_statistics([])
+
+
+def test_metric_object_on_one_process():
+    metric = CaptionMetric()
+    for key in PREDICTIONS:
+        metric.update([key], [PREDICTIONS[key]], [REFERENCES[key]])
+    metric.update([1], ["a dog runs"], [REFERENCES[1]])  # a padded batch repeats an image
+    assert metric.compute()["CIDEr"] == pytest.approx(score(PREDICTIONS, REFERENCES, metrics=FAST)["CIDEr"], abs=1e-12)
+    with pytest.raises(ValueError, match="2 image ids, 1 predictions"):
+        metric.update([1, 2], ["a"], [["a"]])
+    metric.reset()
+    with pytest.raises(ValueError, match="nothing to score"):
+        metric.compute()
+
+
+WORKER = """
+import json, sys
+import torch.distributed as dist
+from captioner.metrics import CaptionMetric
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+rows = json.loads(sys.argv[3])
+metric = CaptionMetric()
+for image_id, caption, references in rows[rank::2] + rows[:1]:
+    metric.update([image_id], [caption], [references])
+scores = metric.compute()
+print(json.dumps(scores.to_dict()))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_metric_object_gathers_over_two_processes(tmp_path):
+    pytest.importorskip("torch")
+    rows = [[n, f"a dog number w{n} runs", [f"dog w{n} runs", f"a w{n}"]] for n in range(7)]
+    arguments = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen(
+            [*arguments, str(rank), str(tmp_path / "meet"), json.dumps(rows)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    answers = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    alone = CaptionMetric()
+    alone.update(*zip(*rows, strict=True))
+    assert answers[0] == answers[1] == alone.compute().to_dict()
+
+
+def test_import_is_light():
+    script = "import sys, captioner.metrics; print('torch' in sys.modules, 'pycocoevalcap' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_java_reasons():
+    assert java.missing_java() is None or "install" in java.missing_java()
