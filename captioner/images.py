@@ -4,33 +4,17 @@ import io
 import os
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 """Decoders that may see untrusted bytes; those that call out to other programs (EPS, say) are not among them."""
 
 SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".mpo",
-        ".avif",
-        ".jp2",
-        ".ico",
-        ".tga",
-    ]
+    (".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+    + (".avif", ".jp2", ".ico", ".tga")
 )
 """File endings taken for pictures when a folder is searched."""
 
@@ -72,7 +56,7 @@ def open_image(source: ImageSource) -> Image.Image:
             raise ImageError(f"{name} is {size / 2**20:.0f} MiB; files over {MAX_BYTES // 2**20} MiB are refused")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and our own size limit make Pillow warn
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=supported()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError(
                         f"{name} is {image.width}x{image.height} px; over {MAX_PIXELS // 10**6} megapixels is refused"
@@ -91,6 +75,13 @@ def open_image(source: ImageSource) -> Image.Image:
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{name} cannot be read: {error}") from None
+
+
+@lru_cache
+def supported() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

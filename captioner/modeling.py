@@ -59,7 +59,9 @@ class CaptionerConfig(PretrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         if fusion == "cross_attention":
             if not hasattr(text_config, "add_cross_attention"):
-                raise ValueError(f"a {text_config.model_type} decoder has no cross-attention; use --model.fusion prefix")
+                raise ValueError(
+                    f"a {text_config.model_type} decoder has no cross-attention; use --model.fusion prefix"
+                )
             text_config.add_cross_attention = True
         self.text_config, self.fusion, self.blind = text_config, fusion, blind
         self.grid = tuple(grid) if grid is not None else None
@@ -117,7 +119,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CaptionerConfig):
         super().__init__(config)
         with torch.device("cpu"):  # timm computes at construction; transformers would have it on no device at all
-            self.encoder = create_encoder(config.encoder_config["name"], **config.encoder_config.get("kwargs", {})).freeze()
+            self.encoder = create_encoder(
+                config.encoder_config["name"], **config.encoder_config.get("kwargs", {})
+            ).freeze()
         self.projector = Projector(self.encoder.embed_dim, config.text_config.hidden_size)
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
@@ -211,7 +215,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             loss = caption_loss(logits, labels, label_smoothing) / (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         return CaptionerOutput(loss=loss, logits=logits)
 
-    def fuse(self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def fuse(
+        self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Arrange prefix (B, M, E) and text (B, T) as the decoder's arguments, by the configured fusion."""
         if self.config.fusion == "cross_attention":
             return {"input_ids": input_ids, "attention_mask": attention_mask, "encoder_hidden_states": prefix}

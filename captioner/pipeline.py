@@ -40,7 +40,7 @@ class Captioner:
     """
 
     def __init__(self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None):
-        self.device = torch.device(device or pick_device())
+        self.device = pick_device(device)
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
         self.model, self.processor = model.to(self.device, dtype).eval(), processor
 
@@ -98,11 +98,18 @@ class Captioner:
         return captions[0] if single else captions
 
 
-def pick_device() -> str:
-    """Return the best device there is: `cuda`, `mps` or `cpu`."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_device(name: str | None = None) -> torch.device:
+    """Return the device of that name, or the best there is: CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device '{name}' here: {str(error).splitlines()[0]}; leave --device out") from None
 
 
 def load(model: str | Path | None = None, device: str | None = None) -> Captioner:
@@ -120,7 +127,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     try:
         processor = CaptionerProcessor.from_pretrained(source)
         loaded = CaptionerModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}") from None
     return Captioner(loaded, processor, device)
 

@@ -123,7 +123,9 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int = 8000) -> PreTrain
     if vocab_size < 256 + len(special):
         raise ValueError(f"a byte-level vocabulary needs at least {256 + len(special)} tokens, not {vocab_size}")
     bpe = ByteLevelBPETokenizer(add_prefix_space=True, lowercase=True)
-    bpe.train_from_iterator(captions, vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(
+        captions, vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right"
     )

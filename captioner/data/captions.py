@@ -57,7 +57,7 @@ class ReadReport:
 
 @dataclass
 class Record:
-    """One image as a reader yields it, before checks: `image` is a path relative to the images, or a `datasets` image."""
+    """One image as a reader yields it, unchecked: `image` is a path below the images, or a `datasets` image."""
 
     image_id: int | str
     image: Any

@@ -80,10 +80,10 @@ class MHBC(nn.Module):
         q = self.split(self.q(compressed)) * self.head_dim**-0.5  # (B, H, M, d)
         if self.absorbs(m, n):
             w_k, w_v = (w.weight.unflatten(0, (self.num_heads, self.head_dim)) for w in (self.k, self.v))  # (H, d, D)
-            q = (q @ w_k.to(q.dtype)).flatten(1, 2)  # (B, H*M, D)
+            q = per_head(q, w_k).flatten(1, 2)  # (B, H*M, D)
             attn = (q @ lookup.mT).softmax(-1).to(lookup.dtype)  # (B, H*M, N)
             read = (attn @ lookup).unflatten(1, (self.num_heads, m))  # (B, H, M, D)
-            read = read @ w_v.mT.to(read.dtype)  # (B, H, M, d)
+            read = per_head(read, w_v.mT)  # (B, H, M, d)
             read = read + self.v.bias.to(read.dtype).view(1, self.num_heads, 1, self.head_dim)
             attn = attn.unflatten(1, (self.num_heads, m))  # (B, H, M, N)
         else:
@@ -102,10 +102,20 @@ class MHBC(nn.Module):
         v = self.split(self.infuse_v(compressed))  # (B, H, M, d)
         if self.absorbs(*attn.shape[2:]):
             w_o = self.infuse_proj.weight.unflatten(1, (self.num_heads, self.head_dim)).permute(1, 2, 0)  # (H, d, D)
-            context = (v @ w_o.to(v.dtype)).flatten(1, 2)  # (B, H*M, D)
+            context = per_head(v, w_o).flatten(1, 2)  # (B, H*M, D)
             return attn.flatten(1, 2).mT @ context + self.infuse_proj.bias.to(context.dtype)  # (B, N, D)
         read = attn.mT @ v  # (B, H, N, d)
         return self.infuse_proj(read.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+def per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Apply to each head its own matrix: x (B, H, M, i) and weight (H, i, o) give (B, H, M, o).
+
+    One product per head over the whole batch; `x @ weight` would copy the weights for every image.
+    """
+    batch = x.shape[0]
+    x = x.transpose(0, 1).flatten(1, 2)  # (H, B*M, i)
+    return (x @ weight.to(x.dtype)).unflatten(1, (batch, -1)).transpose(0, 1)
 
 
 class LookupBlock(nn.Module):
@@ -198,7 +208,7 @@ class LookupViT(TokenEncoder):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_lookup = nn.Parameter(torch.zeros(1, *self.patch_embed.grid_size, embed_dim))
         self.pos_compressed = nn.Parameter(torch.zeros(1, *self.grid, embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
                 LookupBlock(

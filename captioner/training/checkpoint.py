@@ -52,8 +52,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step_*/{PROGRESS}"))
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
+def load_checkpoint(accelerator: Accelerator, path: Path, strict: bool = True) -> dict:
     """Restore a checkpoint in every process and return its progress.
+
+    Args:
+        strict: whether every weight of the model must be in the checkpoint; a frozen encoder's are not.
 
     Raises:
         ValueError: it was saved by another number of processes, or for another model.
@@ -65,7 +68,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
             f"launch with --num_processes {progress['processes']}"
         )
     try:
-        accelerator.load_state(str(path))
+        accelerator.load_state(str(path), strict=strict)
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"'{path}' does not fit this model: {str(error).splitlines()[0]}") from None
     return progress

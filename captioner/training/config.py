@@ -104,6 +104,165 @@ class PretrainConfig:
             raise ValueError(f"grids are positive, not {self.grids}")
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """Where captioned images are."""
+
+    root: str | None = None
+    """Annotation file, folder (COCO, Karpathy, CSV or JSONL beside images, a saved `datasets` set), or hub id."""
+    images: Path | None = None
+    """Folder of the images, where it is not beside the annotations."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str = "val"
+    """Split to choose the best checkpoint by."""
+    restval: bool = False
+    """Join Karpathy's `restval` images to the training split."""
+    on_bad: Literal["skip", "refuse"] = "skip"
+    """Drop unusable entries with one summary, or refuse the data."""
+    image_column: str = "image"
+    """Image column of CSV, JSONL and `datasets` sources."""
+    caption_column: str = "captions"
+    """Caption column of those."""
+    id_column: str = "image_id"
+    """Image id column of those."""
+    captions_per_image: int = 5
+    """Captions of an image in one step; they share its encoding."""
+    workers: int = 2
+    """Data loading processes per training process."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which encoder and decoder, and how they are joined."""
+
+    encoder: str = "lookupvit_small_patch16_224"
+    """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, or `hf-hub:OWNER/NAME`."""
+    grid: str | None = None
+    """Compressed grid such as `5x5`; `None` for the encoder's own (LookupViT: 5x5; other models: all their tokens)."""
+    crop_mode: Literal["squash", "center", "border"] = "squash"
+    """How a picture becomes a square: squashed whole, its centre cropped, or padded."""
+    fusion: Literal["prefix", "cross_attention"] = "prefix"
+    """Image tokens before the text, or attended to by every decoder layer."""
+    decoder: str | None = None
+    """Hub id or folder of a causal language model; `None` trains a small GPT-2 with its own tokenizer from scratch."""
+    freeze_decoder: bool = False
+    """Train the projector alone."""
+    layers: int = 3
+    """Layers of the decoder from scratch."""
+    width: int = 384
+    """Width of the decoder from scratch."""
+    heads: int = 6
+    """Attention heads of the decoder from scratch."""
+    dropout: float = 0.1
+    """Dropout of the decoder from scratch."""
+    vocab_size: int = 6000
+    """Byte-level BPE vocabulary of the decoder from scratch."""
+    prompt: str = ""
+    """Text that every caption continues, such as `A photo of`."""
+    max_length: int = 40
+    """Text tokens above which a caption is cut."""
+    blind: bool = False
+    """Zero the image tokens: the control that shows what the decoder says without looking."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a caption decoder on a frozen encoder."""
+
+    output: Path = Path("runs/train")
+    """Folder of checkpoints, log, samples and the best model (`output/best`)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    epochs: float = 12.0
+    """Passes over the training images."""
+    batch_size: int = 32
+    """Images per forward and process."""
+    accumulation: int = 1
+    """Forwards per optimiser step; the loss is weighted by tokens, so the split does not matter."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.05
+    """Decay of matrices; norms, biases and embeddings are left undecayed."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    label_smoothing: float = 0.1
+    """Share of the probability spread over the vocabulary."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward; `auto` takes bf16 on GPUs that have it."""
+    gradient_checkpointing: bool = False
+    """Recompute the decoder's activations in the backward pass, to save memory."""
+    seed: int = 0
+    """Seed of weights, data order and dropout."""
+
+    evaluate_every: float = 1.0
+    """Epochs between validations (loss, CIDEr, sample captions)."""
+    evaluate_images: int | None = None
+    """Validation images used; `None` for all."""
+    num_beams: int = 3
+    """Beams of the captions generated in validation, and of the saved model."""
+    max_new_tokens: int = 24
+    """Longest generated caption in tokens, in validation and of the saved model."""
+    patience: int | None = 5
+    """Validations without a better CIDEr after which training stops; `None` never stops early."""
+
+    log_every: int = 20
+    """Optimiser steps between log lines."""
+    trackers: tuple[str, ...] = ()
+    """Trackers of accelerate to log to, such as `tensorboard` or `wandb`."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints; one is also written at each validation."""
+    resume: bool = True
+    """Go on from the newest checkpoint in `output`, if there is one."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulation", "learning_rate", "evaluate_every", "num_beams"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Caption a split with every process, write the captions, then score them."""
+
+    model: str | None = None
+    """Folder or hub id of the captioner; `None` for the shipped one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: str = "test"
+    """Split to caption."""
+    output: Path = Path("runs/evaluate")
+    """Folder of `results.json` (COCO results format) and `scores.json`."""
+    batch_size: int = 32
+    """Images per batch and process."""
+    grid: str | None = None
+    """Compressed grid such as `7x7`; `None` for the model's own."""
+    num_beams: int = 3
+    """Beams of the search."""
+    max_new_tokens: int = 24
+    """Longest caption in tokens."""
+    limit: int | None = None
+    """Caption the first so many images only."""
+    spice: Path | None = None
+    """Folder with SPICE's models; without it SPICE is left out."""
+
+
+def parse_grid(text: str | None) -> tuple[int, int] | None:
+    """Read a compressed grid as people write it: `5x5` is (5, 5).
+
+    Raises:
+        ValueError: the text is not ROWSxCOLUMNS.
+    """
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"grid '{text}' is not of the form ROWSxCOLUMNS, such as 5x5")
+    return int(sides[0]), int(sides[1])
+
+
 def save_config(config, folder: Path) -> None:
     """Write the resolved config of a run to `folder/run_config.json`."""
     folder.mkdir(parents=True, exist_ok=True)

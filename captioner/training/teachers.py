@@ -44,8 +44,8 @@ class Teacher(nn.Module):
         wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
         if wrong:
             raise ValueError(
-                f"'{path}' does not fit {self.config.name} with {self.config.num_classes} classes: '{wrong[0]}' differs; "
-                "check --teacher.name and --teacher.num-classes"
+                f"'{path}' does not fit {self.config.name} with {self.config.num_classes} classes: "
+                f"'{wrong[0]}' differs; check --teacher.name and --teacher.num-classes"
             )
         # weights exported with batch norm folded into the convolutions lack it: it then stays the identity
         missing = [

@@ -1,0 +1,94 @@
+"""What LookupViT saves over a plain ViT of the same width, depth and heads: FLOPs and speed, in one run.
+
+    python benchmarks/encoder.py [--sizes 224 448] [--grids 3 5 7 10] [--batch 8] [--repeats 5] [--device cpu]
+
+One GFLOP is 10^9 multiplications and additions, counted by torch for one picture through the whole encoder, patch
+embedding included. Every model is timed in turn, `repeats` times over, and its median taken, so that a change of the
+machine's mood falls on all alike.
+"""
+
+import platform
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import timm
+import torch
+import tyro
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import captioner.encoders  # registers LookupViT with timm
+
+
+@dataclass
+class Settings:
+    """Settings of the run."""
+
+    sizes: tuple[int, ...] = (224, 448)
+    """Sides of the picture in pixels."""
+    grids: tuple[int, ...] = (3, 5, 7, 10)
+    """Compressed grids."""
+    batch: int = 8
+    """Pictures per forward."""
+    repeats: int = 5
+    """Timed rounds."""
+    device: str = "cpu"
+    """Where to run."""
+    scale: str = "small"
+    """Variant: tiny, small, base or large."""
+
+
+def build(settings: Settings, size: int) -> dict[str, tuple[nn.Module, tuple]]:
+    """Build the models of one picture size, by name, each with the arguments of its forward beside the pixels."""
+    name = f"{settings.scale}_patch16_224"
+    models = {f"ViT-{settings.scale}": (timm.create_model(f"vit_{name}", num_classes=0, img_size=size), ())}
+    for absorb, form in ((False, "direct"), (True, "absorbed"), (None, "as picked")):
+        model = timm.create_model(f"lookupvit_{name}", num_classes=0, img_size=size, absorb=absorb)
+        for grid in settings.grids:
+            models[f"LookupViT-{settings.scale} {grid}x{grid} {form}"] = (model, ((grid, grid),))
+    return {key: (model.to(settings.device).eval(), args) for key, (model, args) in models.items()}
+
+
+def measure(settings: Settings, size: int) -> None:
+    """Print the table of one picture size."""
+    models = build(settings, size)
+    one = torch.randn(1, 3, size, size, device=settings.device)
+    pixels = torch.randn(settings.batch, 3, size, size, device=settings.device)
+    flops, seconds = {}, {key: [] for key in models}
+    for key, (model, args) in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model.forward_features(one, *args)
+        flops[key] = counter.get_total_flops() / 1e9
+        model.forward_features(pixels, *args)  # warm up
+    for _ in range(settings.repeats):
+        for key, (model, args) in models.items():
+            start = time.perf_counter()
+            model.forward_features(pixels, *args)
+            if settings.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds[key].append(time.perf_counter() - start)
+    baseline = next(iter(models))
+    base_seconds = median(seconds[baseline])
+    print(f"\n{size} px{'':<28}{'M params':>9}{'GFLOPs':>9}{'of ViT':>8}{'images/s':>10}{'speed-up':>10}")
+    for key, (model, _) in models.items():
+        params = sum(p.numel() for p in model.parameters()) / 1e6
+        taken = median(seconds[key])
+        print(
+            f"{key:<34}{params:>9.1f}{flops[key]:>9.2f}{flops[key] / flops[baseline]:>8.2f}"
+            f"{settings.batch / taken:>10.1f}{base_seconds / taken:>9.2f}x"
+        )
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure every size."""
+    settings = tyro.cli(Settings, description=__doc__)
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {settings.device}, {platform.machine()}, {threads} threads, batch {settings.batch}")
+    for size in settings.sizes:
+        measure(settings, size)
+
+
+if __name__ == "__main__":
+    main()

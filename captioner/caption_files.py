@@ -1,0 +1,180 @@
+"""Captioning files and folders: find the pictures, caption them, write each result as soon as it is there."""
+
+import csv
+import glob
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from captioner.images import SUFFIXES
+from captioner.training.config import parse_grid
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Caption pictures."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Pictures, folders (searched through), glob patterns; `-` reads a picture or paths from standard input."""
+    output: Path | None = None
+    """File to write, format by ending: .jsonl, .csv or .txt; without it, `path<TAB>caption` lines are printed."""
+    resume: bool = False
+    """Go on with an output file that exists: pictures captioned in it are left out."""
+    overwrite: bool = False
+    """Replace an output file that exists."""
+    model: str | None = None
+    """Folder or hub id of the captioner; `None` for the shipped one."""
+    device: str | None = None
+    """Where to run, such as cuda, cuda:1, mps or cpu; `None` picks the best there is."""
+    grid: str | None = None
+    """Compressed grid such as 3x3 or 10x10: fewer tokens are cheaper; `None` for the model's own."""
+    batch_size: int = 16
+    """Pictures per batch."""
+    num_beams: int | None = None
+    """Beams of the search; `None` for the model's own."""
+    max_new_tokens: int | None = None
+    """Longest caption in tokens; `None` for the model's own."""
+
+
+def caption_files(config: CaptionConfig) -> int:
+    """Run the captioning job; returns how many pictures could not be captioned.
+
+    Raises:
+        ValueError: no input, an unknown output format, an output that exists, a model or device that cannot be had.
+        FileNotFoundError: an input folder or pattern holds no picture.
+    """
+    done = read_done(config)
+    pictures = [(name, source) for name, source in find_pictures(config.inputs) if name not in done]
+    grid = parse_grid(config.grid)
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size must be positive, not {config.batch_size}")
+    from captioner.pipeline import load  # torch is imported once the inputs are known to be there
+
+    captioner = load(config.model, config.device)
+    options = {"num_beams": config.num_beams, "max_new_tokens": config.max_new_tokens}
+    results = captioner.stream(
+        (source for _, source in pictures),
+        batch_size=config.batch_size,
+        grid=grid,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    failed = 0
+    with open_writer(config.output, bool(done)) as write:
+        for (name, _), result in zip(
+            pictures, tqdm(results, total=len(pictures), unit="img", disable=None), strict=True
+        ):
+            result.path = name
+            write(result.as_dict())
+            if result.error is not None:
+                failed += 1
+                tqdm.write(f"captioner caption: skipped {result.error}", file=sys.stderr)
+    if failed:
+        print(f"captioner caption: {failed} of {len(pictures)} pictures could not be captioned", file=sys.stderr)
+    return failed
+
+
+def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str | bytes]]:
+    """Resolve inputs to pictures as (name, path or bytes), in the order given, folders sorted.
+
+    Raises:
+        ValueError: there are no inputs.
+        FileNotFoundError: a folder or pattern holds no picture.
+    """
+    if not inputs and sys.stdin is not None and not sys.stdin.isatty():
+        inputs = ("-",)
+    if not inputs:
+        raise ValueError("no pictures: name files, folders or patterns, or - for standard input")
+    pictures: list[tuple[str, str | bytes]] = []
+    for item in inputs:
+        if item == "-":
+            pictures += read_standard_input()
+        elif Path(item).is_dir():
+            found = sorted(str(p) for p in Path(item).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise FileNotFoundError(f"no pictures in the folder '{item}'")
+            pictures += [(path, path) for path in found]
+        elif glob.has_magic(item) and not Path(item).exists():
+            found = sorted(path for path in glob.glob(item, recursive=True) if Path(path).is_file())
+            if not found:
+                raise FileNotFoundError(f"no file matches '{item}'")
+            pictures += [(path, path) for path in found]
+        else:
+            pictures.append((item, item))
+    return pictures
+
+
+def read_standard_input() -> list[tuple[str, str | bytes]]:
+    """Read one picture, or a list of paths one a line, from standard input."""
+    data = sys.stdin.buffer.read()
+    if b"\0" in data[:4096]:  # no path holds a zero byte, every picture does
+        return [("-", data)]
+    return [(line, line) for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
+
+
+def read_done(config: CaptionConfig) -> set[str]:
+    """Check the output file and return the pictures it has captions for, when the job goes on with it.
+
+    Raises:
+        ValueError: the ending is unknown, or the file exists and neither `resume` nor `overwrite` is set.
+    """
+    path = config.output
+    if path is None:
+        return set()
+    if path.suffix not in WRITERS:
+        raise ValueError(f"--output '{path}' must end in {', '.join(WRITERS)}")
+    if not path.exists() or config.overwrite:
+        return set()
+    if not config.resume:
+        raise ValueError(f"'{path}' exists; pass --resume to go on with it or --overwrite to replace it")
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            lines = [line for line in file if line.endswith("\n")]
+            return {row["path"] for row in map(json.loads, lines) if row["error"] is None}
+        if path.suffix == ".csv":
+            return {row["path"] for row in csv.DictReader(file) if row["caption"]}
+        return {line.partition("\t")[0] for line in file if line.endswith("\n")}
+
+
+def line_writer(file) -> Callable[[dict], None]:
+    """Write `path<TAB>caption` lines; pictures without a caption are left out."""
+
+    def write(row: dict) -> None:
+        if row["error"] is None:
+            path = row["path"].replace("\t", "\\t").replace("\n", "\\n")
+            file.write(f"{path}\t{row['caption']}\n")
+
+    return write
+
+
+def json_writer(file) -> Callable[[dict], None]:
+    """Write one JSON object a line."""
+    return lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def csv_writer(file) -> Callable[[dict], None]:
+    """Write comma-separated rows under a header."""
+    writer = csv.DictWriter(file, ["path", "caption", "logprob", "error"])
+    if file.tell() == 0:
+        writer.writeheader()
+    return writer.writerow
+
+
+WRITERS = {".jsonl": json_writer, ".csv": csv_writer, ".txt": line_writer}
+
+
+@contextmanager
+def open_writer(path: Path | None, go_on: bool) -> Iterator[Callable[[dict], None]]:
+    """Open the output, to its end when the job goes on, and flush it with every row; standard output without a path."""
+    if path is None:
+        yield line_writer(sys.stdout)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a" if go_on else "w", encoding="utf-8", errors="surrogateescape", newline="", buffering=1) as file:
+        yield WRITERS[path.suffix](file)

@@ -1,0 +1,114 @@
+"""The `captioner` command: a word for the job, then its settings."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """usage: captioner COMMAND [options]
+
+Image captioning when cost per image matters.
+
+commands:
+  caption    caption pictures: files, folders, patterns, standard input
+  train      train a caption decoder on a frozen encoder
+  evaluate   caption a split on every process and score the captions
+  pretrain   make an encoder: distil it from a teacher
+
+`captioner COMMAND --help` shows a command's options; `captioner --version` the version.
+train, evaluate and pretrain also run on many GPUs: `accelerate launch train.py ...`.
+Set CAPTIONER_DEBUG=1 to see where an error comes from.
+"""
+
+
+def caption(args: Sequence[str]) -> int:
+    """Caption pictures."""
+    import tyro
+
+    from captioner.caption_files import CaptionConfig, caption_files
+
+    config = tyro.cli(CaptionConfig, prog="captioner caption", args=args)
+    return 1 if caption_files(config) else 0
+
+
+def train(args: Sequence[str]) -> int:
+    """Train a decoder."""
+    from captioner.recipes import TRAIN
+
+    config = parse_recipe("train", TRAIN, args)
+    from captioner.training.decoder import train
+
+    train(config)
+    return 0
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Caption a split and score it."""
+    import tyro
+
+    from captioner.training.config import EvaluateConfig
+
+    config = tyro.cli(EvaluateConfig, prog="captioner evaluate", args=args)
+    from captioner.evaluation import evaluate
+
+    evaluate(config)
+    return 0
+
+
+def pretrain(args: Sequence[str]) -> int:
+    """Make an encoder."""
+    from captioner.recipes import PRETRAIN
+
+    config = parse_recipe("pretrain", PRETRAIN, args)
+    from captioner.training.encoder import pretrain
+
+    pretrain(config)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "caption": caption,
+    "train": train,
+    "evaluate": evaluate,
+    "pretrain": pretrain,
+}
+
+
+def parse_recipe(command: str, recipes: dict[str, Callable], args: Sequence[str]):
+    """Read the name of a recipe, then the settings that override it."""
+    import tyro
+
+    configs = {name: ((recipe.__doc__ or "").partition("\n")[0], recipe()) for name, recipe in recipes.items()}
+    return tyro.extras.overridable_config_cli(configs, prog=f"captioner {command}", args=args, use_underscores=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 an error or pictures left out, 2 a wrong command line."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw one for every load and save
+    args = list(sys.argv[1:] if argv is None else argv)
+    name = args[0] if args else "--help"
+    if name in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0)
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"captioner {version('captioner')}")
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"captioner: no command '{name}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        sys.exit(COMMANDS[name](args[1:]))
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get("CAPTIONER_DEBUG"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"captioner {name}: {message}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"captioner {name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

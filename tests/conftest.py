@@ -1,0 +1,81 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig, GPT2Config
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+CAPTIONS = ["a dog runs through the grass", "two men on a beach", "a cat sits on a red chair", "a child on a swing"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("needs the project's development data, ../shared/data")
+    return SHARED
+
+
+@pytest.fixture
+def tiny_encoder() -> dict:
+    return {
+        "name": "lookupvit_tiny_patch16_224",
+        "kwargs": {"img_size": 64, "depth": 2, "embed_dim": 32, "num_heads": 2, "grid": (2, 2)},
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from captioner.processing import train_tokenizer
+
+    return train_tokenizer(CAPTIONS * 5, 300)
+
+
+@pytest.fixture
+def processor(tokenizer):
+    from captioner import CaptionerProcessor
+
+    return CaptionerProcessor(tokenizer, image={"input_size": (3, 64, 64)})
+
+
+@pytest.fixture
+def make_model(tiny_encoder, tokenizer):
+    """Return a function that builds a tiny captioner with the given decoder configuration."""
+    from captioner import CaptionerConfig, CaptionerModel
+
+    def make(text_config=None, **kwargs):
+        torch.manual_seed(0)
+        text_config = text_config or GPT2Config(
+            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+        model = CaptionerModel(CaptionerConfig(encoder_config=tiny_encoder, text_config=text_config, **kwargs))
+        model.generation_config = GenerationConfig(
+            bos_token_id=1, eos_token_id=2, pad_token_id=0, max_new_tokens=8, num_beams=1
+        )
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def saved_model(make_model, processor, tmp_path) -> Path:
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of three small pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("a.jpg", "red"), ("b.png", "green"), ("c.webp", "blue")):
+        Image.new("RGB", (80, 60), colour).save(folder / name)
+    return folder

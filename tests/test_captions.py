@@ -1,0 +1,175 @@
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from captioner.data.captions import read_captions
+
+
+@pytest.fixture
+def root(tmp_path):
+    """COCO 2017 layout of two training pictures and one to validate on."""
+    for split, names in (("train", ("1.jpg", "2.jpg")), ("val", ("3.jpg",))):
+        (tmp_path / f"{split}2017").mkdir()
+        for name in names:
+            Image.new("RGB", (4, 4)).save(tmp_path / f"{split}2017" / name)
+        content = {
+            "images": [{"id": int(name[0]), "file_name": name} for name in names],
+            "annotations": [
+                {"image_id": int(name[0]), "id": k, "caption": f" caption {k}\nof {name} "}
+                for name in names
+                for k in (0, 1)
+            ],
+        }
+        write(tmp_path / "annotations" / f"captions_{split}2017.json", content)
+    return tmp_path
+
+
+def write(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def edit(root, change):
+    path = root / "annotations" / "captions_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    write(path, content)
+
+
+def test_coco_layout_is_found_from_its_root(root):
+    table = read_captions(root, "train")
+    assert table.column_names == ["image_id", "image", "captions", "split"]
+    assert table["image_id"][:] == [1, 2]
+    assert table[0]["captions"] == ["caption 0 of 1.jpg", "caption 1 of 1.jpg"]
+    assert table[0]["image"] == {"bytes": None, "path": str(root / "train2017" / "1.jpg")}
+    assert set(read_captions(root, "val")["split"]) == {"val"}
+
+
+def test_coco_file_and_image_folder(root):
+    path = (root / "annotations" / "captions_val2017.json").rename(root / "mine.json")
+    table = read_captions(path, images=root / "val2017")
+    assert table["image_id"][:] == [3]
+
+
+def karpathy(flavour):
+    images = []
+    for number, split in enumerate(("train", "restval", "val", "test")):
+        image = {"filename": f"{number}.jpg", "imgid": number, "split": split, "sentences": [{"raw": f"text {number}"}]}
+        if flavour == "coco":
+            image |= {"filepath": "val2014", "cocoid": 100 + number}
+        images.append(image)
+    return {"images": images, "dataset": flavour}
+
+
+@pytest.mark.parametrize(("flavour", "folder", "first"), [("coco", "val2014", 100), ("flickr8k", "images", 0)])
+def test_karpathy_flavours(tmp_path, flavour, folder, first):
+    (tmp_path / folder).mkdir()
+    for number in range(4):
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / f"{number}.jpg")
+    write(tmp_path / f"dataset_{flavour}.json", karpathy(flavour))
+    assert read_captions(tmp_path, "train")["image_id"][:] == [first]
+    assert read_captions(tmp_path, "train", restval=True)["image_id"][:] == [first, first + 1]
+    assert read_captions(tmp_path / f"dataset_{flavour}.json", "test")["image_id"][:] == [first + 3]
+    assert len(read_captions(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_of_a_picture_are_joined(tmp_path, kind):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    rows = [{"file": "x.png", "text": "one"}, {"file": "x.png", "text": "two, three"}]
+    if kind == "csv":
+        write(tmp_path / "captions.csv", 'file,text\nx.png,one\nx.png,"two, three"\n')
+    else:
+        write(tmp_path / "captions.jsonl", "\n".join(map(json.dumps, rows)))
+    table = read_captions(tmp_path, image_column="file", caption_column="text")
+    assert table[0]["captions"] == ["one", "two, three"]
+    with pytest.raises(ValueError, match="--data.image-column"):
+        read_captions(tmp_path)
+
+
+def test_saved_datasets_set_keeps_pictures_encoded(tmp_path):
+    data = datasets.Dataset.from_dict(
+        {"picture": [Image.new("RGB", (4, 4), "red")], "text": [["a", "b"]]},
+        features=datasets.Features({"picture": datasets.Image(), "text": datasets.List(datasets.Value("string"))}),
+    )
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "set")
+    table = read_captions(tmp_path / "set", "train", image_column="picture", caption_column="text")
+    assert table[0]["captions"] == ["a", "b"]
+    assert isinstance(table[0]["image"]["bytes"], bytes)
+    with pytest.raises(ValueError, match="no split 'val', only train"):
+        read_captions(tmp_path / "set", "val")
+
+
+def spoil(content):
+    content["images"] += [{"id": 1, "file_name": "1.jpg"}, {"id": 8, "file_name": "gone.jpg"}]
+    content["images"] += [{"id": 9, "file_name": "2.jpg"}]
+    content["annotations"] += [{"image_id": 8, "caption": "text"}, {"image_id": 2, "caption": "  "}]
+
+
+def test_what_is_wrong_is_counted_once(root, caplog):
+    edit(root, spoil)
+    assert read_captions(root, "train")["image_id"][:] == [1, 2]
+    assert len(caplog.records) == 1
+    for part in (
+        "1 missing images (gone.jpg)",
+        "1 duplicate ids (1)",
+        "1 empty captions (2)",
+        "1 images without captions (9)",
+    ):
+        assert part in caplog.text
+
+
+def test_what_is_wrong_can_be_refused(root):
+    edit(root, spoil)
+    with pytest.raises(ValueError, match="gone.jpg") as raised:
+        read_captions(root, "train", on_bad="refuse")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])
+def test_image_names_cannot_leave_the_folder(root, name):
+    edit(root, lambda content: content["images"].append({"id": 7, "file_name": name}))
+    with pytest.raises(ValueError, match="leaves the image folder"):
+        read_captions(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "neither COCO nor Karpathy"),
+        ({"images": [{"id": 1, "file_name": "1.jpg"}]}, "no list 'annotations'"),
+        ({"images": [{"id": 1}], "annotations": []}, "lacks 'file_name'"),
+        ({"images": [], "annotations": []}, "no captioned images"),
+        ({"images": [{"sentences": []}]}, "not Karpathy captions: an entry lacks 'split'"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, content, message):
+    path = write(tmp_path / "wrong.json", content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_captions(path)
+    assert "wrong.json" in str(raised.value)
+
+
+def test_missing_data_is_named(tmp_path, root):
+    with pytest.raises(FileNotFoundError, match="no annotations at"):
+        read_captions(tmp_path / "nowhere.json")
+    with pytest.raises(FileNotFoundError, match="no image folder at"):
+        read_captions(root, "train", images=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"none of the 1 images was found; name their folder, --data.images"):
+        read_captions(root / "annotations" / "captions_val2017.json", images=root / "annotations")
+    with pytest.raises(FileNotFoundError, match="no annotations under"):
+        read_captions(root / "val2017", "train")
+
+
+def test_flickr8k_and_coco_at_their_size(shared, caplog):
+    train = read_captions(shared / "flickr8k", "train")
+    karpathy = read_captions(shared / "flickr8k" / "dataset_flickr8k.json", "train")
+    assert len(train) == len(karpathy) == 6000
+    assert sum(map(len, train["captions"])) == 30_000
+    assert len(read_captions(shared / "flickr8k" / "dataset_flickr8k.json", "train", restval=True)) == 6091
+    with pytest.raises(FileNotFoundError, match="none of the 5000 images"):
+        read_captions(shared / "coco" / "captions_val2017.json")

@@ -1,0 +1,144 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from captioner import cli
+from captioner.training.config import parse_grid
+
+
+def run(*args, stdin=None):
+    """Run the command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(arg) for arg in args])
+    return stopped.value.code
+
+
+def test_help_is_light():
+    code = "import sys, captioner, captioner.cli; captioner.cli.main(['--help'])"
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "captioner COMMAND" in result.stdout
+    assert time.monotonic() - start < 10  # it takes 0.1 s; the bound only catches a heavy import on a busy machine
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "timm", "datasets", "numpy", "PIL"}
+
+
+@pytest.mark.parametrize("command", ["caption", "train", "evaluate", "pretrain"])
+def test_the_help_of_every_command_needs_no_torch(command):
+    code = f"""
+import sys
+from captioner.cli import main
+try:
+    main(["{command}", "--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"captioner {command}" in result.stdout
+
+
+def test_unknown_command(capsys):
+    assert run("draw") == 2
+    assert "no command 'draw'" in capsys.readouterr().err
+
+
+def test_lines_on_standard_output(saved_model, pictures, capsys):
+    assert run("caption", pictures, "--model", saved_model) == 0
+    captured = capsys.readouterr()
+    lines = [line.split("\t") for line in captured.out.splitlines()]
+    assert [line[0] for line in lines] == [str(pictures / name) for name in ("a.jpg", "b.png", "c.webp")]
+    assert all(len(line) == 2 for line in lines)
+    assert "img" not in captured.err  # no progress bar off a terminal
+
+
+def test_bad_pictures_are_reported_and_skipped(saved_model, pictures, tmp_path, capsys):
+    (pictures / "b.png").write_bytes(b"broken")
+    output = tmp_path / "out.jsonl"
+    assert run("caption", pictures, pictures / "gone.jpg", "--model", saved_model, "--output", output) == 1
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [list(row) for row in rows] == [["path", "caption", "logprob", "error"]] * 4
+    assert [row["error"] is None for row in rows] == [True, False, True, False]
+    assert rows[0]["logprob"] < 0
+    assert rows[1]["caption"] is None
+    error = capsys.readouterr().err
+    assert "b.png' is not a picture" in error
+    assert "gone.jpg' does not exist" in error
+    assert "2 of 4 pictures could not be captioned" in error
+
+
+def test_formats_by_ending(saved_model, pictures, tmp_path):
+    for ending in ("csv", "txt"):
+        assert run("caption", pictures / "*.png", "--model", saved_model, "--output", tmp_path / f"out.{ending}") == 0
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "caption", "logprob", "error"]
+    assert (tmp_path / "out.txt").read_text() == f"{rows[0]['path']}\t{rows[0]['caption']}\n"
+    assert run("caption", pictures, "--model", saved_model, "--output", tmp_path / "out.xml") == 1
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_an_output_is_never_lost_and_can_be_gone_on_with(saved_model, pictures, tmp_path, ending, capsys):
+    output = tmp_path / f"out.{ending}"
+    assert run("caption", pictures / "a.jpg", "--model", saved_model, "--output", output) == 0
+    first = output.read_text()
+    assert run("caption", pictures, "--model", saved_model, "--output", output) == 1
+    assert "--resume to go on with it or --overwrite" in capsys.readouterr().err
+    assert output.read_text() == first
+    assert run("caption", pictures, "--model", saved_model, "--output", output, "--resume") == 0
+    whole = output.read_text()
+    assert whole.startswith(first)
+    assert [whole.count(name) for name in ("a.jpg", "b.png", "c.webp")] == [1, 1, 1]
+    assert run("caption", pictures, "--model", saved_model, "--output", output, "--overwrite") == 0
+    assert output.read_text() == whole
+
+
+def test_standard_input_holds_paths_or_a_picture(saved_model, pictures, monkeypatch, capsys):
+    for data, names in (
+        (f"{pictures}/c.webp\n{pictures}/a.jpg\n".encode(), [f"{pictures}/c.webp", f"{pictures}/a.jpg"]),
+        ((pictures / "b.png").read_bytes(), ["-"]),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert run("caption", "-", "--model", saved_model) == 0
+        assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == names
+
+
+def test_one_line_errors(saved_model, pictures, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "config.json").write_text("{}")
+    cases = [
+        (("caption", tmp_path / "empty", "--model", saved_model), "no pictures in the folder"),
+        (("caption", tmp_path / "*.gif", "--model", saved_model), "no file matches"),
+        (("caption", pictures, "--model", tmp_path / "empty"), "it has no config.json"),
+        (("caption", pictures, "--model", tmp_path / "junk"), "is not a captioner model"),
+        (("caption", pictures, "--model", "./nowhere"), "no captioner model at './nowhere'"),
+        (("caption", pictures, "--model", saved_model, "--grid", "5"), "not of the form ROWSxCOLUMNS"),
+        (("caption", pictures, "--model", saved_model, "--grid", "9x9"), "9x9 is not within the lookup grid 4x4"),
+        (("caption", pictures, "--model", saved_model, "--device", "cuda:99"), "cuda:99"),
+        (("train", "debug"), "--data.root"),
+        (("train", "debug", "--data.root", tmp_path / "nowhere.json"), "no annotations at"),
+        (("evaluate", "--model", saved_model, "--data.root", tmp_path / "empty"), "no annotations under"),
+        (("pretrain", "debug"), "nothing to train on"),
+    ]
+    for args, message in cases:
+        assert run(*args, *(("--output", tmp_path / "out") if args[0] != "caption" else ())) == 1, args
+        error = capsys.readouterr().err
+        assert message in error, args
+        assert "Traceback" not in error
+        assert error.strip().count("\n") == 0, error
+
+
+def test_grids_are_read_as_people_write_them():
+    assert parse_grid("5x5") == (5, 5)
+    assert parse_grid("3X10") == (3, 10)
+    assert parse_grid(None) is None
+    for text in ("5", "5x", "0x5", "axb", "5x5x5"):
+        with pytest.raises(ValueError, match="ROWSxCOLUMNS"):
+            parse_grid(text)

@@ -1,0 +1,179 @@
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+
+import captioner
+from captioner import CaptionerConfig, CaptionerModel
+from captioner.modeling import IGNORED
+
+SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+DECODERS = {
+    "gpt2": lambda: GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    "opt": lambda: OPTConfig(**SMALL, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32),
+    "llama": lambda: LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64),
+    "qwen2": lambda: Qwen2Config(**SMALL, num_key_value_heads=1, intermediate_size=64, tie_word_embeddings=True),
+}
+CASES = [(name, "prefix") for name in DECODERS] + [("gpt2", "cross_attention")]
+CAPTIONS = ["a dog runs", "two men on a beach", "a cat", "a red chair on the grass"]
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("name", "fusion"), CASES)
+def test_every_trainable_parameter_learns_and_no_frozen_one(name, fusion, make_model, processor, pixels):
+    model = make_model(DECODERS[name](), fusion=fusion).train()
+    model(pixel_values=pixels, **processor.text(CAPTIONS)).loss.backward()
+    for key, parameter in model.named_parameters():
+        frozen = key.startswith("encoder.")
+        assert parameter.requires_grad is not frozen, key
+        assert (parameter.grad is None) is frozen, key
+
+
+@pytest.mark.parametrize(("name", "fusion"), CASES)
+def test_save_and_load_is_bit_exact(name, fusion, make_model, processor, pixels, tmp_path):
+    model = make_model(DECODERS[name](), fusion=fusion)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert isinstance(loaded, CaptionerModel)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.encoder.parameters())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    text = processor.text(CAPTIONS)
+    assert torch.equal(model(pixels, **text).logits, loaded(pixels, **text).logits)
+    assert torch.equal(model.generate(pixels), loaded.generate(pixels))
+
+
+@pytest.mark.parametrize(("name", "fusion"), CASES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2},
+        {"num_beams": 2, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_generation_and_its_log_probability(name, fusion, options, make_model, pixels):
+    model = make_model(DECODERS[name](), fusion=fusion)
+    tokens = model.encode(pixels)
+    sequences = model.generate(image_tokens=tokens, max_new_tokens=6, **options)
+    count = options.get("num_return_sequences", 1)
+    assert sequences.shape[0] == 2 * count
+    assert 1 <= sequences.shape[1] <= 6
+    logprobs = model.log_probability(sequences, tokens)
+    for row, sequence in enumerate(sequences):  # token by token, without batch or padding
+        text, expected = torch.tensor([[1]]), 0.0
+        for token in sequence.tolist():
+            logits = model(image_tokens=tokens[row // count][None], input_ids=text).logits[0, -1]
+            expected += logits.log_softmax(-1)[token].item()
+            text = torch.cat([text, torch.tensor([[token]])], 1)
+            if token == 2:
+                break
+        assert logprobs[row].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_greedy_generation_equals_the_argmax_of_the_forward_pass(make_model, pixels):
+    model = make_model()
+    text = torch.full((2, 1), 1)
+    for _ in range(5):
+        text = torch.cat([text, model(pixels, text).logits[:, -1:].argmax(-1)], 1)
+    assert model.generate(pixels, max_new_tokens=5, eos_token_id=None).tolist() == text[:, 1:].tolist()
+
+
+def test_pixels_and_their_tokens_give_the_same(make_model, processor, pixels):
+    model, text = make_model(), processor.text(CAPTIONS)
+    assert torch.equal(model(pixels, **text).logits, model(image_tokens=model.encode(pixels), **text).logits)
+
+
+def test_captions_of_one_image_share_its_encoding(make_model, processor, pixels):
+    model, text = make_model(), processor.text(CAPTIONS)
+    together = model(pixels, **text).logits
+    apart = model(pixels.repeat_interleave(2, 0), **text).logits
+    torch.testing.assert_close(together, apart)
+
+
+def test_padding_changes_no_logits(make_model, processor, pixels):
+    model = make_model()
+    alone, padded = processor.text(["a cat"]), processor.text(["a cat", "a much longer caption about a red chair"])
+    short = model(pixels[:1], alone["input_ids"], alone["attention_mask"]).logits
+    long = model(pixels[:1], padded["input_ids"], padded["attention_mask"]).logits
+    torch.testing.assert_close(short[0], long[0, : short.shape[1]], rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_labelled_tokens(make_model, processor, pixels):
+    model, text = make_model(), processor.text(CAPTIONS)
+    output = model(pixels, **text)
+    logprobs = output.logits[:, :-1].log_softmax(-1)
+    labels = text["labels"][:, 1:]
+    picked = [logprobs[i, j, labels[i, j]] for i, j in (labels != IGNORED).nonzero().tolist()]
+    torch.testing.assert_close(output.loss, -torch.stack(picked).mean())
+
+
+def test_the_blind_control_sees_nothing(make_model, processor, pixels):
+    text = processor.text(CAPTIONS)
+    seeing, blind = make_model(), make_model(blind=True)
+    assert not torch.allclose(seeing(pixels, **text).logits, seeing(-pixels, **text).logits)
+    assert torch.equal(blind(pixels, **text).logits, blind(-pixels, **text).logits)
+
+
+def test_the_grid_is_chosen_at_call_time(make_model, pixels):
+    model = make_model(grid=(3, 3))
+    assert model.encode(pixels).shape[1] == 10
+    assert model.encode(pixels, (4, 4)).shape[1] == 17
+    assert model.generate(pixels, grid=(1, 1)).shape[0] == 2
+
+
+def test_gradient_checkpointing_changes_nothing(make_model, processor, pixels):
+    gradients = []
+    for enable in (False, True):
+        model = make_model(LlamaConfig(**SMALL, intermediate_size=64)).train()
+        if enable:
+            model.decoder.gradient_checkpointing_enable()
+        model(pixels, **processor.text(CAPTIONS)).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_image_to_text_pipeline_is_back(saved_model, pictures):
+    captioner.register()
+    pipe = transformers.pipeline("image-to-text", model=str(saved_model))
+    one = pipe(str(pictures / "a.jpg"))
+    several = pipe([str(pictures / "a.jpg"), Image.new("L", (30, 90))], batch_size=2, max_new_tokens=4)
+    assert list(one[0]) == ["generated_text"]
+    assert len(several) == 2
+    assert one[0]["generated_text"] == captioner.caption(pictures / "a.jpg", model=saved_model)
+
+
+def test_auto_processor_round_trip(saved_model, processor, pictures):
+    loaded = AutoProcessor.from_pretrained(saved_model)
+    path = pictures / "b.png"
+    assert torch.equal(loaded(images=path).pixel_values, processor(images=path).pixel_values)
+    assert loaded.text(CAPTIONS)["input_ids"].tolist() == processor.text(CAPTIONS)["input_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: m(x), "no text"),
+        (lambda m, x: m(input_ids=torch.ones(1, 2, dtype=torch.long)), "no image"),
+        (lambda m, x: m(x, torch.ones(3, 2, dtype=torch.long)), "3 captions do not divide among 2 images"),
+        (lambda m, x: m.generate(image_tokens=torch.zeros(1, 5, 48)), "48 wide, this encoder's are 32"),
+    ],
+)
+def test_misuse_is_named(call, message, make_model, pixels):
+    with pytest.raises(ValueError, match=message):
+        call(make_model(), pixels)
+
+
+def test_wrong_configurations_are_named():
+    with pytest.raises(ValueError, match="fusion is 'sum'"):
+        CaptionerConfig(fusion="sum")
+    with pytest.raises(ValueError, match="opt decoder has no cross-attention"):
+        CaptionerConfig(text_config=OPTConfig(), fusion="cross_attention")

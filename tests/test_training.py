@@ -1,0 +1,219 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import captioner
+from captioner import recipes
+from captioner.encoders import create_encoder
+from captioner.evaluation import evaluate
+from captioner.training.config import DataConfig, EvaluateConfig, TeacherConfig
+from captioner.training.decoder import train
+from captioner.training.encoder import pretrain
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """COCO-format captions of plain colours: 32 pictures to train on, 8 to validate on."""
+    root = tmp_path_factory.mktemp("captioned")
+    (root / "images").mkdir()
+    (root / "annotations").mkdir()
+    for split, count in (("train", 32), ("val", 8)):
+        content = {"images": [], "annotations": []}
+        for number in range(count):
+            name, rgb = list(COLOURS.items())[number % 4]
+            file = f"{split}{number}.png"
+            Image.new("RGB", (32, 32), tuple(min(255, c + number) for c in rgb)).save(root / "images" / file)
+            content["images"].append({"id": number, "file_name": file})
+            texts = (f"a plain {name} square", f"this picture is all {name} .")
+            content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
+        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def debug(captioned, output, **kwargs):
+    config = recipes.debug()
+    data = DataConfig(root=str(captioned), workers=0, captions_per_image=2)
+    return replace(config, output=output, data=data, **kwargs)
+
+
+def losses(folder, key="loss"):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+def launch(*args, processes=2):
+    """Start a script as several CPU processes (`accelerate launch --cpu` would start one, whatever one asks for)."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    if processes == 1:
+        command.remove("--multi_gpu")
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+
+
+def test_every_recipe_builds():
+    for recipe in (*recipes.TRAIN.values(), *recipes.PRETRAIN.values()):
+        assert recipe().output.parts[0] == "runs"
+        assert "captioner " in recipe.__doc__ or "accelerate launch" in recipe.__doc__
+
+
+@pytest.mark.slow
+def test_a_trained_captioner_says_what_it_sees_and_a_blind_one_does_not(captioned, tmp_path):
+    scores = {}
+    for blind in (False, True):
+        config = debug(captioned, tmp_path / str(blind), epochs=25, evaluate_every=25, learning_rate=3e-3)
+        best = train(replace(config, model=replace(config.model, blind=blind)))
+        scores[blind] = list(losses(tmp_path / str(blind), "CIDEr").values())[-1]
+    assert scores[False] > 2 * scores[True]
+    captions = captioner.load(tmp_path / "False" / "best")([Image.new("RGB", (50, 40), c) for c in COLOURS.values()])
+    assert [name in text for name, text in zip(COLOURS, captions, strict=True)] == [True] * 4
+    assert {path.name for path in best.iterdir()} >= {"config.json", "model.safetensors", "processor_config.json"}
+    assert json.loads((tmp_path / "True" / "run_config.json").read_text())["model"]["blind"] is True
+
+
+def test_a_resumed_run_equals_an_unbroken_one(captioned, tmp_path):
+    whole, broken = (debug(captioned, tmp_path / name, epochs=2, evaluate_every=1) for name in ("whole", "broken"))
+    train(whole)
+    train(broken)
+    for name in ("broken",):  # as a kill after the first validation leaves it: no later checkpoint, no later log
+        checkpoints = sorted((tmp_path / name / "checkpoints").iterdir())
+        assert [path.name for path in checkpoints] == ["step_00000004", "step_00000008"]
+        (checkpoints[1] / "progress.json").unlink()
+        (tmp_path / name / "log.jsonl").unlink()
+    train(broken)
+    resumed = losses(tmp_path / "broken")
+    assert list(resumed) == [5, 6, 7, 8]
+    assert resumed == {step: loss for step, loss in losses(tmp_path / "whole").items() if step > 4}
+
+
+def test_checkpoints_leave_the_frozen_encoder_out(captioned, tmp_path):
+    from safetensors import safe_open
+
+    train(debug(captioned, tmp_path, epochs=1))
+    with safe_open(next(tmp_path.glob("checkpoints/*/model.safetensors")), "pt") as file:
+        keys = list(file.keys())
+    assert not [key for key in keys if key.startswith("encoder.")]
+    assert [key for key in keys if key.startswith("decoder.")]
+
+
+def test_accumulation_does_not_change_the_loss(captioned, tmp_path):
+    for name, batch, accumulation in (("one", 8, 1), ("four", 2, 4)):
+        train(debug(captioned, tmp_path / name, epochs=1, batch_size=batch, accumulation=accumulation))
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert one == pytest.approx(four, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(captioned, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+; lower --learning-rate"):
+        train(debug(captioned, tmp_path, epochs=4, learning_rate=1e30, clip=1e30))
+
+
+def test_training_stops_early(captioned, tmp_path):
+    train(debug(captioned, tmp_path, epochs=20, learning_rate=1e-9, patience=2))
+    assert len(losses(tmp_path, "CIDEr")) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(captioned, tmp_path):
+    shared = ["debug", "--data.root", captioned, "--data.captions-per-image", 2, "--epochs", 1]
+    for processes, batch in ((1, 8), (2, 4)):
+        output = tmp_path / str(processes)
+        result = launch("train.py", *shared, "--batch-size", batch, "--output", output, processes=processes)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-4)
+    for processes in (1, 2):
+        args = ["--model", tmp_path / "1" / "best", "--data.root", captioned, "--split", "val", "--batch-size", 3]
+        result = launch("evaluate.py", *args, "--output", tmp_path / f"eval{processes}", processes=processes)
+        assert result.returncode == 0, result.stderr
+    for name in ("results.json", "scores.json"):
+        assert (tmp_path / "eval1" / name).read_text() == (tmp_path / "eval2" / name).read_text()
+
+
+def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path):
+    config = EvaluateConfig(
+        model=str(saved_model), data=DataConfig(root=str(captioned), workers=0), split="val", output=tmp_path, limit=5
+    )
+    scores = evaluate(config)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["image_id"] for result in results] == [0, 1, 2, 3, 4]
+    assert all(isinstance(result["caption"], str) for result in results)
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert saved["corpus"]["CIDEr"] == scores["CIDEr"]
+    assert {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"} <= set(saved["corpus"])
+
+
+@pytest.fixture
+def teacher(tmp_path) -> TeacherConfig:
+    """A small random teacher, saved as safetensors."""
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "teacher.safetensors")
+    return TeacherConfig("resnet10t", tmp_path / "teacher.safetensors", num_classes=7)
+
+
+def distil(captioned, output, teacher, **kwargs):
+    config = recipes.pretrain_debug()
+    return replace(config, output=output, teacher=teacher, captions=str(captioned), num_words=20, **kwargs)
+
+
+def test_pretraining_distils_and_exports(captioned, teacher, tmp_path):
+    config = distil(captioned, tmp_path / "run", teacher, steps=30, learning_rate=3e-3, images=(str(captioned / "images"),))
+    folder = pretrain(config)
+    grid, words = (list(losses(folder, key).values()) for key in ("grid", "words"))
+    assert sum(grid[-5:]) < 0.8 * sum(grid[:5])
+    assert sum(words[-5:]) < sum(words[:5])
+    encoder = create_encoder(f"local-dir:{folder}")
+    fresh = create_encoder("lookupvit_tiny_patch16_224", depth=2)
+    images = torch.randn(1, 3, 64, 64)
+    assert encoder.forward_tokens(images, (3, 3)).shape == (1, 10, 192)
+    assert not torch.equal(encoder.pos_lookup, fresh.pos_lookup)
+
+
+def test_pretraining_resumes_exactly(captioned, teacher, tmp_path):
+    config = distil(captioned, tmp_path / "whole", teacher, steps=6, save_minutes=0, early_share=0.5, early_size=48)
+    pretrain(config)
+    pretrain(replace(config, output=tmp_path / "broken"))
+    (tmp_path / "broken" / "log.jsonl").unlink()
+    (tmp_path / "broken" / "checkpoints" / "step_00000006" / "progress.json").unlink()
+    pretrain(replace(config, output=tmp_path / "broken"))
+    resumed = losses(tmp_path / "broken", "grid")
+    assert list(resumed) == [6]
+    assert resumed[6] == losses(tmp_path / "whole", "grid")[6]
+
+
+def test_a_teacher_that_does_not_fit_is_named(captioned, teacher, tmp_path):
+    for change, message in (
+        ({"num_classes": 9}, "does not fit resnet10t with 9 classes"),
+        ({"name": "resnet18"}, "does not fit|lacks weights"),
+        ({"checkpoint": tmp_path / "gone.safetensors"}, "no teacher weights at"),
+        ({"name": "resnet_of_nobody"}, "no teacher named"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            pretrain(distil(captioned, tmp_path / "run", replace(teacher, **change)))
+    junk = tmp_path / "junk.safetensors"
+    junk.write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        pretrain(distil(captioned, tmp_path / "run", replace(teacher, checkpoint=junk)))
+
+
+def test_a_checkpoint_of_another_model_or_number_of_processes_is_refused(captioned, tmp_path):
+    config = debug(captioned, tmp_path, epochs=1)
+    train(config)
+    wider = replace(config, model=replace(config.model, width=32))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        train(wider)
+    progress = next(tmp_path.glob("checkpoints/*/progress.json"))
+    progress.write_text(progress.read_text().replace('"processes": 1', '"processes": 4'))
+    with pytest.raises(ValueError, match="saved by 4 processes, this run has 1; launch with --num_processes 4"):
+        train(config)
