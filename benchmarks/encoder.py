@@ -18,7 +18,7 @@ import tyro
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import captioner.encoders  # registers LookupViT with timm
+from captioner.encoders import Grid  # importing the package registers LookupViT with timm
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Settings:
     """Variant: tiny, small, base or large."""
 
 
-def build(settings: Settings, size: int) -> dict[str, tuple[nn.Module, tuple]]:
+def build(settings: Settings, size: int) -> dict[str, tuple[nn.Module, tuple[Grid, ...]]]:
     """Build the models of one picture size, by name, each with the arguments of its forward beside the pixels."""
     name = f"{settings.scale}_patch16_224"
     models = {f"ViT-{settings.scale}": (timm.create_model(f"vit_{name}", num_classes=0, img_size=size), ())}
@@ -85,7 +85,8 @@ def main() -> None:
     """Measure every size."""
     settings = tyro.cli(Settings, description=__doc__)
     threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {settings.device}, {platform.machine()}, {threads} threads, batch {settings.batch}")
+    machine = f"{settings.device}, {platform.machine()}, {threads} threads"
+    print(f"torch {torch.__version__}, {machine}, batch {settings.batch}")
     for size in settings.sizes:
         measure(settings, size)
 

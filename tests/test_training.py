@@ -108,6 +108,16 @@ def test_checkpoints_leave_the_frozen_encoder_out(captioned, tmp_path):
     assert [key for key in keys if key.startswith("decoder.")]
 
 
+def test_half_precision_halves_the_saved_model(captioned, tmp_path):
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        best = train(debug(captioned, tmp_path / dtype, epochs=1, save_dtype=dtype))
+        sizes[dtype] = (best / "model.safetensors").stat().st_size
+        model = captioner.load(best).model
+        assert model.decoder.lm_head.weight is model.decoder.transformer.wte.weight
+    assert sizes["float16"] == pytest.approx(sizes["float32"] / 2, rel=0.01)
+
+
 def test_accumulation_does_not_change_the_loss(captioned, tmp_path):
     for name, batch, accumulation in (("one", 8, 1), ("four", 2, 4)):
         train(debug(captioned, tmp_path / name, epochs=1, batch_size=batch, accumulation=accumulation))
@@ -168,8 +178,8 @@ def distil(captioned, output, teacher, **kwargs):
 
 
 def test_pretraining_distils_and_exports(captioned, teacher, tmp_path):
-    config = distil(captioned, tmp_path / "run", teacher, steps=30, learning_rate=3e-3, images=(str(captioned / "images"),))
-    folder = pretrain(config)
+    config = distil(captioned, tmp_path / "run", teacher, steps=30, images=(str(captioned / "images"),))
+    folder = pretrain(replace(config, learning_rate=3e-3))
     grid, words = (list(losses(folder, key).values()) for key in ("grid", "words"))
     assert sum(grid[-5:]) < 0.8 * sum(grid[:5])
     assert sum(words[-5:]) < sum(words[:5])

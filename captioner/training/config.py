@@ -140,6 +140,8 @@ class ModelConfig:
     """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, or `hf-hub:OWNER/NAME`."""
     grid: str | None = None
     """Compressed grid such as `5x5`; `None` for the encoder's own (LookupViT: 5x5; other models: all their tokens)."""
+    image_size: int | None = None
+    """Side of the picture in pixels; `None` for the encoder's own."""
     crop_mode: Literal["squash", "center", "border"] = "squash"
     """How a picture becomes a square: squashed whole, its centre cropped, or padded."""
     fusion: Literal["prefix", "cross_attention"] = "prefix"
@@ -209,6 +211,8 @@ class TrainConfig:
     patience: int | None = 5
     """Validations without a better CIDEr after which training stops; `None` never stops early."""
 
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the weights in `output/best`; half precision halves the file."""
     log_every: int = 20
     """Optimiser steps between log lines."""
     trackers: tuple[str, ...] = ()

@@ -72,6 +72,8 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         except (OSError, ValueError) as error:
             raise ValueError(f"no decoder at '{config.decoder}': {str(error).splitlines()[0]}") from None
     image = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
+    if config.image_size is not None:
+        image["input_size"] = (3, config.image_size, config.image_size)
     image |= {"crop_mode": config.crop_mode, "crop_pct": 1.0 if config.crop_mode != "center" else cfg["crop_pct"]}
     processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
     model_config = CaptionerConfig(
@@ -188,7 +190,7 @@ def train(config: TrainConfig) -> Path:
             progress["stale"] += 1
             if record["CIDEr"] > progress["best"]:
                 progress |= {"best": record["CIDEr"], "stale": 0}
-                save_model(accelerator, model, processor, config.output / "best")
+                save_model(accelerator, model, processor, config)
         if evaluated or time.monotonic() - saved > 60 * config.save_minutes:
             save_checkpoint(accelerator, checkpoints, step, progress)
             saved = time.monotonic()
@@ -284,13 +286,19 @@ def leave_encoder_out(models: list[nn.Module], weights: list[dict], folder: str)
             del state[key]
 
 
-def save_model(accelerator: Accelerator, model: CaptionerModel, processor: CaptionerProcessor, folder: Path) -> None:
-    """Write a model and its processor, whole or not at all: under a temporary name first."""
+def save_model(
+    accelerator: Accelerator, model: CaptionerModel, processor: CaptionerProcessor, config: TrainConfig
+) -> None:
+    """Write a model and its processor to `output/best`, whole or not at all: under a temporary name first."""
+    folder = config.output / "best"
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        dtype = getattr(torch, config.save_dtype)
+        cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+        state = {k: cast.setdefault(v.data_ptr(), v.to(dtype)) for k, v in model.state_dict().items()}
         temporary = folder.with_name(f".{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state)
         processor.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
