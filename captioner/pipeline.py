@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Pipeline
 
+import captioner
 from captioner.encoders import Grid
 from captioner.images import ImageError, ImageSource
 from captioner.modeling import CaptionerModel
@@ -118,6 +119,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     Raises:
         ValueError: the folder or repository holds no captioner.
     """
+    captioner.register()  # else transformers finds the model's type unknown, and says so
     source = str(model if model is not None else DEFAULT_WEIGHTS)
     local = Path(source).exists()
     if local and not (Path(source) / "config.json").is_file():

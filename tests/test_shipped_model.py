@@ -1,0 +1,39 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import captioner
+from captioner.pipeline import DEFAULT_WEIGHTS
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_the_weights_are_small_half_precision_and_safetensors_alone():
+    files = [path for path in DEFAULT_WEIGHTS.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 60 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".md", ".safetensors"}
+    with safe_open(DEFAULT_WEIGHTS / "model.safetensors", "pt") as file:
+        assert {str(file.get_slice(key).get_dtype()) for key in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_pictures_are_captioned_at_every_grid():
+    model = captioner.load()
+    picture = EXAMPLES / "cat.jpg"
+    for grid in (None, (3, 3), (5, 5), (7, 7), (10, 10)):
+        [result] = model.stream([picture], grid=grid)
+        assert result.error is None
+        assert len(result.caption.split()) >= 3
+        assert result.logprob < 0
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme(tmp_path):
+    command = [sys.executable, "-m", "captioner.cli", "caption", str(EXAMPLES)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [Path(path).name for path, _ in lines] == ["astronaut.jpg", "cat.jpg", "coffee.jpg", "rocket.jpg"]
+    assert all(len(caption.split()) >= 3 for _, caption in lines)
