@@ -1,6 +1,6 @@
 """What LookupViT saves over a plain ViT of the same width, depth and heads: FLOPs and speed, in one run.
 
-    python benchmarks/encoder.py [--sizes 224 448] [--grids 3 5 7 10] [--batch 8] [--repeats 5] [--device cpu]
+    python benchmarks/encoder.py [--sizes 224 448] [--grids 3 5 7 10] [--batch 32] [--repeats 5] [--device cpu]
 
 One GFLOP is 10^9 multiplications and additions, counted by torch for one picture through the whole encoder, patch
 embedding included. Every model is timed in turn, `repeats` times over, and its median taken, so that a change of the
@@ -29,7 +29,7 @@ class Settings:
     """Sides of the picture in pixels."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
     """Compressed grids."""
-    batch: int = 8
+    batch: int = 32
     """Pictures per forward."""
     repeats: int = 5
     """Timed rounds."""
