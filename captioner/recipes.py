@@ -6,7 +6,8 @@ docstring gives its command, how long it takes, and the score it measured.
 
 from pathlib import Path
 
-from captioner.training.config import DataConfig, ModelConfig, PretrainConfig, TeacherConfig, TrainConfig
+from captioner.training.config import DataConfig, ModelConfig, TrainConfig
+from captioner.training.encoder_config import PretrainConfig, TeacherConfig
 
 
 def debug() -> TrainConfig:

@@ -15,7 +15,8 @@ import captioner
 from captioner import recipes
 from captioner.encoders import create_encoder
 from captioner.evaluation import evaluate
-from captioner.training.config import DataConfig, EvaluateConfig, TeacherConfig
+from captioner.training.config import DataConfig, EvaluateConfig
+from captioner.training.encoder_config import TeacherConfig
 from captioner.training.decoder import train
 from captioner.training.encoder import pretrain
 

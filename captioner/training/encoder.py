@@ -22,7 +22,8 @@ from captioner.data.captions import read_captions
 from captioner.data.views import CaptionWords, ViewStream, list_images
 from captioner.encoders import TokenEncoder, create_encoder
 from captioner.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from captioner.training.config import PretrainConfig, save_config
+from captioner.training.config import save_config
+from captioner.training.encoder_config import PretrainConfig
 from captioner.training.teachers import Teacher
 
 logger = logging.getLogger(__name__)

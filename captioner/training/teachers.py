@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from captioner.training.config import TeacherConfig
+from captioner.training.encoder_config import TeacherConfig
 
 logger = logging.getLogger(__name__)
 
