@@ -16,9 +16,9 @@ from captioner import recipes
 from captioner.encoders import create_encoder
 from captioner.evaluation import evaluate
 from captioner.training.config import DataConfig, EvaluateConfig
-from captioner.training.encoder_config import TeacherConfig
 from captioner.training.decoder import train
 from captioner.training.encoder import pretrain
+from captioner.training.encoder_config import TeacherConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 ROOT = Path(__file__).parents[1]
