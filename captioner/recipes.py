@@ -4,6 +4,7 @@
 docstring gives its command, how long it takes, and the score it measured.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from captioner.training.config import DataConfig, ModelConfig, TrainConfig
@@ -55,39 +56,91 @@ def coco() -> TrainConfig:
 def pretrain_debug() -> PretrainConfig:
     """Smallest pretraining run; under a minute on a CPU.
 
-    captioner pretrain debug --images DIR --teacher.name resnet18
+    captioner pretrain debug --images DIR
     """
     return PretrainConfig(
         output=Path("runs/pretrain_debug"),
         encoder="lookupvit_tiny_patch16_224",
         encoder_options={"depth": 2},
+        teachers=(TeacherConfig("resnet18"),),
         grids=(2, 3),
         image_size=64,
+        store_size=64,
+        views=2,
         steps=4,
         batch_size=4,
-        workers=0,
         log_every=1,
     )
 
 
-def lookupvit_tiny_distill_cpu() -> PretrainConfig:
-    """Distil LookupViT-Ti from a teacher on a CPU.
+IMAGENET_TEACHER = TeacherConfig("mobilenetv2_100", num_classes=1001, options={"pad_type": "same"})
+"""MobileNetV2 with a background class, as TensorFlow's are."""
 
-    captioner pretrain lookupvit_tiny_distill_cpu --images DIR ... --captions flickr8k --teacher.checkpoint FILE
+COCO_TEACHER = TeacherConfig(
+    "yolox_nano.onnx",
+    kind="onnx",
+    image_size=416,
+    mean=(0.0, 0.0, 0.0),
+    std=(1 / 255, 1 / 255, 1 / 255),
+    channel_order="bgr",
+    maps=("map_stride8", "map_stride16", "map_stride32"),
+    map_classes="5:85",
+    map_objectness=4,
+)
+"""YOLOX, a detector of COCO's 80 classes: it knows people, whom ImageNet has no class for."""
+
+
+def lookupvit_small_distill() -> PretrainConfig:
+    """Distil LookupViT-S from an ImageNet classifier and a COCO detector on one big GPU. Not run yet: needs a GPU.
+
+    captioner pretrain lookupvit_small_distill --images 'pretrain/*_train*.parquet' ... --captions flickr8k \\
+        --teachers.0.checkpoint mobilenetv2.safetensors --teachers.1.name yolox_nano.onnx
+    """
+    return PretrainConfig(
+        output=Path("runs/lookupvit_small_distill"),
+        encoder_options={"drop_path_rate": 0.05},
+        teachers=(replace(IMAGENET_TEACHER, image_size=224), COCO_TEACHER),
+        captions_repeat=4,
+        early_share=0.7,
+        steps=12_000,
+        batch_size=1024,
+        learning_rate=2e-3,
+        ema=0.9998,
+        compile=True,
+        workers=16,
+    )
+
+
+def lookupvit_tiny_distill_cpu() -> PretrainConfig:
+    """Distil a shallow LookupViT-Ti from an ImageNet classifier on two CPU cores; about 75 minutes.
+
+    captioner pretrain lookupvit_tiny_distill_cpu --images pretrain/imagenette_2500.parquet ... --captions flickr8k \\
+        --teachers.0.checkpoint mobilenetv2.safetensors
     """
     return PretrainConfig(
         output=Path("runs/lookupvit_tiny_distill_cpu"),
         encoder="lookupvit_tiny_patch16_224",
         encoder_options={"depth": 6},
-        teacher=TeacherConfig("mobilenetv2_100", num_classes=1001, options={"pad_type": "same"}),
+        teachers=(IMAGENET_TEACHER,),
         captions_repeat=2,
-        early_share=0.85,
-        steps=2500,
-        batch_size=32,
-        learning_rate=4e-4,
-        workers=1,
+        grids=(3, 5, 5, 5, 7, 10),
+        image_size=160,
+        early_size=112,
+        early_share=0.8,
+        store_size=192,
+        views=3,
+        steps=1750,
+        batch_size=256,
+        optimizer="muon",
+        learning_rate=0.01,
+        mixed_precision="bf16",
+        workers=2,
     )
 
 
 TRAIN = {"debug": debug, "flickr8k": flickr8k, "coco": coco}
-PRETRAIN = {"debug": pretrain_debug, "lookupvit_tiny_distill_cpu": lookupvit_tiny_distill_cpu}
+PRETRAIN = {
+    "debug": pretrain_debug,
+    "lookupvit_small_distill": lookupvit_small_distill,
+    "lookupvit_tiny_distill_cpu": lookupvit_tiny_distill_cpu,
+}

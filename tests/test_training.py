@@ -6,19 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import captioner
 from captioner import recipes
-from captioner.encoders import create_encoder
 from captioner.evaluation import evaluate
 from captioner.training.config import DataConfig, EvaluateConfig
 from captioner.training.decoder import train
-from captioner.training.encoder import pretrain
-from captioner.training.encoder_config import TeacherConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 ROOT = Path(__file__).parents[1]
@@ -163,59 +157,6 @@ def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path):
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["corpus"]["CIDEr"] == scores["CIDEr"]
     assert {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"} <= set(saved["corpus"])
-
-
-@pytest.fixture
-def teacher(tmp_path) -> TeacherConfig:
-    """A small random teacher, saved as safetensors."""
-    torch.manual_seed(0)
-    save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "teacher.safetensors")
-    return TeacherConfig("resnet10t", tmp_path / "teacher.safetensors", num_classes=7)
-
-
-def distil(captioned, output, teacher, **kwargs):
-    config = recipes.pretrain_debug()
-    return replace(config, output=output, teacher=teacher, captions=str(captioned), num_words=20, **kwargs)
-
-
-def test_pretraining_distils_and_exports(captioned, teacher, tmp_path):
-    config = distil(captioned, tmp_path / "run", teacher, steps=30, images=(str(captioned / "images"),))
-    folder = pretrain(replace(config, learning_rate=3e-3))
-    grid, words = (list(losses(folder, key).values()) for key in ("grid", "words"))
-    assert sum(grid[-5:]) < 0.8 * sum(grid[:5])
-    assert sum(words[-5:]) < sum(words[:5])
-    encoder = create_encoder(f"local-dir:{folder}")
-    fresh = create_encoder("lookupvit_tiny_patch16_224", depth=2)
-    images = torch.randn(1, 3, 64, 64)
-    assert encoder.forward_tokens(images, (3, 3)).shape == (1, 10, 192)
-    assert not torch.equal(encoder.pos_lookup, fresh.pos_lookup)
-
-
-def test_pretraining_resumes_exactly(captioned, teacher, tmp_path):
-    config = distil(captioned, tmp_path / "whole", teacher, steps=6, save_minutes=0, early_share=0.5, early_size=48)
-    pretrain(config)
-    pretrain(replace(config, output=tmp_path / "broken"))
-    (tmp_path / "broken" / "log.jsonl").unlink()
-    (tmp_path / "broken" / "checkpoints" / "step_00000006" / "progress.json").unlink()
-    pretrain(replace(config, output=tmp_path / "broken"))
-    resumed = losses(tmp_path / "broken", "grid")
-    assert list(resumed) == [6]
-    assert resumed[6] == losses(tmp_path / "whole", "grid")[6]
-
-
-def test_a_teacher_that_does_not_fit_is_named(captioned, teacher, tmp_path):
-    for change, message in (
-        ({"num_classes": 9}, "does not fit resnet10t with 9 classes"),
-        ({"name": "resnet18"}, "does not fit|lacks weights"),
-        ({"checkpoint": tmp_path / "gone.safetensors"}, "no teacher weights at"),
-        ({"name": "resnet_of_nobody"}, "no teacher named"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            pretrain(distil(captioned, tmp_path / "run", replace(teacher, **change)))
-    junk = tmp_path / "junk.safetensors"
-    junk.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        pretrain(distil(captioned, tmp_path / "run", replace(teacher, checkpoint=junk)))
 
 
 def test_a_checkpoint_of_another_model_or_number_of_processes_is_refused(captioned, tmp_path):

@@ -1,116 +1,104 @@
-"""Random views of pictures for pretraining, and the words of captions as labels."""
+"""Random views of pictures: which comes when, drawn from a seed, and cut on the device the pictures are on.
 
-import glob
-import re
-from collections import Counter
+Letters: B batch, R side of a stored square, S side of a view, both in pixels.
+"""
+
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import torch
-from torchvision.transforms import v2
+import torch.nn.functional as F
 
-from captioner.data.stream import SeededStream
-from captioner.images import SUFFIXES, open_image
-
-
-def list_images(source: str) -> Sequence:
-    """List the pictures of a source: a folder (searched through) or parquet files, by a path or a glob.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a parquet file is unreadable or has no column `image`.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not found:
-            raise FileNotFoundError(f"no pictures in the folder '{source}'")
-        return found
-    files = sorted(glob.glob(source))
-    if not files:
-        raise FileNotFoundError(f"no images at '{source}': neither a folder nor a file")
-    import datasets
-
-    try:
-        table = datasets.load_dataset("parquet", data_files=files, split="train")
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise ValueError(f"'{source}' is not readable parquet: {error}") from None
-    if "image" not in table.column_names:
-        raise ValueError(f"'{source}' has no column 'image', only {', '.join(table.column_names)}")
-    return table.cast_column("image", datasets.Image(decode=False))["image"]
+JITTER = 0.2
+"""Most by which brightness, contrast and saturation change, relative."""
 
 
-class CaptionWords:
-    """The words of captions as labels: for each image, the share of its captions in which a word occurs.
+class ViewOrder:
+    """Which view of which picture comes at each position of an endless run; the position alone decides.
 
-    Predicting them needs no decoder and points an encoder at what people talk about (Joulin et al., ECCV 2016).
-    """
-
-    def __init__(self, captions: Sequence[list[str]], size: int):
-        per_image = [Counter(w for c in group for w in set(re.findall(r"[a-z]+", c.lower()))) for group in captions]
-        frequency = Counter(word for words in per_image for word in words)
-        self.words = [word for word, _ in sorted(frequency.items(), key=lambda item: (-item[1], item[0]))[:size]]
-        index = {word: i for i, word in enumerate(self.words)}
-        self.targets = np.zeros((len(captions), len(self.words)), np.float32)
-        for row, (words, group) in enumerate(zip(per_image, captions, strict=True)):
-            for word, count in words.items():
-                if word in index:
-                    self.targets[row, index[word]] = count / len(group)
-
-    @property
-    def prior(self) -> np.ndarray:
-        """Mean target of each word, (words,)."""
-        return self.targets.mean(0)
-
-
-def random_view(size: int, min_crop: float) -> v2.Transform:
-    """Make the random crop, flip and colour change that produce a view (3, size, size)."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(min_crop, 1.0), ratio=(0.8, 1.25), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(0.2, 0.2, 0.2),
-        ]
-    )
-
-
-class ViewStream(SeededStream):
-    """Random views of pictures from several sources.
-
-    Each item holds `pixels` (3, size, size) uint8 and `row`, the row of the picture's word targets or -1.
+    Epoch after epoch, every picture comes in a fresh order. So a job shards by position, and resumes at any.
 
     Args:
-        sources: lists of pictures, as `list_images` returns them.
-        size: side of a view in pixels.
-        min_crop: least share of the picture's area in a view.
-        seed: decides order and views.
-        rows: pictures of the first source with word targets; the source may repeat them.
-        early_size: side of the first `early_items` views.
-        early_items: number of views that come in the early size.
+        groups: rows of the pictures of each source.
+        repeats: how often each source's pictures come in an epoch.
+        seed: decides the order.
+        versions: number of distinct views of a picture, taken in turn; `None` for a new one every time.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Sequence],
-        size: int,
-        min_crop: float,
-        seed: int,
-        rows: int = 0,
-        early_size: int | None = None,
-        early_items: int = 0,
-    ):
-        super().__init__(sum(len(source) for source in sources), seed)
-        self.sources, self.rows, self.early_items = sources, rows, early_items
-        self.ends = np.cumsum([len(source) for source in sources])
-        self.late, self.early = (random_view(side, min_crop) for side in (size, early_size or size))
+    def __init__(self, groups: Sequence[np.ndarray], repeats: Sequence[int], seed: int, versions: int | None = None):
+        copies = [(np.tile(g, r), np.repeat(np.arange(r), len(g)), r) for g, r in zip(groups, repeats, strict=True)]
+        self.rows = np.concatenate([rows for rows, _, _ in copies])
+        self.turns = np.concatenate([turns for _, turns, _ in copies])
+        self.repeats = np.concatenate([np.full(len(rows), r) for rows, _, r in copies])
+        self.seed, self.versions = seed, versions
 
-    def load(self, number: int, i: int) -> dict:
-        """Open picture `number` and cut the view of position i from it."""
-        source = int(np.searchsorted(self.ends, number, side="right"))
-        place = number - (int(self.ends[source - 1]) if source else 0)
-        image = v2.functional.pil_to_tensor(open_image(self.sources[source][place]))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(self.generator(i).integers(2**62)))
-            pixels = (self.early if i < self.early_items else self.late)(image)
-        return {"pixels": pixels, "row": place % self.rows if self.rows and source == 0 else -1}
+    @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as the run
+    def shuffled(self, epoch: int) -> np.ndarray:
+        """Return the order of an epoch."""
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+
+    def views(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows (B,) and versions (B,) of the views at positions `start` to `start + count`."""
+        epochs, places = np.divmod(np.arange(start, start + count), len(self.rows))
+        picked = np.concatenate([self.shuffled(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+        versions = epochs * self.repeats[picked] + self.turns[picked]
+        return self.rows[picked], versions if self.versions is None else versions % self.versions
+
+
+def uniforms(seed: int, rows: np.ndarray, versions: np.ndarray, count: int) -> np.ndarray:
+    """Draw `count` numbers in [0, 1) for each view, the same ones for the same view, as (B, count).
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a hash of seed, picture and version.
+    """
+    state = np.full((len(rows), count), seed, np.uint64)
+    with np.errstate(over="ignore"):
+        for part in (rows[:, None], versions[:, None], np.arange(count)[None]):
+            state = (state ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+def draw_views(seed: int, rows: np.ndarray, versions: np.ndarray, min_crop: float) -> torch.Tensor:
+    """Draw a random resized crop, flip and colour change for each view.
+
+    As in Inception's augmentation (Szegedy et al., CVPR 2015): a rectangle of a share of the area in [min_crop, 1] and
+    an aspect ratio in [4/5, 5/4].
+
+    Args:
+        rows: picture of each view, (B,).
+        versions: version of each view, (B,); seed, picture and version decide all.
+        min_crop: least share of the picture's area.
+
+    Returns:
+        Parameters (B, 8): centre x and y, half width and height, in [-1, 1] coordinates of the square; flip (1 or -1);
+        factors of brightness, contrast and saturation.
+    """
+    area, ratio, x, y, flip, *colour = uniforms(seed, rows, versions, 8).T
+    area, ratio = min_crop + (1 - min_crop) * area, np.exp(math.log(1.25) * (2 * ratio - 1))
+    width, height = np.sqrt(area * ratio).clip(max=1), np.sqrt(area / ratio).clip(max=1)
+    x, y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
+    colour = [1 + JITTER * (2 * c - 1) for c in colour]
+    return torch.from_numpy(np.stack([x, y, width, height, np.where(flip < 0.5, 1, -1), *colour], 1).astype(np.float32))
+
+
+def whole_views(count: int) -> torch.Tensor:
+    """Return the parameters (count, 8) of views that show the whole, unchanged picture."""
+    return torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]).repeat(count, 1)
+
+
+def cut_views(squares: torch.Tensor, views: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut views (B, 8) out of uint8 squares (B, 3, R, R): pixels (B, 3, S, S) in [0, 1]."""
+    x, y, width, height, flip, brightness, contrast, saturation = views.to(squares.device).unbind(1)
+    zero = torch.zeros_like(x)
+    affine = torch.stack([torch.stack([flip * width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)  # (B, 2, 3)
+    places = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
+    pixels = F.grid_sample(squares.float() / 255, places, padding_mode="reflection", align_corners=False)
+    pixels = pixels * brightness.view(-1, 1, 1, 1)
+    mean = pixels.mean((1, 2, 3), keepdim=True)
+    pixels = mean + (pixels - mean) * contrast.view(-1, 1, 1, 1)
+    grey = pixels.mean(1, keepdim=True)
+    return (grey + (pixels - grey) * saturation.view(-1, 1, 1, 1)).clamp(0, 1)

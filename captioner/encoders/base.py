@@ -28,6 +28,11 @@ class TokenEncoder(nn.Module):
         """Count the tokens M that `forward_tokens` returns for an image of the encoder's own size."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: it must implement num_tokens")
 
+    @property
+    def timm_model(self) -> nn.Module:
+        """The model as timm knows it: what is exported."""
+        return self
+
     def freeze(self) -> "TokenEncoder":
         """Hold every parameter and running statistic still from now on, `train()` notwithstanding; returns self."""
         self.frozen = True

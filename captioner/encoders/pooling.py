@@ -31,6 +31,11 @@ class PooledEncoder(TokenEncoder):
 
     pretrained_cfg = default_cfg
 
+    @property
+    def timm_model(self) -> nn.Module:
+        """The wrapped model."""
+        return self.model
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Return the wrapped model's own features."""
         return self.model.forward_features(x)

@@ -1,8 +1,10 @@
-"""Encoder pretraining: a student learns what a teacher sees, and the words people use, from the same random view.
+"""Encoder pretraining: from class labels, from teachers that see the same view, and from the words of captions.
 
-Letters: B batch, g compressed grid side, D student width, C teacher channels, K teacher classes, V caption words.
+Pictures are decoded once (data/pictures.py); views are cut on the device (data/views.py); what teachers say about a
+view is kept where views repeat (training/targets.py); heads and losses are in training/distill.py.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -13,91 +15,28 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.data.mixup import Mixup, mixup_target
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
-from torch import nn
+from timm.utils import ModelEmaV3
 from transformers import get_cosine_schedule_with_warmup
 
 from captioner.data.captions import read_captions
-from captioner.data.views import CaptionWords, ViewStream, list_images
+from captioner.data.pictures import Source, open_source, store_pictures
+from captioner.data.views import ViewOrder, cut_views, draw_views
+from captioner.data.words import CaptionWords
 from captioner.encoders import TokenEncoder, create_encoder
+from captioner.encoders.from_vit import init_from_vit
 from captioner.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from captioner.training.config import save_config
+from captioner.training.decoder import pick_precision
+from captioner.training.distill import Student
 from captioner.training.encoder_config import PretrainConfig
-from captioner.training.teachers import Teacher
+from captioner.training.probe import probe_encoder
+from captioner.training.targets import Targets, TargetStore
+from captioner.training.teachers import create_teacher
 
 logger = logging.getLogger(__name__)
-
-
-class Distiller(nn.Module):
-    """The student with the heads it learns through; the heads are thrown away afterwards.
-
-    The class token predicts the teacher's class probabilities, its pooled feature and the caption words; each
-    compressed token predicts the teacher's feature map at its place. Teacher features are standardised per channel by
-    running statistics, so that every channel counts alike.
-    """
-
-    def __init__(self, encoder: TokenEncoder, teacher: Teacher, word_prior: np.ndarray | None = None):
-        super().__init__()
-        self.encoder, self.config = encoder, teacher.config
-        dim, channels = encoder.embed_dim, teacher.channels
-        cfg = encoder.default_cfg
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1))
-        self.grid_norm = nn.BatchNorm2d(channels, affine=False, momentum=0.02)
-        self.pooled_norm = nn.BatchNorm1d(channels, affine=False, momentum=0.02)
-        self.grid_head = nn.Linear(dim, channels)
-        self.pooled_head = nn.Linear(dim, channels)
-        self.logit_head = nn.Linear(dim, teacher.config.num_classes)
-        self.word_head = None
-        if word_prior is not None:
-            self.word_head = nn.Linear(dim, len(word_prior))
-            prior = torch.from_numpy(word_prior).clamp(1e-4, 1 - 1e-4)
-            self.word_head.bias.data.copy_(torch.logit(prior))
-
-    def forward(
-        self, pixels: torch.Tensor, grid: int, targets: dict[str, torch.Tensor], words: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Compare the student on views (B, 3, S, S) in [0, 1] with the teacher's outputs.
-
-        Args:
-            grid: side g of the compressed grid.
-            targets: what `Teacher.forward` returned for the same views.
-            words: share of captions with each word (B, V); rows of NaN have no captions.
-
-        Returns:
-            The losses, unweighted, as scalars: `grid`, `pooled`, `logits` and, with words, `words`.
-        """
-        tokens = self.encoder.forward_tokens((pixels - self.mean) / self.std, (grid, grid))  # (B, 1+g*g, D)
-        summary, places = tokens[:, 0], tokens[:, 1:]
-        wanted = self.grid_norm(targets["grid"].float())  # (B, C, h, w)
-        wanted = resize_map(wanted, grid).flatten(2).mT  # (B, g*g, C)
-        losses = {
-            "grid": F.smooth_l1_loss(self.grid_head(places).float(), wanted),
-            "pooled": F.smooth_l1_loss(self.pooled_head(summary).float(), self.pooled_norm(targets["pooled"].float())),
-            "logits": self.divergence(self.logit_head(summary).float(), targets["logits"].float()),
-        }
-        if self.word_head is not None:
-            known = ~words[:, 0].isnan()
-            loss = F.binary_cross_entropy_with_logits(
-                self.word_head(summary).float(), words.nan_to_num(), weight=known[:, None].float(), reduction="sum"
-            )
-            losses["words"] = loss / known.sum().clamp(min=1)
-        return losses
-
-    def divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Kullback-Leibler divergence of softened class distributions, both given as logits (B, K)."""
-        t = self.config.temperature
-        return (
-            F.kl_div((student / t).log_softmax(-1), (teacher / t).log_softmax(-1), None, None, "batchmean", True) * t**2
-        )
-
-
-def resize_map(feature_map: torch.Tensor, grid: int) -> torch.Tensor:
-    """Bring a map (B, C, h, w) to (B, C, g, g): averaged when it shrinks, bilinear when it grows."""
-    if grid <= min(feature_map.shape[-2:]):
-        return F.adaptive_avg_pool2d(feature_map, grid)
-    return F.interpolate(feature_map, size=(grid, grid), mode="bilinear")
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -106,99 +45,181 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         ValueError: no data, unknown names, a teacher that does not fit, or a loss that is not finite.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(mixed_precision=pick_precision(config.mixed_precision))
+    device, per_step = accelerator.device, config.batch_size * accelerator.num_processes
     set_seed(config.seed)
-    per_step = config.batch_size * accelerator.num_processes
-    stream, words = open_data(config, per_step)
-    teacher = Teacher(config.teacher).to(accelerator.device)
+    batches = Batches(config, accelerator)
     encoder = create_encoder(config.encoder, **config.encoder_options)
+    if config.init_from is not None:
+        init_from_vit(encoder, config.init_from)
+    words = batches.words.prior if batches.words else None
+    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
     if accelerator.is_main_process:
         save_config(config, config.output)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64  # a graph for each grid and size
+        student.look = torch.compile(student.look)
 
-    distiller = Distiller(encoder, teacher, words.prior if words else None)
-    optimizer = create_optimizer_v2(distiller, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizer = create_optimizer_v2(student, opt=config.optimizer, **options)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
-    distiller, optimizer = accelerator.prepare(distiller, optimizer)
-    accelerator.register_for_checkpointing(schedule)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    ema = ModelEmaV3(encoder, decay=config.ema, use_warmup=True) if config.ema else None
+    accelerator.register_for_checkpointing(schedule, *([ema] if ema else []))
 
     step, checkpoints = 0, config.output / "checkpoints"
     if config.resume and (found := list_checkpoints(checkpoints)):
         step = load_checkpoint(accelerator, found[-1])["step"]
         accelerator.print(f"resumed from {found[-1]}")
-    loader = stream.loader(step * per_step, config.steps * per_step, config.batch_size, config.workers)
-    loader = accelerator.prepare(loader)
-    weights = {
-        "grid": config.teacher.grid_weight,
-        "pooled": config.teacher.pooled_weight,
-        "logits": config.teacher.logit_weight,
-        "words": config.word_weight,
-    }
-    word_targets = torch.from_numpy(words.targets) if words else None
 
-    distiller.train()
-    start = saved = time.monotonic()
-    history: list[dict[str, float]] = []
-    for batch in loader:
-        grid = int(np.random.default_rng((config.seed, step)).choice(config.grids))  # the same in every process
-        pixels = batch["pixels"].float() / 255
-        targets = teacher(pixels)
+    student.train()
+    start = saved = began = time.monotonic()
+    parts: list[dict[str, torch.Tensor]] = []
+    while step < config.steps:
+        batch = batches.batch(step * per_step + accelerator.process_index * config.batch_size)
+        size = config.early_size if step < config.early_share * config.steps else config.image_size
+        pixels = batch.pop("pixels")
+        if size != pixels.shape[-1]:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
         with accelerator.autocast():
-            losses = distiller(pixels, grid, targets, select_words(word_targets, batch["row"]))
-        loss = sum(weights[name] * value for name, value in losses.items())
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {step}; lower --learning-rate and run again to resume")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(distiller.parameters(), config.clip)
+            losses = student(pixels, pick_grid(config, step, size), **batch)
+        accelerator.backward(losses["loss"])
+        accelerator.clip_grad_norm_(student.parameters(), config.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         step += 1
+        if ema:
+            ema.update(encoder, step)
+        parts.append({name: loss.detach() for name, loss in losses.items()})
 
-        history.append({name: value.item() for name, value in losses.items()})
         now = time.monotonic()
-        if step % config.log_every == 0 or step == config.steps:
-            means = {name: round(float(np.mean([h[name] for h in history])), 4) for name in history[0]}
-            rate = len(history) * per_step / max(now - start, 1e-9)
-            log(accelerator, config.output, {"step": step, **means, "images_per_s": round(rate, 1)})
-            history, start = [], now
-        stop = config.max_minutes is not None and now - saved > 60 * config.max_minutes
-        if stop or step == config.steps or now - saved > 60 * config.save_minutes:
+        stop = config.max_minutes is not None and now - began > 60 * config.max_minutes
+        save = stop or step == config.steps or now - saved > 60 * config.save_minutes
+        if save or step % config.log_every == 0:
+            means = {name: torch.stack([p[name] for p in parts]).mean().item() for name in parts[0]}
+            if not np.isfinite(means["loss"]):
+                raise ValueError(
+                    f"the loss is {means['loss']} at step {step}; lower --learning-rate and run again to resume"
+                )
+            rate = len(parts) * per_step / max(now - start, 1e-9)
+            log(accelerator, config.output, {"step": step, **means, "images_per_s": rate})
+            parts, start = [], now
+        if save:
             save_checkpoint(accelerator, checkpoints, step, {})
-            saved = now
+            saved = time.monotonic()
+        if stop:
+            break
+    final = ema.module if ema else encoder
     if accelerator.is_main_process:
-        export_encoder(accelerator.unwrap_model(distiller).encoder, config.encoder_options, config.output)
+        export_encoder(final, config.encoder_options, config.output)
+    if step == config.steps and config.probe_train and config.probe_val:
+        for record in probe_encoder(final, config, device):
+            log(accelerator, config.output, {"step": step, **record})
     accelerator.end_training()
     return config.output
 
 
-def open_data(config: PretrainConfig, per_step: int) -> tuple[ViewStream, CaptionWords | None]:
-    """Open all image sources as one stream of views, `per_step` of them a step, and the words of the captioned ones."""
-    sources, words, rows = [], None, 0
-    if config.captions is not None:
-        table = read_captions(config.captions, config.captions_split)
-        words, rows = CaptionWords(table["captions"][:], config.num_words), len(table)
-        sources.append([image for _ in range(config.captions_repeat) for image in table["image"][:]])
-    sources += [list_images(source) for source in config.images]
-    if not sources:
-        raise ValueError(
-            "nothing to train on: name folders or parquet files with --images, or captions with --captions"
-        )
-    early = int(config.early_share * config.steps) * per_step
-    sizes = {"size": config.image_size, "early_size": config.early_size, "early_items": early}
-    return ViewStream(sources, min_crop=config.min_crop, seed=config.seed, rows=rows, **sizes), words
+class Batches:
+    """Views with everything that is known about them: teachers' outputs, class labels, caption words.
+
+    Attributes:
+        store: the pictures.
+        words: caption words of the first pictures in the store, if there are captions.
+        shapes: shapes of each teacher's outputs.
+    """
+
+    def __init__(self, config: PretrainConfig, accelerator: Accelerator):
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        folder = config.store or config.output / "store"
+        sources, self.words, word_targets = [], None, None
+        if config.captions is not None:
+            table = read_captions(config.captions, config.captions_split)
+            self.words = CaptionWords(table["captions"][:], config.num_words)
+            word_targets = torch.from_numpy(self.words.targets).to(self.device)
+            name = f"{config.captions} {config.captions_split}"
+            sources.append(Source(name, [(image, None) for image in table["image"][:]], str(table["image_id"][:])))
+        sources += [open_source(name) for name in config.images]
+        if not sources:
+            raise ValueError("nothing to train on: name pictures with --images, or captions with --captions")
+        with accelerator.main_process_first():  # the others find them decoded
+            self.store = store_pictures(sources, config.store_size, folder, config.workers).to(self.device)
+        if config.label_weight > 0 and not self.store.classes:
+            raise ValueError("no picture has a class: give folders per class or a `label` column, or --label-weight 0")
+        self.word_targets = word_targets
+        repeats = [config.captions_repeat if config.captions and i == 0 else 1 for i in range(len(sources))]
+        groups = [np.arange(r.start, r.stop)[self.store.usable[r.start : r.stop]] for r in self.store.ranges]
+        self.order = ViewOrder(groups, repeats, config.seed, config.views)
+
+        self.teachers = [create_teacher(teacher).to(self.device) for teacher in config.teachers]
+        example = torch.zeros(2, 3, config.image_size, config.image_size, device=self.device)
+        self.shapes = [{k: tuple(v.shape[1:]) for k, v in teacher(example).items()} for teacher in self.teachers]
+        self.kept: list[TargetStore] = []
+        if config.views is not None:
+            view = (config.seed, config.image_size, config.min_crop, self.store.stamp)
+            for number, teacher in enumerate(config.teachers):
+                stamp = repr((view, dataclasses.replace(teacher, **dict.fromkeys(WEIGHTS, 0.0))))
+                place = folder / f"teacher_{number + 1}"
+                self.kept.append(TargetStore(place, stamp, len(self.store), config.views))
+        kinds = len(self.store.classes)
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            options = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix}
+            self.mixup = Mixup(**options, label_smoothing=config.label_smoothing, num_classes=kinds)
+
+    def batch(self, position: int) -> dict:
+        """Return the views from a position of the run on, as `Student.forward` wants them."""
+        config = self.config
+        rows, versions = self.order.views(position, config.batch_size)
+        index = torch.from_numpy(rows)
+        views = draw_views(config.seed, rows, versions, config.min_crop)
+        pixels = cut_views(self.store.batch(index, self.device), views, config.image_size)
+        labels = None
+        if config.label_weight > 0:
+            pixels, labels = self.soft_labels(pixels, self.store.labels[index].to(self.device))
+        targets = [self.ask(number, pixels, rows, versions) for number in range(len(self.teachers))]
+        words = None
+        if self.word_targets is not None:
+            rows_here = index.to(self.device)
+            words = self.word_targets[rows_here.clamp(max=len(self.word_targets) - 1)]
+            words = words.masked_fill((rows_here >= len(self.word_targets))[:, None], float("nan"))
+        return {"pixels": pixels, "targets": targets, "labels": labels, "words": words}
+
+    def ask(self, number: int, pixels: torch.Tensor, rows: np.ndarray, versions: np.ndarray) -> Targets:
+        """Return what a teacher says about views, from disk where it has been asked before."""
+        teacher = self.teachers[number]
+        with self.accelerator.autocast():
+            if not self.kept:
+                return teacher(pixels)
+            targets = self.kept[number].get(rows, versions, lambda places: teacher(pixels[places.to(pixels.device)]))
+        return {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
+
+    def soft_labels(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn class labels (B,) into probabilities (B, K), smoothed and mixed; rows without a label are zero."""
+        known = labels >= 0
+        labels = labels.clamp(min=0)
+        if self.mixup is None:
+            soft = mixup_target(labels, len(self.store.classes), 1.0, self.config.label_smoothing)
+        else:
+            pixels, soft = self.mixup(pixels, labels)
+            known = known & known.flip(0)  # a view is mixed with its opposite in the batch
+        return pixels, soft * known[:, None]
 
 
-def select_words(targets: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
-    """Pick the word targets (B, V) of a batch; NaN where a picture has no captions."""
-    if targets is None:
-        return None
-    picked = targets[rows.cpu().clamp(min=0)].to(rows.device)
-    return picked.masked_fill((rows < 0)[:, None], float("nan"))
+WEIGHTS = ("logit_weight", "pooled_weight", "grid_weight", "map_weight", "temperature")
+"""Settings of a teacher that its outputs do not depend on."""
+
+
+def pick_grid(config: PretrainConfig, step: int, size: int) -> int:
+    """Draw the compressed grid of a step, the same in every process; small views bound it by their patches."""
+    grid = int(np.random.default_rng((config.seed, step)).choice(config.grids))
+    return min(grid, size // 16)
 
 
 def log(accelerator: Accelerator, folder: Path, record: dict) -> None:
     """Print a record and append it to `log.jsonl`."""
     if accelerator.is_main_process:
+        record = {key: round(value, 4) if isinstance(value, float) else value for key, value in record.items()}
         print("  ".join(f"{key} {value}" for key, value in record.items()), flush=True)
         with (folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -206,4 +227,5 @@ def log(accelerator: Accelerator, folder: Path, record: dict) -> None:
 
 def export_encoder(encoder: TokenEncoder, options: dict, folder: Path) -> None:
     """Write the encoder as timm reads it: `create_encoder("local-dir:FOLDER", pretrained=True)`."""
-    save_for_hf(encoder, folder, model_config={"num_classes": 0}, model_args=options, safe_serialization=True)
+    settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}
+    save_for_hf(encoder.timm_model, folder, **settings)

@@ -7,35 +7,63 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A network whose outputs the student learns to predict; any timm model."""
+    """A frozen network whose outputs the student learns to predict."""
 
-    name: str
-    """timm name of the teacher."""
+    name: str = "resnet18"
+    """timm name, hub id or folder of a transformers vision model, or path of an ONNX file."""
+    kind: Literal["timm", "transformers", "onnx"] = "timm"
+    """Which of the three `name` is."""
     checkpoint: Path | None = None
-    """Local safetensors weights; without them timm's pretrained ones are taken from the hub."""
-    num_classes: int = 1000
-    """Classes of the teacher's classifier."""
+    """timm: local safetensors weights; without them timm's pretrained ones are taken from the hub."""
+    num_classes: int | None = None
+    """Classes of the teacher's classifier; `None` for what it has."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further keyword arguments of `timm.create_model`, such as `pad_type same`."""
+    """timm: further keyword arguments of `timm.create_model`, such as `pad_type same`."""
+
     image_size: int | None = None
     """Side in pixels at which the teacher sees the view; `None` for the view's own."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of the teacher's input, for pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Standard deviation of the teacher's input, for pixels in [0, 1]."""
-    grid_weight: float = 4.0
-    """Weight of the loss on the teacher's feature map, resized to the student's grid."""
-    pooled_weight: float = 1.0
-    """Weight of the loss on the teacher's pooled feature."""
+    """Standard deviation of the teacher's input, for pixels in [0, 1]; 1/255 each makes an input of 0 to 255."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """Order of the teacher's colour channels."""
+
+    nodes: dict[str, str] = field(default_factory=dict)
+    """ONNX: which output is the class `logits` (B, K), the `pooled` feature (B, C), the `grid` feature (B, C, h, w)."""
+    maps: tuple[str, ...] = ()
+    """ONNX: outputs (B, C, h, w) that hold class probabilities per cell; several scales are merged by their maximum."""
+    map_classes: str = ":"
+    """Channels of `maps` that are classes, FIRST:END, such as `5:85`."""
+    map_objectness: int | None = None
+    """Channel of `maps` that every class probability is multiplied with, as detectors have it."""
+    map_size: int = 10
+    """Side of the grid of cells to which `maps` are brought."""
+
     logit_weight: float = 0.2
-    """Weight of the loss on the teacher's class probabilities."""
+    """Weight of the loss on class probabilities (Kullback-Leibler divergence)."""
+    pooled_weight: float = 0.5
+    """Weight of the loss on the pooled feature (mean square of standardised channels)."""
+    grid_weight: float = 2.0
+    """Weight of the loss on the feature map, resized to the student's grid (mean square of standardised channels)."""
+    map_weight: float = 0.3
+    """Weight of the loss on class maps (binary cross-entropy summed over classes)."""
     temperature: float = 2.0
     """Softens both class distributions before they are compared."""
+
+    def __post_init__(self):
+        first, colon, end = self.map_classes.partition(":")
+        if not colon or not all(part.isdecimal() or not part for part in (first, end)):
+            raise ValueError(f"map_classes is '{self.map_classes}'; write FIRST:END, such as 5:85")
+        if unknown := set(self.nodes) - {"logits", "pooled", "grid"}:
+            raise ValueError(f"a teacher has no '{unknown.pop()}'; nodes may name logits, pooled and grid")
+        if self.kind == "onnx" and not self.nodes and not self.maps:
+            raise ValueError(f"say which outputs of '{self.name}' to learn from, with nodes or maps")
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Make an encoder: distil it from a teacher, and from the words of captions, over several compressed grids."""
+    """Make an encoder, from labels, from teachers and from the words of captions, over several compressed grids."""
 
     output: Path = Path("runs/pretrain")
     """Folder of the checkpoints, the log and the exported encoder."""
@@ -43,51 +71,80 @@ class PretrainConfig:
     """timm name of the student, or `local-dir:FOLDER` to go on from an exported encoder."""
     encoder_options: dict[str, int | float] = field(default_factory=dict)
     """Further keyword arguments of the encoder, such as `depth 6` or `drop_path_rate 0.1`."""
+    init_from: str | None = None
+    """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too)."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
-    """Compressed grids, one drawn per step, so that one set of weights serves all."""
+    """Compressed grids, one drawn per step, so that one set of weights serves all; a repeated one comes more often."""
     image_size: int = 224
-    """Side in pixels of the augmented view that student and teacher share."""
+    """Side in pixels of the augmented view that student and teachers share."""
     early_size: int = 160
-    """Side in pixels of the view early on: small views cost less, and most is learned on them."""
+    """Side in pixels at which the student sees the view early on: cheaper, and most is learned on small views."""
     early_share: float = 0.0
-    """Share of the steps that take views of `early_size`."""
+    """Share of the steps that take `early_size`."""
 
     images: tuple[str, ...] = ()
-    """Folders of images or parquet files (globs allowed); a source named twice counts twice."""
+    """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, by path or glob."""
     captions: str | None = None
     """Captioned images (see `captioner train --help`): their images are used, and their words are labels."""
     captions_repeat: int = 1
-    """How often the captioned images count in an epoch."""
+    """How often the captioned images come in an epoch."""
     captions_split: str = "train"
     """Split of the captioned images; never train on `val` or `test`."""
+    store: Path | None = None
+    """Folder of decoded pictures and teacher outputs, which runs may share; `None` for `output/store`."""
+    store_size: int = 256
+    """Side in pixels of a decoded picture; one takes 3 bytes a pixel of disk."""
+    views: int | None = None
+    """Distinct views of a picture, whose teacher outputs are kept on disk; `None` draws a fresh view every time."""
+    min_crop: float = 0.35
+    """Least share of the picture in a random crop."""
 
-    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig("mobilenetv2_100"))
+    teachers: tuple[TeacherConfig, ...] = ()
+    """Networks to distil from; none to learn from labels alone."""
+    label_weight: float = 0.0
+    """Weight of the cross-entropy on class labels, for pictures that have them."""
+    label_smoothing: float = 0.1
+    """Share of the label's probability spread over all classes."""
+    mixup: float = 0.0
+    """Alpha of mixup (labels only); teachers then see the mixed view too."""
+    cutmix: float = 0.0
+    """Alpha of cutmix, likewise."""
     num_words: int = 1000
     """Most frequent caption words to predict; used with `captions`."""
     word_weight: float = 0.03
     """Weight of the loss on caption words (binary cross-entropy, summed over words)."""
-    min_crop: float = 0.4
-    """Least share of the picture in a random crop."""
 
     steps: int = 10_000
     """Optimiser steps in all."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Images per step and process."""
+    optimizer: str = "adamw"
+    """timm name of the optimiser."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.05
     """Decay of matrices; norms, biases and embeddings are left undecayed."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
     clip: float = 1.0
     """Largest gradient norm."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the student's and teacher's forward."""
-    workers: int = 2
-    """Data loading processes per training process."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then probed and exported; 0 for none."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of student and teachers; `auto` takes bf16 on GPUs that have it."""
+    compile: bool = False
+    """Compile the student with `torch.compile`."""
+    workers: int = 4
+    """Threads that decode pictures."""
     seed: int = 0
     """Seed of weights, data order, views and grids."""
 
+    probe_train: str | None = None
+    """Labelled pictures (as `images`) on which, at the end, a linear probe is fitted for each grid."""
+    probe_val: str | None = None
+    """Labelled pictures whose share classified right by the probe is reported."""
+    probe_pictures: int = 10_000
+    """Pictures the probe is fitted on, at most."""
     log_every: int = 50
     """Steps between log lines."""
     save_minutes: float = 5.0
@@ -100,3 +157,7 @@ class PretrainConfig:
     def __post_init__(self):
         if min(self.grids) < 1:
             raise ValueError(f"grids are positive, not {self.grids}")
+        if (self.mixup or self.cutmix) and self.views is not None:
+            raise ValueError("mixup and cutmix make a new view every time: leave --views unset, or both at 0")
+        if self.store_size < self.image_size * 0.5:
+            raise ValueError(f"pictures stored at {self.store_size} px are too small for views of {self.image_size} px")

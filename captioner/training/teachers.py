@@ -1,6 +1,7 @@
-"""Teachers: frozen networks whose class probabilities, pooled features and feature maps a student predicts."""
+"""Teachers: frozen networks, of timm, of transformers or in an ONNX file, whose outputs a student predicts.
 
-import logging
+Letters: B batch, S side of a view, K teacher classes, C teacher channels, (h, w) the teacher's map.
+"""
 
 import timm
 import torch
@@ -10,30 +11,55 @@ from safetensors.torch import load_file
 from torch import nn
 
 from captioner.training.encoder_config import TeacherConfig
-
-logger = logging.getLogger(__name__)
+from captioner.training.targets import Targets
 
 
 class Teacher(nn.Module):
-    """A frozen timm model; `forward` returns `logits` (B, K), `pooled` (B, C) and `grid` (B, C, h, w)."""
+    """Base of all teachers: prepares the view, then asks the network.
+
+    `forward` returns what the network has of `logits` (B, K), `pooled` (B, C), `grid` (B, C, h, w) and `maps`
+    (B, K, h, w), the last being class probabilities per cell.
+    """
 
     def __init__(self, config: TeacherConfig):
         super().__init__()
         self.config = config
-        options = {"num_classes": config.num_classes, **config.options}
-        if not timm.is_model(config.name):
-            raise ValueError(f"no teacher named '{config.name}' in timm")
-        self.model = timm.create_model(config.name, pretrained=config.checkpoint is None, **options)
-        if config.checkpoint is not None:
-            self._load()
-        self.model.requires_grad_(False)
-        self.channels = self.model.num_features
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1))
-        self.eval()
 
-    def _load(self) -> None:
-        path = self.config.checkpoint
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def look(self, pixels: torch.Tensor) -> Targets:
+        """Ask the network about prepared pixels (B, 3, S, S)."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: it must implement look")
+
+    @torch.no_grad()
+    def forward(self, pixels: torch.Tensor) -> Targets:
+        """Look at views (B, 3, S, S) with RGB pixels in [0, 1]."""
+        size = self.config.image_size
+        if size is not None and pixels.shape[-1] != size:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+        if self.config.channel_order == "bgr":
+            pixels = pixels.flip(1)
+        return self.look((pixels - self.mean) / self.std)
+
+
+class TimmTeacher(Teacher):
+    """Any timm classifier or feature extractor."""
+
+    def __init__(self, config: TeacherConfig):
+        super().__init__(config)
+        if not timm.is_model(config.name.split(".")[0]):
+            raise ValueError(f"no teacher named '{config.name}' in timm")
+        options = dict(config.options) | ({} if config.num_classes is None else {"num_classes": config.num_classes})
+        self.model = timm.create_model(config.name, pretrained=config.checkpoint is None, **options)
+        if config.checkpoint is not None:
+            self.load(config.checkpoint)
+
+    def load(self, path) -> None:
+        """Load local weights; where batch norm was folded into the convolutions, it stays the identity."""
         try:
             weights = load_file(path)
         except FileNotFoundError:
@@ -41,41 +67,117 @@ class Teacher(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"'{path}' is not a safetensors file: {error}") from None
         own = self.model.state_dict()
-        wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
-        if wrong:
+        if wrong := [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]:
             raise ValueError(
-                f"'{path}' does not fit {self.config.name} with {self.config.num_classes} classes: "
-                f"'{wrong[0]}' differs; check --teacher.name and --teacher.num-classes"
+                f"'{path}' does not fit {self.config.name} with {self.model.num_classes} classes: "
+                f"'{wrong[0]}' differs; check the teacher's name and num-classes"
             )
-        # weights exported with batch norm folded into the convolutions lack it: it then stays the identity
+        norms = nn.modules.batchnorm._BatchNorm
         missing = [
-            k for k in own if k not in weights and not isinstance(self._owner(k), nn.modules.batchnorm._BatchNorm)
+            k for k in own if k not in weights and not isinstance(self.model.get_submodule(k.rpartition(".")[0]), norms)
         ]
         if missing:
-            raise ValueError(
-                f"'{path}' lacks weights of {self.config.name}: '{missing[0]}' and {len(missing) - 1} more"
-            )
+            raise ValueError(f"'{path}' lacks weights of {self.config.name}: '{missing[0]}', {len(missing)} in all")
         self.model.load_state_dict(weights, strict=False)
 
-    def _owner(self, key: str) -> nn.Module:
-        return self.model.get_submodule(key.rpartition(".")[0])
-
-    def train(self, mode: bool = True) -> "Teacher":
-        """Stay in eval mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Look at views (B, 3, S, S) with pixels in [0, 1]."""
-        size = self.config.image_size
-        if size is not None and pixels.shape[-1] != size:
-            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-        features = self.model.forward_features((pixels - self.mean) / self.std)
+    def look(self, pixels: torch.Tensor) -> Targets:
+        """Return logits (if there are classes), pooled features and the feature map."""
+        features = self.model.forward_features(pixels)
         pooled = self.model.forward_head(features, pre_logits=True)
-        logits = self.model.get_classifier()(pooled)
-        if features.ndim == 3:  # a ViT: drop class and register tokens, lay the patches out
-            patches = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
-            features = patches.mT.unflatten(-1, (int(patches.shape[1] ** 0.5), -1))
+        targets = {"pooled": pooled}
+        if self.model.num_classes:
+            targets["logits"] = self.model.get_classifier()(pooled)
+        if features.ndim == 3:  # a ViT
+            features = lay_out(features, getattr(self.model, "num_prefix_tokens", 0))
         elif getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             features = features.movedim(-1, 1)
-        return {"logits": logits, "pooled": pooled, "grid": features}
+        return targets | {"grid": features}
+
+
+class TransformersTeacher(Teacher):
+    """Any vision model that `transformers.AutoModel` loads: DINOv2, CLIP's or SigLIP's vision tower, Swin, ..."""
+
+    def __init__(self, config: TeacherConfig):
+        super().__init__(config)
+        from transformers import AutoModel
+
+        try:
+            model = AutoModel.from_pretrained(config.name, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no teacher at '{config.name}': {str(error).splitlines()[0]}") from None
+        self.model = getattr(model, "vision_model", model)  # of an image-text model, the image half
+
+    def look(self, pixels: torch.Tensor) -> Targets:
+        """Return the feature map, and the pooled feature where the model has one (else the map's mean)."""
+        output = self.model(pixel_values=pixels)
+        features = output.last_hidden_state
+        if features.ndim == 3:
+            features = lay_out(features, features.shape[1] - int(features.shape[1] ** 0.5) ** 2)
+        pooled = getattr(output, "pooler_output", None)
+        pooled = features.mean((2, 3)) if pooled is None else pooled.flatten(1)
+        return {"pooled": pooled, "grid": features}
+
+
+class OnnxTeacher(Teacher):
+    """An ONNX file with named outputs, run in torch through onnx2torch."""
+
+    def __init__(self, config: TeacherConfig):
+        super().__init__(config)
+        try:
+            import onnx
+            from google.protobuf.message import DecodeError
+            from onnx2torch import convert
+        except ImportError:
+            raise ValueError("an ONNX teacher needs onnx2torch: pip install 'captioner[onnx]'") from None
+        try:
+            graph = onnx.load(config.name)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no teacher at '{config.name}'") from None
+        except DecodeError as error:
+            raise ValueError(f"'{config.name}' is not an ONNX file: {error}") from None
+        self.outputs = [output.name for output in graph.graph.output]
+        if absent := [name for name in (*config.nodes.values(), *config.maps) if name not in self.outputs]:
+            raise ValueError(f"'{config.name}' has no output '{absent[0]}', only {', '.join(self.outputs)}")
+        self.model = convert(graph)
+        first, _, end = config.map_classes.partition(":")
+        self.classes = slice(int(first) if first else None, int(end) if end else None)
+
+    def look(self, pixels: torch.Tensor) -> Targets:
+        """Return the named outputs, and the class maps merged over scales."""
+        values = self.model(pixels)
+        values = dict(zip(self.outputs, [values] if isinstance(values, torch.Tensor) else values, strict=True))
+        targets = {kind: values[name] for kind, name in self.config.nodes.items()}
+        if self.config.maps:
+            scales = [self.probabilities(values[name]) for name in self.config.maps]
+            targets["maps"] = torch.stack(scales).amax(0)
+        return targets
+
+    def probabilities(self, values: torch.Tensor) -> torch.Tensor:
+        """Class probabilities of one scale (B, C, h, w), as (B, K, map_size, map_size)."""
+        classes = values[:, self.classes]
+        if self.config.map_objectness is not None:
+            classes = classes * values[:, self.config.map_objectness, None]
+        size = (self.config.map_size,) * 2
+        if min(classes.shape[-2:]) >= self.config.map_size:
+            return F.adaptive_max_pool2d(classes, size)
+        return F.interpolate(classes, size=size, mode="nearest")
+
+
+KINDS = {"timm": TimmTeacher, "transformers": TransformersTeacher, "onnx": OnnxTeacher}
+
+
+def create_teacher(config: TeacherConfig) -> Teacher:
+    """Build a frozen teacher.
+
+    Raises:
+        ValueError: there is no such network, or its weights or outputs are others than said.
+        FileNotFoundError: its file is missing.
+    """
+    return KINDS[config.kind](config).requires_grad_(False).eval()
+
+
+def lay_out(tokens: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Lay a ViT's tokens (B, prefix + N, C) out as its square map (B, C, h, w)."""
+    patches = tokens[:, prefix:]
+    side = int(patches.shape[1] ** 0.5)
+    return patches.mT.unflatten(-1, (side, -1))

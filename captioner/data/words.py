@@ -1,0 +1,34 @@
+"""The words of captions as labels of their pictures."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class CaptionWords:
+    """For each picture, the share of its captions in which each frequent word occurs.
+
+    Predicting them needs no decoder and points an encoder at what people talk about (Joulin et al., ECCV 2016).
+
+    Attributes:
+        words: the vocabulary, most frequent first.
+        targets: float32 (pictures, words).
+    """
+
+    def __init__(self, captions: Sequence[list[str]], size: int):
+        per_image = [Counter(w for c in group for w in set(re.findall(r"[a-z]+", c.lower()))) for group in captions]
+        frequency = Counter(word for words in per_image for word in words)
+        self.words = [word for word, _ in sorted(frequency.items(), key=lambda item: (-item[1], item[0]))[:size]]
+        index = {word: i for i, word in enumerate(self.words)}
+        self.targets = np.zeros((len(captions), len(self.words)), np.float32)
+        for row, (words, group) in enumerate(zip(per_image, captions, strict=True)):
+            for word, count in words.items():
+                if word in index:
+                    self.targets[row, index[word]] = count / len(group)
+
+    @property
+    def prior(self) -> np.ndarray:
+        """Mean target of each word, (words,)."""
+        return self.targets.mean(0)

@@ -1,0 +1,89 @@
+"""Start a LookupViT from the weights of a ViT of the same width.
+
+The patch embedding and positions carry over. Each LookupViT block takes one block of the ViT: its attention and MLP
+become the refinement block as they are, and its attention weights also serve information gathering, which begins as the
+ViT's own reading of the patches. What the ViT has no counterpart of (infusion, the lookup MLP) ends in a zero
+projection, so that the lookup stream begins unchanged.
+"""
+
+import timm
+import torch
+from torch import nn
+
+from captioner.encoders.base import TokenEncoder
+from captioner.encoders.lookupvit import LookupBlock, LookupViT, resize_tokens
+
+
+def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
+    """Copy a ViT's weights into a LookupViT, in place.
+
+    Of a deeper ViT, blocks are taken evenly from first to last.
+
+    Args:
+        encoder: the LookupViT.
+        vit: timm name of a ViT, whose pretrained weights are taken, or a timm ViT itself.
+
+    Raises:
+        ValueError: the encoder is no LookupViT, or width, heads, patch or depth of the ViT do not fit it.
+    """
+    if not isinstance(encoder, LookupViT):
+        raise ValueError(f"only a LookupViT can start from a ViT, not {type(encoder).__name__}")
+    if isinstance(vit, str):
+        if not vit.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(vit.split(".")[0]):
+            raise ValueError(f"no ViT named '{vit}' in timm")
+        vit = timm.create_model(vit, pretrained=True, num_classes=0)
+    check_fit(encoder, vit)
+    with torch.no_grad():
+        encoder.patch_embed.proj.load_state_dict(vit.patch_embed.proj.state_dict(), strict=False)
+        copy_positions(encoder, vit)
+        last = len(vit.blocks) - 1
+        for i, block in enumerate(encoder.blocks):
+            copy_block(block, vit.blocks[round(i * last / max(len(encoder.blocks) - 1, 1))])
+        encoder.norm.load_state_dict(vit.norm.state_dict())
+
+
+def check_fit(encoder: LookupViT, vit: nn.Module) -> None:
+    """Refuse a ViT whose shapes differ from the encoder's."""
+    if not hasattr(vit, "blocks") or not hasattr(vit, "patch_embed") or not hasattr(vit.blocks[0], "attn"):
+        raise ValueError(f"{type(vit).__name__} is not a ViT of attention blocks")
+    ours, theirs = encoder.blocks[0].refine, vit.blocks[0]
+    pairs = {
+        "width": (encoder.embed_dim, vit.embed_dim),
+        "attention heads": (ours.attn.num_heads, theirs.attn.num_heads),
+        "MLP width": (ours.mlp.fc1.out_features, theirs.mlp.fc1.out_features),
+        "patch": (tuple(encoder.patch_embed.patch_size), tuple(vit.patch_embed.patch_size)),
+    }
+    for what, (own, other) in pairs.items():
+        if own != other:
+            raise ValueError(f"the ViT's {what} is {other}, the encoder's {own}; they must be equal")
+    if len(vit.blocks) < len(encoder.blocks):
+        raise ValueError(f"the ViT has {len(vit.blocks)} blocks, fewer than the encoder's {len(encoder.blocks)}")
+
+
+def copy_positions(encoder: LookupViT, vit: nn.Module) -> None:
+    """Take the class token and the positional embedding, resized for the compressed tokens."""
+    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches  # 1, or 0 where the class token has no position
+    positions = vit.pos_embed[:, prefix:].unflatten(1, vit.patch_embed.grid_size)  # (1, h, w, D)
+    encoder.pos_lookup.copy_(resize_tokens(positions, encoder.pos_lookup.shape[1:3]))
+    encoder.pos_compressed.copy_(resize_tokens(positions, encoder.pos_compressed.shape[1:3]))
+    if vit.cls_token is not None:
+        encoder.cls_token.copy_(vit.cls_token + (vit.pos_embed[:, :1] if prefix else 0))
+
+
+def copy_block(block: LookupBlock, source: nn.Module) -> None:
+    """Fill a LookupViT block from a ViT block."""
+    block.refine.load_state_dict(source.state_dict())
+    block.norm_compressed.load_state_dict(source.norm1.state_dict())
+    block.norm_lookup.load_state_dict(source.norm1.state_dict())
+    cross, attention = block.cross, source.attn
+    weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
+    for layer, weight, bias in zip((cross.q, cross.k, cross.v), weights, biases, strict=True):
+        layer.weight.copy_(weight)
+        if layer.bias is not None:  # a key bias changes nothing
+            layer.bias.copy_(bias)
+    cross.proj.load_state_dict(attention.proj.state_dict())
+    if not block.last:
+        cross.infuse_v.load_state_dict(cross.v.state_dict())
+        for layer in (cross.infuse_proj, block.lookup_mlp.fc2):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)

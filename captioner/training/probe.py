@@ -1,0 +1,102 @@
+"""How good frozen tokens are: a linear probe and nearest neighbours on labelled pictures, for each grid.
+
+Letters: n pictures, D token width, K classes.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from captioner.data.pictures import PictureStore, open_source, store_pictures
+from captioner.data.views import cut_views, whole_views
+from captioner.encoders import TokenEncoder
+from captioner.training.encoder_config import PretrainConfig
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+"""Of the nearest-neighbour vote (Wu et al., CVPR 2018, as DINO uses it)."""
+
+
+def probe_encoder(encoder: TokenEncoder, config: PretrainConfig, device: torch.device) -> list[dict]:
+    """Probe an encoder at each of the config's grids.
+
+    Returns:
+        A record for each grid: `grid`, `probe_top1` (linear) and `knn_top1`, shares of the validation pictures.
+
+    Raises:
+        ValueError: the two sets of pictures have no classes, or not the same ones.
+    """
+    folder = config.store or config.output / "store"
+    stores = [
+        store_pictures([open_source(name)], config.store_size, folder / part, config.workers)
+        for part, name in (("probe_train", config.probe_train), ("probe_val", config.probe_val))
+    ]
+    if not stores[0].classes or set(stores[1].classes) - set(stores[0].classes):
+        raise ValueError("the probe's pictures have no classes, or the validation has others: check --probe-train/-val")
+    renumber = torch.tensor([stores[0].classes.index(name) for name in stores[1].classes])
+    rows = [pick_rows(store, count) for store, count in zip(stores, (config.probe_pictures, None), strict=True)]
+    labels = [store.labels[r].to(device) for store, r in zip(stores, rows, strict=True)]
+    labels[1] = renumber.to(device)[labels[1]]
+    encoder.eval()
+    records = []
+    for grid in sorted(set(config.grids)):
+        train, val = (
+            pooled_features(encoder, store, r, grid, config.image_size, device)
+            for store, r in zip(stores, rows, strict=True)
+        )
+        mean, std = train.mean(0), train.std(0) + 1e-6
+        train, val = (train - mean) / std, (val - mean) / std
+        logits = fit_linear(train, labels[0], len(stores[0].classes))(val)
+        top1 = (logits.argmax(1) == labels[1]).float().mean().item()
+        knn = (vote(train, labels[0], val, len(stores[0].classes)) == labels[1]).float().mean().item()
+        records.append({"grid": grid, "probe_top1": top1, "knn_top1": knn})
+    return records
+
+
+def pick_rows(store: PictureStore, count: int | None) -> torch.Tensor:
+    """Take up to `count` usable, labelled rows, spread evenly over the store."""
+    rows = np.flatnonzero(store.usable & (store.labels.numpy() >= 0))
+    if count is not None and count < len(rows):
+        rows = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+    return torch.from_numpy(rows)
+
+
+@torch.no_grad()
+def pooled_features(
+    encoder: TokenEncoder, store: PictureStore, rows: torch.Tensor, grid: int, size: int, device: torch.device
+) -> torch.Tensor:
+    """Encode whole pictures and join class token (the first) and mean of the others: (n, 2 D)."""
+    mean, std = (torch.tensor(encoder.default_cfg[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
+    features = []
+    for part in rows.split(256):
+        pixels = cut_views(store.batch(part, device), whole_views(len(part)), size)
+        tokens = encoder.forward_tokens((pixels - mean) / std, (grid, grid)).float()
+        features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+    return torch.cat(features)
+
+
+def fit_linear(features: torch.Tensor, labels: torch.Tensor, classes: int, decay: float = 1e-3) -> nn.Linear:
+    """Fit multinomial logistic regression (n, 2 D) -> K by L-BFGS."""
+    layer = nn.Linear(features.shape[1], classes).to(features.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(layer(features), labels) + decay * layer.weight.square().sum() / 2
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return layer.requires_grad_(False)
+
+
+def vote(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, classes: int) -> torch.Tensor:
+    """Classify queries by their nearest neighbours' votes, weighted by similarity: classes (n,)."""
+    train, queries = F.normalize(train), F.normalize(queries)
+    near, index = (queries @ train.mT).topk(min(NEIGHBOURS, len(train)))
+    votes = torch.zeros(len(queries), classes, device=train.device)
+    votes.scatter_add_(1, labels[index], (near / TEMPERATURE).exp())
+    return votes.argmax(1)
