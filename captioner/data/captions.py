@@ -57,7 +57,7 @@ class ReadReport:
 
 @dataclass
 class Record:
-    """One image as a reader yields it, unchecked: `image` is a path below the images, or a `datasets` image."""
+    """One image as a reader yields it, unchecked: `image` is a path below the images, or a row of a `datasets` set."""
 
     image_id: int | str
     image: Any
@@ -97,11 +97,11 @@ def read_captions(
     columns = (image_column, caption_column, id_column)
     if not path.exists():
         if str(source).count("/") <= 1 and not path.suffix and not str(source).startswith((".", "/")):
-            return _table(read_dataset(str(source), split, columns), Path(), None, on_bad, str(source))
+            return _table(*read_dataset(str(source), split, columns), Path(), None, on_bad, str(source))
         raise FileNotFoundError(f"no annotations at '{source}'")
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return _table(read_dataset(path, split, columns), path, None, on_bad, str(source))
+            return _table(*read_dataset(path, split, columns), path, None, on_bad, str(source))
         root, path = path, find_annotations(path, split)
     else:
         root = path.parent
@@ -115,7 +115,7 @@ def read_captions(
         records = read_karpathy(content, path, restval) if _is_karpathy(content) else read_coco(content, path, split)
     if split is not None:
         records = (record for record in records if record.split == split)
-    return _table(records, root, folder, on_bad, f"'{path}'" + (f", split '{split}'" if split else ""))
+    return _table(records, None, root, folder, on_bad, f"'{path}'" + (f", split '{split}'" if split else ""))
 
 
 def find_annotations(root: Path, split: str | None) -> Path:
@@ -191,8 +191,15 @@ def read_rows(path: Path, columns: tuple[str, str, str]) -> Iterator[Record]:
     yield from _join_rows(rows, columns, str(path))
 
 
-def read_dataset(source: str | Path, split: str | None, columns: tuple[str, str, str]) -> Iterator[Record]:
-    """Yield the records of a `datasets` set saved on disk or on the hub; images stay encoded."""
+def read_dataset(
+    source: str | Path, split: str | None, columns: tuple[str, str, str]
+) -> tuple[Iterator[Record], "Dataset | None"]:
+    """Read a `datasets` set saved on disk or on the hub.
+
+    Returns:
+        The records and, where the set holds images, not paths, these as they are: encoded and on disk. A record's
+        `image` is then its row there, so that a set larger than memory passes.
+    """
     import datasets
 
     try:
@@ -202,14 +209,19 @@ def read_dataset(source: str | Path, split: str | None, columns: tuple[str, str,
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split or "all": loaded}
     if split is not None and split not in parts:
         raise ValueError(f"'{source}' has no split '{split}', only {', '.join(parts)}")
-    for name in [split] if split is not None else list(parts):
-        part = parts[name]
-        if isinstance(part.features.get(columns[0]), datasets.Image):
-            part = part.cast_column(columns[0], datasets.Image(decode=False))
-        yield from _join_rows(part, columns, str(source), name)
+    names = [split] if split is not None else list(parts)
+    rows = datasets.concatenate_datasets([parts[name] for name in names])
+    origins = [name for name in names for _ in range(len(parts[name]))]
+    images, image_column = None, columns[0]
+    if isinstance(rows.features.get(image_column), datasets.Image):
+        images = rows.select_columns(image_column).rename_column(image_column, "image")
+        rows = rows.remove_columns(image_column).map(lambda _, i: {image_column: i}, with_indices=True)
+    return _join_rows(rows, columns, str(source), origins), images
 
 
-def _join_rows(rows: Iterable[dict], columns: tuple[str, str, str], name: str, split: str = "all") -> Iterator[Record]:
+def _join_rows(
+    rows: Iterable[dict], columns: tuple[str, str, str], name: str, splits: list[str] | None = None
+) -> Iterator[Record]:
     image_column, caption_column, id_column = columns
     joined: dict[int | str, Record] = {}
     for number, row in enumerate(rows):
@@ -220,7 +232,8 @@ def _join_rows(rows: Iterable[dict], columns: tuple[str, str, str], name: str, s
             )
         image, captions = row[image_column], row[caption_column]
         key = row.get(id_column) or (image if isinstance(image, str) else number)
-        record = joined.setdefault(key, Record(key, image, [], row.get("split") or split))
+        split = splits[number] if splits else row.get("split") or "all"
+        record = joined.setdefault(key, Record(key, image, [], split))
         record.captions.extend(captions if isinstance(captions, list) else [captions])
     yield from joined.values()
 
@@ -255,8 +268,10 @@ class ImageFinder:
         return self.listings[folder]
 
 
-def _table(records: Iterable[Record], root: Path, folder: Path | None, on_bad: OnBad, name: str) -> "Dataset":
-    """Check the records, count what is wrong, and build the table."""
+def _table(
+    records: Iterable[Record], images: "Dataset | None", root: Path, folder: Path | None, on_bad: OnBad, name: str
+) -> "Dataset":
+    """Check the records, count what is wrong, and build the table; `images` holds the pictures that have no path."""
     import datasets
 
     report, find, seen = ReadReport(), ImageFinder(root, folder), set()
@@ -293,5 +308,11 @@ def _table(records: Iterable[Record], root: Path, folder: Path | None, on_bad: O
         raise ValueError(f"{name}: no captioned images")
     if not all(isinstance(i, int) for i in table["image_id"]):
         table["image_id"] = [str(i) for i in table["image_id"]]
-    dataset = datasets.Dataset.from_dict(table)
-    return dataset.cast_column("image", datasets.Image(decode=False))
+    if images is None:
+        return datasets.Dataset.from_dict(table).cast_column("image", datasets.Image(decode=False))
+    rows = table.pop("image")
+    images = images.cast_column("image", datasets.Image(decode=False))
+    if rows != list(range(len(images))):
+        images = images.select(rows).flatten_indices()  # a copy on disk, not in memory
+    joined = datasets.concatenate_datasets([images, datasets.Dataset.from_dict(table)], axis=1)
+    return joined.select_columns(["image_id", "image", "captions", "split"])
