@@ -13,6 +13,7 @@ commands:
   train      train a caption decoder on a frozen encoder
   evaluate   caption a split on every process and score the captions
   pretrain   make an encoder: distil it from a teacher
+  score      score any system's captions against references, or compare two
 
 `captioner COMMAND --help` shows a command's options; `captioner --version` the version.
 train, evaluate and pretrain also run on many GPUs: `accelerate launch train.py ...`.
@@ -65,11 +66,22 @@ def pretrain(args: Sequence[str]) -> int:
     return 0
 
 
+def score(args: Sequence[str]) -> int:
+    """Score results files."""
+    import tyro
+
+    from captioner.score_files import ScoreConfig, score_files
+
+    score_files(tyro.cli(ScoreConfig, prog="captioner score", args=args))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "caption": caption,
     "train": train,
     "evaluate": evaluate,
     "pretrain": pretrain,
+    "score": score,
 }
 
 

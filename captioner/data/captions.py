@@ -112,7 +112,7 @@ def read_captions(
         records = read_rows(path, columns)
     else:
         content = load_json(path)
-        records = read_karpathy(content, path, restval) if _is_karpathy(content) else read_coco(content, path, split)
+        records = read_karpathy(content, path, restval) if is_karpathy(content) else read_coco(content, path, split)
     if split is not None:
         records = (record for record in records if record.split == split)
     return _table(records, None, root, folder, on_bad, f"'{path}'" + (f", split '{split}'" if split else ""))
@@ -142,12 +142,13 @@ def load_json(path: Path) -> Any:
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"'{path}' is {size / 2**30:.1f} GiB; JSON over {MAX_JSON_BYTES // 2**30} GiB is refused")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows programs write a byte order mark
+    except (ValueError, RecursionError) as error:  # also wrong UTF-8 and numbers of thousands of digits
         raise ValueError(f"'{path}' is not JSON: {error}") from None
 
 
-def _is_karpathy(content: Any) -> bool:
+def is_karpathy(content: Any) -> bool:
+    """Tell Karpathy's JSON from COCO's."""
     images = content.get("images") if isinstance(content, dict) else None
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
 

@@ -11,6 +11,7 @@ print(scores["CIDEr"], scores.image(1), scores.warnings)
 from captioner.metrics.cider import CiderD, DocumentFrequency
 from captioner.metrics.compare import Difference, Interval, confidence, paired_test
 from captioner.metrics.explain import NGramMatch, matched_ngrams
+from captioner.metrics.files import ReferenceSet, match_ids, read_references, read_results
 from captioner.metrics.ptb import tokenize, tokenize_caption
 from captioner.metrics.scores import KEYS, METRICS, Scores, score
 from captioner.metrics.statistics import CaptionStatistics, caption_statistics
@@ -26,11 +27,15 @@ __all__ = [
     "DocumentFrequency",
     "Interval",
     "NGramMatch",
+    "ReferenceSet",
     "Scores",
     "caption_statistics",
     "confidence",
+    "match_ids",
     "matched_ngrams",
     "paired_test",
+    "read_references",
+    "read_results",
     "score",
     "tokenize",
     "tokenize_caption",

@@ -146,14 +146,16 @@ def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> s
     try:
         done = subprocess.run(
             ["java", *fixed, *arguments],
-            input="".join(line + "\n" for line in lines).encode(),
+            input="".join(line + "\n" for line in lines).encode(errors="replace"),  # half a surrogate pair
             capture_output=True,
             timeout=timeout,
             env=environment,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise JavaError(f"{name} took longer than {timeout:.0f} s and was stopped; raise java_timeout") from None
+        raise JavaError(
+            f"{name} took longer than {timeout:.0f} s and was stopped; raise java_timeout (--java-timeout)"
+        ) from None
     except OSError as error:
         raise JavaError(f"java cannot be started: {error}") from None
     if done.returncode:

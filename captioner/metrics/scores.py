@@ -168,7 +168,7 @@ def score(
     if "SPICE" in metrics:
         try:
             if spice_models is None:
-                raise java.JavaError("name the folder of its models by spice_models; nothing is downloaded")
+                raise java.JavaError("name the folder of its models by spice_models (--spice); nothing is downloaded")
             scores.per_image["SPICE"] = java.spice(scores.predictions, scores.references, spice_models, java_timeout)
         except java.JavaError as error:
             scores.absent["SPICE"] = str(error)
@@ -211,10 +211,13 @@ def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
     bad = [row for row in rows if not isinstance(row, Mapping) or not {"image_id", "caption"} <= set(row)]
     if bad:
         raise ValueError(f"{len(bad)} results lack 'image_id' or 'caption', such as {str(bad[0])[:80]}")
+    odd = [row["image_id"] for row in rows if not isinstance(row["image_id"], Hashable)]
+    if odd:
+        raise ValueError(f"{name_ids(odd)} with an id that cannot be looked up; ids are numbers or text")
     times = Counter(row["image_id"] for row in rows)
     twice = [image_id for image_id, number in times.items() if number > 1]
     if twice:
-        raise ValueError(f"{_name(twice)} predicted more than once; give one caption each")
+        raise ValueError(f"{name_ids(twice)} predicted more than once; give one caption each")
     return {row["image_id"]: row["caption"] for row in rows}
 
 
@@ -222,13 +225,13 @@ def _common_ids(captions: Mapping, references: References, partial: bool) -> tup
     missing = [image_id for image_id in references if image_id not in captions]
     extra = [image_id for image_id in captions if image_id not in references]
     if (missing or extra) and not partial:
-        parts = [f"{_name(missing)} without a prediction"] * bool(missing)
-        parts += [f"{_name(extra)} predicted but without references"] * bool(extra)
+        parts = [f"{name_ids(missing)} without a prediction"] * bool(missing)
+        parts += [f"{name_ids(extra)} predicted but without references"] * bool(extra)
         kinds = {type(image_id).__name__ for image_id in captions} ^ {
             type(image_id).__name__ for image_id in references
         }
         hint = f" (ids are of different kinds: {', '.join(sorted(kinds))})" if kinds else ""
-        raise ValueError(f"{'; '.join(parts)}{hint}; partial=True scores what both have")
+        raise ValueError(f"{'; '.join(parts)}{hint}; partial=True (--partial) scores what both have")
     common = [image_id for image_id in references if image_id in captions]
     if not common:
         raise ValueError("no image id has both a prediction and references")
@@ -238,19 +241,20 @@ def _common_ids(captions: Mapping, references: References, partial: bool) -> tup
 def _check_text(captions: Mapping, references: References, image_ids: list[Hashable], allow_empty: bool) -> None:
     odd = [image_id for image_id in image_ids if not isinstance(captions[image_id], str)]
     if odd:
-        raise ValueError(f"{_name(odd)} with a prediction that is no text but {captions[odd[0]]!r}")
+        what = repr(captions[odd[0]])[:60]
+        raise ValueError(f"{name_ids(odd)} with a prediction that is no text but {what}")
     empty = [image_id for image_id in image_ids if not captions[image_id].strip()]
     if empty and not allow_empty:
-        raise ValueError(f"{_name(empty)} with an empty prediction; allow_empty=True gives it zeros")
+        raise ValueError(f"{name_ids(empty)} with an empty prediction; allow_empty=True (--allow-empty) gives it zeros")
     odd = [image_id for image_id in image_ids if isinstance(references[image_id], str) or not len(references[image_id])]
     if odd:
-        raise ValueError(f"{_name(odd)} without a list of references")
+        raise ValueError(f"{name_ids(odd)} without a list of references")
     odd = [image_id for image_id in image_ids if not all(isinstance(caption, str) for caption in references[image_id])]
     if odd:
-        raise ValueError(f"{_name(odd)} with a reference that is no text")
+        raise ValueError(f"{name_ids(odd)} with a reference that is no text")
     empty = [image_id for image_id in image_ids if not all(caption.strip() for caption in references[image_id])]
     if empty:
-        raise ValueError(f"{_name(empty)} with an empty reference; remove it")
+        raise ValueError(f"{name_ids(empty)} with an empty reference; remove it")
 
 
 def _doubts(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequency: bool) -> list[str]:
@@ -271,9 +275,10 @@ def _doubts(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequ
     return doubts
 
 
-def _name(image_ids: list[Hashable], first: int = 3) -> str:
+def name_ids(image_ids: Iterable[Hashable], first: int = 3) -> str:
     """Name the first few ids and how many there are."""
-    shown = ", ".join(repr(image_id) for image_id in image_ids[:first])
+    image_ids = list(image_ids)
+    shown = ", ".join(f"{image_id!r}"[:60] for image_id in image_ids[:first])
     return f"{len(image_ids)} image{'s' * (len(image_ids) > 1)} ({shown}{', ...' * (len(image_ids) > first)})"
 
 

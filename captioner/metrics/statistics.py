@@ -31,17 +31,20 @@ class CaptionStatistics:
     """Share of captions that stand word for word in the training set; None if none was given."""
 
 
-def caption_statistics(captions: Iterable[str], training: Iterable[str] | None = None) -> CaptionStatistics:
+def caption_statistics(
+    captions: Iterable[str], training: Iterable[str] | None = None, tokenized: bool = False
+) -> CaptionStatistics:
     """Describe captions.
 
     Args:
         captions: plain captions.
         training: plain captions of the training set.
+        tokenized: both are tokens already, joined by single spaces.
 
     Raises:
         ValueError: no captions.
     """
-    tokens = tokenize(captions)
+    tokens = list(captions) if tokenized else tokenize(captions)
     if not tokens:
         raise ValueError("no captions to describe")
     words = [caption.split() for caption in tokens]
@@ -50,7 +53,7 @@ def caption_statistics(captions: Iterable[str], training: Iterable[str] | None =
     vocabulary = {word for caption in words for word in caption}
     seen = None
     if training is not None:
-        known = set(tokenize(training))
+        known = set(training if tokenized else tokenize(training))
         seen = sum(caption in known for caption in tokens) / len(tokens)
     return CaptionStatistics(
         captions=len(tokens),

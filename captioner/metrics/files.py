@@ -1,0 +1,178 @@
+"""What is scored against what: results as captioners write them, and reference captions; no image is needed.
+
+Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further keys ignored. References are COCO's
+captions JSON or Karpathy's.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from captioner.data.captions import Record, is_karpathy, load_json, read_coco, read_karpathy
+from captioner.metrics.scores import name_ids
+
+ImageId = int | str
+
+
+@dataclass
+class ReferenceSet:
+    """Reference captions of one split."""
+
+    captions: dict[ImageId, list[str]] = field(default_factory=dict)
+    """The references of each image."""
+    files: dict[ImageId, str] = field(default_factory=dict)
+    """Name of each image's file, as the annotations have it."""
+    split: str = "all"
+    """The split, guessed from the file's name where the format does not hold it."""
+    warnings: list[str] = field(default_factory=list)
+    """What was left out."""
+
+
+def read_references(path: Path, split: str | None = None, restval: bool = False) -> ReferenceSet:
+    """Read the reference captions of an annotation file.
+
+    Args:
+        path: COCO captions JSON or Karpathy's.
+        split: Karpathy's split, `test` unless named; a COCO file is one split, so none may be named.
+        restval: join Karpathy's `restval` images to `train`.
+
+    Raises:
+        ValueError: not such a file, an unknown split, an image twice, a caption that is no text, nothing left.
+        OSError: the file cannot be read.
+    """
+    content = load_json(path)
+    if isinstance(content, list):
+        raise ValueError(f"'{path}' is a list, as results are; annotations come last: RESULTS [RESULTS_B] ANNOTATIONS")
+    found, warnings = ReferenceSet(), []
+    if is_karpathy(content):
+        records = _of_split(list(read_karpathy(content, path, restval)), path, split or "test")
+    elif split is not None:
+        raise ValueError(f"'{path}' is not Karpathy's and has no splits; leave --split out")
+    else:
+        records = list(read_coco(content, path, None))
+        listed = {record.image_id for record in records}
+        stray = {row["image_id"] for row in content["annotations"]} - listed
+        if stray:
+            warnings.append(f"captions of images that '{path.name}' does not list: left out {name_ids(stray)}")
+
+    twice, odd, empty, silent = [], [], 0, []
+    for record in records:
+        if _plain_id(record.image_id) is None:
+            raise ValueError(f"'{path}': an image id is neither a whole number nor text: {record.image_id!r}"[:300])
+        if record.image_id in found.captions:
+            twice.append(record.image_id)
+        if not all(isinstance(caption, str) for caption in record.captions):
+            odd.append(record.image_id)
+            continue
+        captions = [clean(caption) for caption in record.captions if caption.strip()]
+        empty += len(record.captions) - len(captions)
+        if captions:
+            found.captions[record.image_id], found.files[record.image_id] = captions, str(record.image)
+        else:
+            silent.append(record.image_id)
+    if twice:
+        raise ValueError(f"'{path}': {name_ids(twice)} listed more than once; keep one of each")
+    if odd:
+        raise ValueError(f"'{path}': {name_ids(odd)} with a caption that is no text")
+    if empty:
+        warnings.append(f"empty references left out: {empty}")
+    if silent:
+        warnings.append(f"images without references left out: {name_ids(silent)}")
+    if not found.captions:
+        raise ValueError(f"'{path}' holds no captions")
+    found.split, found.warnings = records[0].split, warnings
+    return found
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read COCO results; captions are checked where they are scored.
+
+    Returns:
+        Rows with the keys `image_id` (int or str) and `caption`.
+
+    Raises:
+        ValueError: not a list of objects with both keys, or an image id that is neither a number nor text.
+        OSError: the file cannot be read.
+    """
+    content = load_json(path)
+    form = 'a list of {"image_id": ..., "caption": ...}'
+    if not isinstance(content, list):
+        raise ValueError(f"'{path}' holds no results: it must be {form}, not {_kind(content)}")
+    if not content:
+        raise ValueError(f"'{path}' is an empty list: no captions to score")
+    bad = [n for n, row in enumerate(content) if not (isinstance(row, dict) and {"image_id", "caption"} <= row.keys())]
+    if bad:
+        raise ValueError(f"'{path}': {_entries(bad)} no image_id or no caption; results are {form}")
+    ids = [_plain_id(row["image_id"]) for row in content]
+    bad = [n for n, image_id in enumerate(ids) if image_id is None]
+    if bad:
+        what = f"such as {content[bad[0]]['image_id']!r}"[:60]
+        raise ValueError(f"'{path}': {_entries(bad)} an image_id that is neither a whole number nor text, {what}")
+    return [
+        {"image_id": image_id, "caption": clean(row["caption"])} for image_id, row in zip(ids, content, strict=True)
+    ]
+
+
+def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[list[dict[str, Any]], str | None]:
+    """Find the images that results mean, where they write ids in another way than the annotations.
+
+    Only if not one id is known as it stands: then numbers written as text (or the reverse) are tried, and names of
+    image files with or without folder and ending.
+
+    Returns:
+        The rows, with ids of the annotations where they were found, and what was done, or None.
+    """
+    known = references.captions
+    if any(row["image_id"] in known for row in rows):
+        return rows, None
+    names: dict[str, ImageId] = {}
+    for image_id, file in references.files.items():
+        name = PurePosixPath(file)
+        names |= dict.fromkeys((file, name.name, name.stem), image_id)
+    ways = {
+        "by number, which they write as text": lambda i: int(i) if isinstance(i, str) and _is_number(i) else i,
+        "as text, which they write as numbers": str,
+        "by the names of image files": lambda i: names.get(str(i), names.get(PurePosixPath(str(i)).name, i)),
+    }
+    for how, translate in ways.items():
+        matched = [row | {"image_id": translate(row["image_id"])} for row in rows]
+        if any(row["image_id"] in known for row in matched):
+            return matched, f"ids of the results were matched {how}"
+    return rows, None
+
+
+def clean(caption: Any) -> Any:
+    """Replace halves of surrogate pairs, which JSON can hold and no file or pipe can; other values are left."""
+    return caption.encode("utf-8", "replace").decode("utf-8") if isinstance(caption, str) else caption
+
+
+def _of_split(records: list[Record], path: Path, split: str) -> list[Record]:
+    splits = {record.split: None for record in records}
+    if split not in splits:
+        raise ValueError(f"'{path}' has no split '{split}'; name one with --split: {', '.join(map(str, splits))}")
+    return [record for record in records if record.split == split]
+
+
+def _plain_id(value: Any) -> ImageId | None:
+    """Take whole numbers and text for ids; 7.0, as data frames write it, is 7."""
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        return int(value)
+    if isinstance(value, str):
+        return clean(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
+
+
+def _entries(places: list[int], first: int = 3) -> str:
+    shown = ", ".join(str(place + 1) for place in places[:first])
+    plural = len(places) > 1
+    return f"{len(places):,} entr{'ies' if plural else 'y'} (number {shown}{', ...' * (len(places) > first)}) with"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
