@@ -174,23 +174,23 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
         row = [name]
         for system in systems:
             found = system.intervals.get(name)
-            row += [f"{found.score:.4f}", f"{found.low:.4f} - {found.high:.4f}"] if found else ["absent", ""]
+            row += [f"{found.score:.4f}", f"{found.low:.4f} to {found.high:.4f}"] if found else ["absent", ""]
         if differences is not None and name in differences:
             gain = differences[name]
-            row += [f"{gain.difference:+.4f}", f"{gain.low:+.4f} - {gain.high:+.4f}", f"{gain.p:.3f}"]
+            row += [f"{gain.difference:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}", f"{gain.p:.3f}"]
         rows.append(row)
     lines += [*_aligned(rows), ""]
 
     seen = any(system.statistics.seen_in_training is not None for system in systems)
-    rows = [["captions", "words", "shortest - longest", "vocabulary", "distinct-1", "distinct-2", "different"]]
+    rows = [["captions", "words", "shortest to longest", "vocabulary", "distinct-1", "distinct-2", "different"]]
     rows[0] += ["seen in training"] * seen
     for letter, found in zip(letters, (system.statistics for system in systems), strict=True):
         row = ["" if letter == "score" else letter, f"{found.mean_length:.1f}"]
-        row += [f"{found.min_length} - {found.max_length}", f"{found.vocabulary:,}", f"{found.distinct_1:.3f}"]
+        row += [f"{found.min_length} to {found.max_length}", f"{found.vocabulary:,}", f"{found.distinct_1:.3f}"]
         row += [f"{found.distinct_2:.3f}", f"{100 * found.unique:.1f}%"]
         rows.append(row + ([f"{100 * found.seen_in_training:.1f}%"] if seen else []))
     others = evaluation.references  # distinct-n falls with the number of captions: not comparable, not shown
-    length = f"{others.min_length} - {others.max_length}"
+    length = f"{others.min_length} to {others.max_length}"
     rows.append(["references", f"{others.mean_length:.1f}", length, f"{others.vocabulary:,}"])
     lines += _aligned(rows)
     notes = {f"{name} absent: {why}": 0 for system in systems for name, why in system.scores.absent.items()}
