@@ -269,6 +269,10 @@ def _doubts(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequ
     few = sum(len(others) < 5 for others in scores.references)
     if few:
         doubts.append(f"images with fewer than five references: {few}; scores are not comparable with published ones")
+    pairs = zip(scores.predictions, scores.references, strict=True)
+    copied = sum(tokens in others for tokens, others in pairs)
+    if copied > len(scores.predictions) / 2:
+        doubts.append(f"predictions equal to one of their own references: {copied}; do the references hold them?")
     silent = sum(not tokens for tokens in scores.predictions)
     if silent:
         doubts.append(f"predictions without words: {silent}")
