@@ -143,6 +143,8 @@ def test_histogram_counts_every_value_once():
     signed = histogram([("a", np.array([-0.5, 0.0, 0.5, 0.5]))], "gain", signed=True)
     assert [signed.count(f'"bar {side}"') for side in ("less", "even", "more")] == [1, 1, 1]
     assert histogram([("a", np.array([np.nan]))], "none") == ""
+    endless = histogram([("a", np.array([3, 200_000] * 9))], "words", whole=True)
+    assert re.findall(r"<title>(\d+): ([\d.]+)%", endless) == [("3", "50.0"), ("63", "50.0")]
     for constant in (0.0, 1.0, -2.0):
         assert "nan" not in histogram([("a", np.full(3, constant))], "one value")
 

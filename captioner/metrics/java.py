@@ -159,8 +159,10 @@ def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> s
     except OSError as error:
         raise JavaError(f"java cannot be started: {error}") from None
     if done.returncode:
-        words = done.stderr.decode(errors="replace").strip().splitlines()
-        raise JavaError(f"{name} failed with exit code {done.returncode}: {words[-1] if words else 'no message'}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        # The last line of a stack trace says nothing.
+        reason = next((line for line in lines if "Exception" in line or "Error" in line), lines[-1])
+        raise JavaError(f"{name} failed with exit code {done.returncode}: {reason[:200]}")
     return done.stdout.decode(errors="replace")
 
 

@@ -6,6 +6,7 @@ const metrics = Object.keys(data.systems[0].scores);
 const columns = ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE"].filter((name) => metrics.includes(name));
 const two = data.systems.length === 2;
 const PAGE = 40;
+const WORDS = 200; // shown of a caption; more than that is a broken captioner's
 const state = {};
 const blocks = new Map();
 const find = (id) => document.getElementById(id);
@@ -71,14 +72,16 @@ function runs(words, others) {
 
 function shaded(tokens, others, className) {
   const line = make("p", className);
-  const words = tokens.split(" ").filter(Boolean);
-  const lengths = runs(words, others.map((other) => other.split(" ").filter(Boolean)));
+  const split = (text) => text.split(" ").filter(Boolean).slice(0, WORDS);
+  const words = split(tokens);
+  const lengths = runs(words, others.map(split));
   words.forEach((word, i) => {
     const run = make("span", `run run-${lengths[i]}`, word);
     run.title = lengths[i] ? `in a run of ${lengths[i]} that a reference has` : "in no reference";
     line.append(run, " ");
   });
   if (!words.length) line.append(make("em", "", "no words"));
+  if (words.length === WORDS) line.append("\u2026");
   return line;
 }
 
@@ -97,7 +100,7 @@ function details(place) {
     box.append(list);
     data.systems.forEach((system, n) => {
       const line = make("p", "written", `${two ? `${system.name} wrote: ` : "As written: "}`);
-      line.append(make("q", `name-${n}`, system.captions[place]));
+      line.append(make("q", `name-${n}`, system.captions[place].slice(0, 20 * WORDS)));
       box.append(line);
     });
     const all = make("p", "written");

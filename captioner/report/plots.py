@@ -8,7 +8,8 @@ import numpy as np
 WIDTH, HEIGHT, LEFT, BASE = 300, 130, 6, 104
 """Drawing in px: its size, the margin to both sides, and where the x axis lies."""
 
-BINS = 25
+BINS, MOST = 25, 60
+"""Bars of a plot, and of one of whole numbers at most: a broken captioner writes captions of any length."""
 
 
 def histogram(series: Sequence[tuple[str, np.ndarray]], label: str, whole: bool = False, signed: bool = False) -> str:
@@ -26,7 +27,7 @@ def histogram(series: Sequence[tuple[str, np.ndarray]], label: str, whole: bool 
         return ""
     edges = _edges(np.concatenate([values for _, values in kept]), whole, signed)
     low, high, count = edges[0], edges[-1], len(edges) - 1
-    # What lies beyond the axis, half a percent at most, is counted at its end.
+    # What lies beyond the axis, as a rule half a percent at most, is counted at its end.
     inside = [(name, values, np.clip(values, low, np.nextafter(high, low))) for name, values in kept]
     shares = [np.histogram(values, edges)[0] / len(values) for _, _, values in inside]
     tallest = max(float(share.max()) for share in shares)
@@ -76,11 +77,12 @@ def interval(value: float, low: float, high: float, least: float, most: float, k
 def _edges(values: np.ndarray, whole: bool, signed: bool) -> np.ndarray:
     low, high = (float(value) for value in np.quantile(values, [0.005, 0.995]))
     if whole:
-        return np.arange(np.floor(low), max(np.ceil(high), np.floor(low) + 1) + 2) - 0.5
+        low = np.floor(low)
+        return np.arange(low, np.clip(np.ceil(high), low + 1, low + MOST) + 2) - 0.5
     if signed:
         high = max(-low, high) or 1.0
         return np.linspace(-high, high, BINS + 1)
-    return np.linspace(min(low, 0.0), high if high > max(low, 0.0) else min(low, 0.0) + 1.0, BINS + 1)
+    return np.linspace(min(low, 0.0), max(high, min(low, 0.0) + 0.01), BINS + 1)
 
 
 def _ticks(low: float, high: float, whole: bool) -> np.ndarray:
