@@ -11,7 +11,7 @@ from typing import IO, Annotated, Literal
 
 import tyro
 
-from captioner.data.captions import ImageFinder
+from captioner.data.captions import ImageFinder, is_karpathy, load_json
 from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
 from captioner.metrics.files import ImageId, ReferenceSet
 from captioner.metrics.systems import Evaluation, evaluate_systems
@@ -135,10 +135,8 @@ def read_training(path: Path | None) -> list[str] | None:
     """Read the captions of a training set: a whole COCO file, or Karpathy's `train` and `restval`."""
     if path is None:
         return None
-    try:
-        references = read_references(path)
-    except ValueError:
-        references = read_references(path, "train", restval=True)
+    split = "train" if is_karpathy(load_json(path)) else None
+    references = read_references(path, split, restval=True)
     return [caption for group in references.captions.values() for caption in group]
 
 
