@@ -1,6 +1,9 @@
 import json
+import os
+import tracemalloc
 
 import datasets
+import pyarrow
 import pytest
 from PIL import Image
 
@@ -101,6 +104,23 @@ def test_saved_datasets_set_keeps_pictures_encoded(tmp_path):
     assert isinstance(table[0]["image"]["bytes"], bytes)
     with pytest.raises(ValueError, match="no split 'val', only train"):
         read_captions(tmp_path / "set", "val")
+
+
+def test_pictures_of_a_datasets_set_are_never_all_in_memory(tmp_path):
+    size, count = 2**18, 64
+    rows = {
+        "image": [{"bytes": os.urandom(size), "path": None} for _ in range(count)],
+        "captions": [["a"] if n % 2 else [] for n in range(count)],
+    }
+    features = {"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "set")
+    tracemalloc.start()
+    before = pyarrow.total_allocated_bytes()
+    table = read_captions(tmp_path / "set", caption_column="captions")
+    assert pyarrow.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[1] < size * count / 4
+    tracemalloc.stop()
+    assert len(table) == count // 2
+    assert [table[n]["image"]["bytes"] for n in (0, 9)] == [rows["image"][n]["bytes"] for n in (1, 19)]
 
 
 def spoil(content):

@@ -215,7 +215,8 @@ def read_dataset(
     origins = [name for name in names for _ in range(len(parts[name]))]
     images, image_column = None, columns[0]
     if isinstance(rows.features.get(image_column), datasets.Image):
-        images = rows.select_columns(image_column).rename_column(image_column, "image")
+        images = rows.select_columns(image_column)
+        images = images if image_column == "image" else images.rename_column(image_column, "image")
         rows = rows.remove_columns(image_column).map(lambda _, i: {image_column: i}, with_indices=True)
     return _join_rows(rows, columns, str(source), origins), images
 
