@@ -10,13 +10,14 @@ Image captioning when cost per image matters.
 
 commands:
   caption    caption pictures: files, folders, patterns, standard input
+  cache      encode pictures once, for train and evaluate to read their tokens
   train      train a caption decoder on a frozen encoder
   evaluate   caption a split on every process and score the captions
   pretrain   make an encoder: distil it from a teacher
   score      score any system's captions against references, or compare two
 
 `captioner COMMAND --help` shows a command's options; `captioner --version` the version.
-train, evaluate and pretrain also run on many GPUs: `accelerate launch train.py ...`.
+All but caption also run on many GPUs: `accelerate launch -m captioner.cli COMMAND ...`.
 Set CAPTIONER_DEBUG=1 to see where an error comes from.
 """
 
@@ -29,6 +30,19 @@ def caption(args: Sequence[str]) -> int:
 
     config = tyro.cli(CaptionConfig, prog="captioner caption", args=args)
     return 1 if caption_files(config) else 0
+
+
+def cache(args: Sequence[str]) -> int:
+    """Encode pictures once."""
+    import tyro
+
+    from captioner.training.config import CacheConfig
+
+    config = tyro.cli(CacheConfig, prog="captioner cache", args=args)
+    from captioner.training.cache import fill_cache
+
+    fill_cache(config)
+    return 0
 
 
 def train(args: Sequence[str]) -> int:
@@ -78,6 +92,7 @@ def score(args: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "caption": caption,
+    "cache": cache,
     "train": train,
     "evaluate": evaluate,
     "pretrain": pretrain,

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from accelerate.utils import gather_object, send_to_device
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from captioner.data.captions import read_captions
+from captioner.data.collate import PictureRows, Pictures, open_pictures
+from captioner.data.token_cache import open_cache
 from captioner.encoders import Grid
-from captioner.images import ImageError
 from captioner.metrics import METRICS, Scores, score
 from captioner.modeling import CaptionerModel
 from captioner.pipeline import load
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Pictures(Dataset):
-    """The pictures of a caption table as pixels (3, H, W), or the error of one that cannot be opened."""
-
-    def __init__(self, table: "datasets.Dataset", processor: CaptionerProcessor):
-        self.table, self.processor = table, processor
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | str]:
-        try:
-            return row, self.processor.pixels(self.table[row]["image"])
-        except ImageError as error:
-            return row, str(error)
-
-
 def caption_split(
     accelerator: Accelerator,
     model: CaptionerModel,
@@ -52,6 +37,7 @@ def caption_split(
     batch_size: int = 32,
     grid: Grid | None = None,
     workers: int = 0,
+    pictures: Pictures | None = None,
     **generation,
 ) -> list[dict]:
     """Caption every picture of a table once, shared out over the processes.
@@ -59,25 +45,34 @@ def caption_split(
     Batches are the same whatever the number of processes, and so are the captions. A picture that cannot be opened
     gets an empty caption, which scores zero, and a warning.
 
+    Args:
+        grid: compressed grid asked of the encoder; `None` for the model's own. Cached tokens have theirs.
+        workers: picture loading processes.
+        pictures: where the pictures of the table come from; its files if absent.
+        generation: settings of transformers' `generate`.
+
     Returns:
         COCO results in the order of the table, in every process: `[{"image_id": ..., "caption": ...}, ...]`.
     """
     rows = range(len(table))
     batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(Pictures(table, processor), batch_sampler=mine, num_workers=workers, collate_fn=list)
+    pictures = pictures or open_pictures(table, processor)
+    loader = DataLoader(
+        PictureRows(pictures), batch_sampler=mine, num_workers=pictures.workers(workers), collate_fn=list
+    )
     start = torch.tensor([processor.prompt_ids()], device=accelerator.device)
     model.eval()
     done: list[tuple[int, str]] = []
     for batch in tqdm(loader, desc="captioning", disable=not accelerator.is_main_process or None, leave=False):
-        good = [(row, pixels) for row, pixels in batch if isinstance(pixels, torch.Tensor)]
+        good = [(row, opened) for row, opened in batch if not isinstance(opened, str)]
         for row, error in batch:
             if isinstance(error, str):
                 logger.warning("no caption for image %s: %s", table[row]["image_id"], error)
                 done.append((row, ""))
         if good:
-            pixels = torch.stack([pixels for _, pixels in good]).to(accelerator.device)
-            sequences = model.generate(pixels, start.expand(len(good), -1), grid=grid, **generation)
+            images = send_to_device(pictures.batch([opened for _, opened in good]), accelerator.device)
+            sequences = model.generate(**images, input_ids=start.expand(len(good), -1), grid=grid, **generation)
             done += [(row, text) for (row, _), text in zip(good, processor.captions(sequences), strict=True)]
     captions = dict(gather_object(done))
     ids = table["image_id"]
@@ -94,13 +89,14 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
     """Run the evaluation job; returns the scores in the main process, None in the others.
 
     Raises:
-        ValueError: no data, or a folder that holds no captioner.
+        ValueError: no data, a folder that holds no captioner, or a token cache that is not this model's.
     """
     accelerator = Accelerator()
     table = read_split(config.data, config.split)
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
     captioner = load(config.model, str(accelerator.device))
+    cache = open_cache(config.data.tokens, captioner.model, captioner.processor, parse_grid(config.grid))
     results = caption_split(
         accelerator,
         captioner.model,
@@ -109,6 +105,7 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
         batch_size=config.batch_size,
         grid=parse_grid(config.grid),
         workers=config.data.workers,
+        pictures=open_pictures(table, captioner.processor, cache),
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )

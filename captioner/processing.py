@@ -1,7 +1,8 @@
 """The processor: what stands between files and text on one side and the model's tensors on the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from timm.data import create_transform
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
@@ -18,6 +19,20 @@ IMAGE_DEFAULTS = {
     "crop_mode": "squash",
 }
 """Keys are timm's. `squash` shows the encoder the whole picture; `center` crops it as classifiers do."""
+
+
+def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: str = "squash") -> dict:
+    """Derive the picture transform's settings from an encoder's timm configuration.
+
+    Args:
+        default_cfg: the encoder's `default_cfg`.
+        image_size: side of the picture in pixels; `None` for the encoder's own.
+        crop_mode: how a picture becomes a square; `center` takes the encoder's own share of it.
+    """
+    image = {key: default_cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
+    if image_size is not None:
+        image["input_size"] = (3, image_size, image_size)
+    return image | {"crop_mode": crop_mode, "crop_pct": default_cfg["crop_pct"] if crop_mode == "center" else 1.0}
 
 
 class CaptionerProcessor(ProcessorMixin):
@@ -60,25 +75,24 @@ class CaptionerProcessor(ProcessorMixin):
         """
         return self._transform(open_image(image))
 
-    def text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode captions for training, padded to the longest.
+    def texts(self, captions: Sequence[str]) -> "Texts":
+        """Encode captions for training once, to batch any of them later: start, prompt, caption, end.
 
-        Returns:
-            `input_ids`, `attention_mask` and `labels`, each (captions, T): start, prompt, caption without its full
-            stop, end. Start, prompt and padding carry no label.
+        The full stop of a caption is left out.
         """
         lead, end = self.prompt_ids(), self.tokenizer.eos_token_id
         # a caption after a prompt continues a sentence: byte-level tokenizers mark that by the space before it
-        texts = [(" " if self.prompt else "") + c.strip().removesuffix(".").rstrip() for c in captions]
-        rows = [[*lead, *ids][: self.max_length - 1] + [end] for ids in self._ids(texts)]
-        width = max(map(len, rows))
-        input_ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)], attention_mask[i, : len(row)] = torch.tensor(row), 1
-        labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
-        labels[:, : len(lead)] = IGNORED
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        tidy = [(" " if self.prompt else "") + c.strip().removesuffix(".").rstrip() for c in captions]
+        rows = (
+            np.array([*lead, *ids][: self.max_length - 1] + [end], np.int32)
+            for start in range(0, len(tidy), 10_000)  # COCO's 600,000 at once would take gigabytes
+            for ids in self._ids(tidy[start : start + 10_000])
+        )
+        return Texts(rows, len(lead), self.tokenizer.pad_token_id)
+
+    def text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Encode captions for training as one batch; see `Texts.batch` for what is returned."""
+        return self.texts(captions).batch(range(len(captions)))
 
     def __call__(
         self,
@@ -107,6 +121,35 @@ class CaptionerProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Name what the model takes."""
         return ["pixel_values", "input_ids", "attention_mask"]
+
+
+class Texts:
+    """Encoded captions, laid end to end.
+
+    Args:
+        rows: token ids of each caption.
+        lead: how many of them are start and prompt.
+        pad: id of the padding token.
+    """
+
+    def __init__(self, rows: Iterable[np.ndarray], lead: int, pad: int):
+        rows = list(rows)
+        self.lengths = np.array([len(row) for row in rows])
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.ids, self.lead, self.pad = np.concatenate(rows), lead, pad
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Batch captions by number, padded to the longest.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, each (captions, T). Start, prompt and padding carry no label.
+        """
+        lengths, places = self.lengths[numbers][:, None], np.arange(self.lengths[numbers].max())
+        there = places < lengths  # (captions, T)
+        input_ids = np.where(there, self.ids[np.where(there, self.starts[numbers][:, None] + places, 0)], self.pad)
+        labels = np.where(there & (places >= self.lead), input_ids, IGNORED)
+        arrays = {"input_ids": input_ids, "attention_mask": there, "labels": labels}
+        return {key: torch.from_numpy(array.astype(np.int64)) for key, array in arrays.items()}
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int = 8000) -> PreTrainedTokenizerFast:

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, GPT2Config
@@ -79,3 +81,34 @@ def pictures(tmp_path) -> Path:
     for name, colour in (("a.jpg", "red"), ("b.png", "green"), ("c.webp", "blue")):
         Image.new("RGB", (80, 60), colour).save(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory) -> Path:
+    """COCO-format captions of noise: 40 pictures to train on, 8 to validate on."""
+    root = tmp_path_factory.mktemp("noise")
+    (root / "images").mkdir()
+    (root / "annotations").mkdir()
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 8)):
+        content = {"images": [], "annotations": []}
+        for number in range(count):
+            pixels = random.integers(0, 256, (4, 5, 3), np.uint8)
+            Image.fromarray(pixels).resize((40, 32)).save(root / "images" / f"{split}{number}.png")
+            content["images"].append({"id": number, "file_name": f"{split}{number}.png"})
+            texts = (f"the {split} picture number {number}", "some noise in many colours .")
+            content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
+        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def cache_config(noise):
+    """Return a function that makes the settings of a cache of the noise, or of other data."""
+    from captioner.training.config import CacheConfig, DataConfig
+
+    def make(output, captioner=None, root=noise, **kwargs) -> CacheConfig:
+        data = DataConfig(root=str(root), workers=0)
+        return CacheConfig(output=output, data=data, captioner=captioner and str(captioner), batch_size=3, **kwargs)
+
+    return make

@@ -1,36 +1,126 @@
-"""From the caption table to training batches: several captions of a picture share its one encoding."""
+"""From the caption table to training batches: several captions of a picture share its one encoding.
 
+Letters: B pictures, K captions of each, T text tokens, M image tokens, D their width.
+"""
+
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from captioner.data.stream import SeededStream
+from captioner.data.token_cache import CachedPictures, TokenCache
+from captioner.images import ImageError
 from captioner.processing import CaptionerProcessor
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+
+class PictureFiles:
+    """The pictures of a caption table as the model takes them, from their files: `pixel_values` (B, 3, H, W).
+
+    `CachedPictures` is the same from a token cache, with `image_tokens` (B, M, D).
+    """
+
+    views = 1
+
+    def __init__(self, table: "datasets.Dataset", processor: CaptionerProcessor):
+        self.table, self.processor = table, processor
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def workers(self, wanted: int) -> int:
+        """Return how many loading processes are worth having: those wanted."""
+        return wanted
+
+    def open(self, number: int) -> torch.Tensor:
+        """Open picture `number` as pixels (3, H, W).
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        return self.processor.pixels(self.table[number]["image"])
+
+    def batch(self, opened: Sequence[torch.Tensor], views: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """Stack B opened pictures."""
+        return {"pixel_values": torch.stack(list(opened))}
+
+
+Pictures = PictureFiles | CachedPictures
+
+
+def open_pictures(
+    table: "datasets.Dataset", processor: CaptionerProcessor, cache: TokenCache | None = None, required: bool = True
+) -> Pictures:
+    """Open the pictures of a table from a cache if there is one, else from their files.
+
+    Args:
+        required: whether a cache that lacks some of them is an error, or their files are taken, with a warning.
+
+    Raises:
+        ValueError: the cache lacks pictures, or they are not the files that were encoded.
+    """
+    if cache is not None and (required or not cache.missing(table)):
+        return cache.pictures(table)
+    if cache is not None:
+        logger.warning("'%s' lacks pictures of the split '%s': they are encoded anew", cache.folder, table[0]["split"])
+    return PictureFiles(table, processor)
+
+
+class PictureRows(Dataset):
+    """The pictures of a table one by one, each with its row: opened, or the error of one that cannot be."""
+
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
+
+    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | int | str]:
+        try:
+            return row, self.pictures.open(row)
+        except ImageError as error:
+            return row, str(error)
 
 
 class CaptionStream(SeededStream):
-    """Pictures of a caption table, each with K of its captions.
+    """Pictures of a caption table, each with K of its captions, drawn without repetition as far as there are K.
 
-    Each item holds `pixel_values` (3, H, W) and `captions`, K texts drawn without repetition as far as there are K.
+    Args:
+        table: the caption table.
+        processor: the model's processor.
+        captions_per_image: K.
+        seed: decides order, captions and views.
+        pictures: where the pictures come from; the files of the table if absent.
     """
 
-    def __init__(self, table: "Dataset", processor: CaptionerProcessor, captions_per_image: int, seed: int):
+    def __init__(
+        self,
+        table: "datasets.Dataset",
+        processor: CaptionerProcessor,
+        captions_per_image: int,
+        seed: int,
+        pictures: Pictures | None = None,
+    ):
         super().__init__(len(table), seed)
-        self.table, self.processor, self.captions_per_image = table, processor, captions_per_image
+        self.pictures = pictures or PictureFiles(table, processor)
+        self.texts = processor.texts([caption for group in table["captions"] for caption in group])
+        self.counts = [len(group) for group in table["captions"]]
+        self.firsts = np.cumsum([0, *self.counts]).tolist()
+        self.captions_per_image = captions_per_image
 
     def load(self, number: int, i: int) -> dict:
-        """Open picture `number` and draw its captions."""
-        record = self.table[number]
-        pixels = self.processor.pixels(record["image"])
-        captions = record["captions"]
-        order = self.generator(i).permutation(len(captions))
-        chosen = [captions[order[k % len(order)]] for k in range(self.captions_per_image)]
-        return {"pixel_values": pixels, "captions": chosen}
+        """Open picture `number`, draw its captions (as rows of all texts) and one of its views."""
+        picture, random = self.pictures.open(number), self.generator(i)
+        order = random.permutation(self.counts[number]).tolist()
+        captions = [self.firsts[number] + order[k % len(order)] for k in range(self.captions_per_image)]
+        return {"picture": picture, "captions": captions, "view": int(random.integers(self.pictures.views))}
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        """Batch B items into `pixel_values` (B, 3, H, W) and the text tensors of `CaptionerProcessor.text` (B*K, T)."""
-        captions = [caption for item in items for caption in item["captions"]]
-        return {"pixel_values": torch.stack([item["pixel_values"] for item in items]), **self.processor.text(captions)}
+        """Batch B items into `pixel_values` or `image_tokens` and the text tensors of `Texts.batch` (B*K, T)."""
+        pictures = self.pictures.batch([item["picture"] for item in items], [item["view"] for item in items])
+        return pictures | self.texts.batch([caption for item in items for caption in item["captions"]])

@@ -3,6 +3,9 @@
 Letters: B batch, C channels, H W pixels, M tokens handed on, D their width.
 """
 
+import json
+from pathlib import Path
+
 import timm
 import torch
 from torch import nn
@@ -73,3 +76,17 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
         raise ValueError(f"no encoder named '{name}' in timm" + (f"; did you mean one of: {close}?" if close else ""))
     model = timm.create_model(name, **{"num_classes": 0, "pretrained": exported, **kwargs})
     return model if isinstance(model, TokenEncoder) else PooledEncoder(model)
+
+
+def encoder_config(name: str, encoder: TokenEncoder) -> dict:
+    """Say how to rebuild an encoder without the folder or hub it came from: `{"name": timm name, "kwargs": {...}}`.
+
+    Args:
+        name: what `create_encoder` built it from.
+        encoder: what it built.
+    """
+    kwargs = {}
+    if name.startswith("local-dir:"):
+        exported = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text())
+        kwargs = {k: v for k, v in exported.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
+    return {"name": encoder.default_cfg["architecture"], "kwargs": kwargs}

@@ -29,24 +29,32 @@ class DataConfig:
     """Caption column of those."""
     id_column: str = "image_id"
     """Image id column of those."""
+    tokens: Path | None = None
+    """Folder that `captioner cache` wrote: the image tokens are read there, no picture is opened or encoded."""
     captions_per_image: int = 5
     """Captions of an image in one step; they share its encoding."""
     workers: int = 2
-    """Data loading processes per training process."""
+    """Picture loading processes per training process."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Which encoder and decoder, and how they are joined."""
+class EncoderConfig:
+    """Which encoder, and how it is shown a picture."""
 
     encoder: str = "lookupvit_small_patch16_224"
     """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, or `hf-hub:OWNER/NAME`."""
-    grid: str | None = None
-    """Compressed grid such as `5x5`; `None` for the encoder's own (LookupViT: 5x5; other models: all their tokens)."""
     image_size: int | None = None
     """Side of the picture in pixels; `None` for the encoder's own."""
     crop_mode: Literal["squash", "center", "border"] = "squash"
     """How a picture becomes a square: squashed whole, its centre cropped, or padded."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(EncoderConfig):
+    """Which encoder and decoder, and how they are joined."""
+
+    grid: str | None = None
+    """Compressed grid such as `5x5`; `None` for the encoder's own (LookupViT: 5x5; other models: all their tokens)."""
     fusion: Literal["prefix", "cross_attention"] = "prefix"
     """Image tokens before the text, or attended to by every decoder layer."""
     decoder: str | None = None
@@ -154,6 +162,42 @@ class EvaluateConfig:
     """Caption the first so many images only."""
     spice: Path | None = None
     """Folder with SPICE's models; without it SPICE is left out."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Encode pictures once and keep their tokens on disk, for training and evaluation to read (`--data.tokens`)."""
+
+    output: Path = Path("runs/tokens")
+    """Folder of the cache; one that exists is gone on with."""
+    data: DataConfig = field(default_factory=DataConfig)
+    splits: tuple[str, ...] = ("train", "val")
+    """Splits to encode; others may be added to the same folder later."""
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    captioner: str | None = None
+    """Folder or hub id of a captioner, to take its encoder and preprocessing in place of `--model`."""
+    grids: tuple[str, ...] = ()
+    """Compressed grids such as `3x3 5x5`; without any, the model's own."""
+    views: int = 1
+    """Views of each picture: itself, its mirror image, then random crops, each mirrored or not. Training draws one."""
+    min_crop: float = 0.6
+    """Least share of the picture in a random crop."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """Half precision of the tokens on disk."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the encoder's forward."""
+    batch_size: int = 32
+    """Pictures per forward and process."""
+    seed: int = 0
+    """Seed of the random crops, and of an encoder without trained weights (as `captioner train --seed`)."""
+
+    def __post_init__(self):
+        if self.data.tokens is not None:
+            raise ValueError("name the folder of the cache with --output; --data.tokens is for those who read it")
+        if self.views < 1 or self.batch_size < 1 or not self.splits:
+            raise ValueError("a cache needs at least one split, one view and one picture per batch")
+        if not 0 < self.min_crop <= 1:
+            raise ValueError(f"min_crop is a share of the picture, above 0 and up to 1, not {self.min_crop}")
 
 
 def parse_grid(text: str | None) -> tuple[int, int] | None:

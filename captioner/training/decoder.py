@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
 from tqdm.auto import tqdm
@@ -29,11 +29,12 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from captioner.data.collate import CaptionStream
-from captioner.encoders import create_encoder
+from captioner.data.collate import CaptionStream, PictureRows, Pictures, open_pictures
+from captioner.data.token_cache import open_cache
+from captioner.encoders import create_encoder, encoder_config
 from captioner.evaluation import caption_split, read_split, score_results
 from captioner.modeling import IGNORED, CaptionerConfig, CaptionerModel, caption_loss
-from captioner.processing import CaptionerProcessor, train_tokenizer
+from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from captioner.training.config import ModelConfig, TrainConfig, parse_grid, save_config
 
@@ -50,7 +51,6 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         ValueError: an encoder or decoder that cannot be had, or that do not fit together.
     """
     encoder = create_encoder(config.encoder)
-    cfg = encoder.default_cfg
     if config.decoder is None:
         tokenizer = train_tokenizer(captions, config.vocab_size)
         text_config = GPT2Config(
@@ -71,13 +71,10 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
             text_config = AutoConfig.from_pretrained(config.decoder)
         except (OSError, ValueError) as error:
             raise ValueError(f"no decoder at '{config.decoder}': {str(error).splitlines()[0]}") from None
-    image = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
-    if config.image_size is not None:
-        image["input_size"] = (3, config.image_size, config.image_size)
-    image |= {"crop_mode": config.crop_mode, "crop_pct": 1.0 if config.crop_mode != "center" else cfg["crop_pct"]}
+    image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
     processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
     model_config = CaptionerConfig(
-        encoder_config={"name": cfg["architecture"], "kwargs": encoder_arguments(config.encoder)},
+        encoder_config=encoder_config(config.encoder, encoder),
         text_config=text_config,
         fusion=config.fusion,
         grid=parse_grid(config.grid),
@@ -92,19 +89,11 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     return model, processor
 
 
-def encoder_arguments(name: str) -> dict:
-    """Return the arguments that rebuild an exported encoder without its folder; none for a plain timm name."""
-    if not name.startswith("local-dir:"):
-        return {}
-    exported = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text())
-    return {k: v for k, v in exported.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
-
-
 def train(config: TrainConfig) -> Path:
     """Run the training job and return the folder of the best model.
 
     Raises:
-        ValueError: no data, names that cannot be had, or a loss that is not finite.
+        ValueError: no data, names that cannot be had, a token cache of another encoder, or a loss that is not finite.
     """
     accelerator = Accelerator(
         mixed_precision=pick_precision(config.mixed_precision),
@@ -126,6 +115,9 @@ def train(config: TrainConfig) -> Path:
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )
+    cache = open_cache(config.data.tokens, model, processor)
+    pictures = open_pictures(table, processor, cache)
+    held_out_pictures = open_pictures(held_out, processor, cache, required=False)
     if config.gradient_checkpointing:
         model.decoder.gradient_checkpointing_enable()
     if accelerator.is_main_process:
@@ -151,10 +143,9 @@ def train(config: TrainConfig) -> Path:
         progress = load_checkpoint(accelerator, found[-1], strict=False)
         step = progress["step"]
         accelerator.print(f"resumed from {found[-1]}")
-    stream = CaptionStream(table, processor, config.data.captions_per_image, config.seed)
-    loader = stream.loader(
-        step * per_step, total * per_step, config.batch_size, config.data.workers, collate_fn=stream.collate
-    )
+    stream = CaptionStream(table, processor, config.data.captions_per_image, config.seed, pictures)
+    workers = pictures.workers(config.data.workers)
+    loader = stream.loader(step * per_step, total * per_step, config.batch_size, workers, collate_fn=stream.collate)
     batches = iter(accelerator.prepare(loader))
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -185,7 +176,7 @@ def train(config: TrainConfig) -> Path:
             losses.clear()
         evaluated = step % evaluate_steps == 0 or step == total
         if evaluated:
-            record = validate(accelerator, wrapped, processor, held_out, config)
+            record = validate(accelerator, wrapped, processor, held_out, held_out_pictures, config)
             log(accelerator, config.output, {"step": step, **record})
             progress["stale"] += 1
             if record["CIDEr"] > progress["best"]:
@@ -226,6 +217,7 @@ def validate(
     model: nn.Module,
     processor: CaptionerProcessor,
     table: "datasets.Dataset",
+    pictures: Pictures,
     config: TrainConfig,
 ) -> dict:
     """Caption the validation images and score them: CIDEr, BLEU-4, and three captions to look at."""
@@ -236,13 +228,14 @@ def validate(
         table,
         batch_size=config.batch_size,
         workers=config.data.workers,
+        pictures=pictures,
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )
     scores = score_results(results, table, metrics=("BLEU", "CIDEr"))
     samples = [result["caption"] for result in results[:3]]
     return {
-        "loss_val": validation_loss(accelerator, model, processor, table, config),
+        "loss_val": validation_loss(accelerator, model, processor, table, pictures, config),
         **{name: scores[name] for name in ("CIDEr", "BLEU-4")},
         "samples": samples,
     }
@@ -253,20 +246,26 @@ def validation_loss(
     model: nn.Module,
     processor: CaptionerProcessor,
     table: "datasets.Dataset",
+    pictures: Pictures,
     config: TrainConfig,
 ) -> float:
     """Return the cross-entropy per token of the validation captions, not smoothed, each image's first K of them."""
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
+    rows = PictureRows(pictures)
     for start in range(accelerator.process_index * size, len(table), accelerator.num_processes * size):
-        rows = table[start : start + size]
-        pixels = processor(rows["image"]).pixel_values.to(accelerator.device)
-        captions = [group[k % len(group)] for group in rows["captions"] for k in range(count)]
-        text = {key: value.to(accelerator.device) for key, value in processor.text(captions).items()}
-        labels = text.pop("labels")
+        opened = [rows[row] for row in range(start, min(start + size, len(table)))]
+        good = [(row, picture) for row, picture in opened if not isinstance(picture, str)]
+        if not good:
+            continue
+        groups = table[[row for row, _ in good]]["captions"]
+        captions = [group[k % len(group)] for group in groups for k in range(count)]
+        batch = pictures.batch([picture for _, picture in good]) | processor.text(captions)
+        batch = send_to_device(batch, accelerator.device)
+        labels = batch.pop("labels")
         with accelerator.autocast():
-            logits = accelerator.unwrap_model(model)(pixel_values=pixels, **text).logits
+            logits = accelerator.unwrap_model(model)(**batch).logits
         sums += torch.stack([caption_loss(logits, labels), (labels[:, 1:] != IGNORED).sum()])
     total, tokens = accelerator.reduce(sums, "sum").tolist()
     return total / max(tokens, 1)

@@ -1,0 +1,273 @@
+"""The token cache: what a frozen encoder says about each picture, computed once, kept on disk, memory-mapped.
+
+Letters: n images of a shard, V views of each, B images of a batch, M image tokens, D their width.
+
+A cache is a folder. `cache.json` says what made it: encoder, a digest of its weights, preprocessing, grids, views.
+The tokens lie beside it in shards of at most 512 images, `tokens-*.safetensors`: for each grid one tensor (n, V, M, D),
+and in the header which images they are. Why safetensors: a shard is one contiguous array that maps into memory without
+a copy (Arrow would cut rows into batches and give back lists of them), its header tells a truncated file from a whole
+one (a raw array cannot), and the project writes no other format. Why shards: each is written under another name and
+renamed, so that a kill at any moment costs the images of one shard and leaves nothing half done, processes need no lock
+to share the work, and further splits are further shards.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from pyarrow.compute import struct_field
+from safetensors import SafetensorError, safe_open
+
+from captioner.encoders import Grid, TokenEncoder
+from captioner.images import ImageError
+from captioner.modeling import CaptionerModel
+from captioner.processing import CaptionerProcessor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MANIFEST = "cache.json"
+SHARDS = "tokens-*.safetensors"
+SAMPLE = 64
+"""Pictures of a table whose size in bytes is compared with what was encoded."""
+SOURCE = ("encoder", "arguments", "weights", "image")
+"""Entries of the manifest that a model must share to use the cache."""
+
+
+def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict) -> dict:
+    """Say what decides the tokens of a picture: the encoder, its weights, the preprocessing.
+
+    Weights are compared as float16, so that a model saved in half precision keeps the cache it was trained on.
+
+    Args:
+        encoder_config: timm name and arguments, as in `CaptionerConfig`.
+        image: timm's data settings, as in `CaptionerProcessor`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(encoder.state_dict().items()):
+        value = value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    arguments = encoder_config.get("kwargs", {})
+    content = {"encoder": encoder_config["name"], "arguments": arguments, "weights": digest.hexdigest(), "image": image}
+    return json.loads(json.dumps(content))  # tuples become lists, as they come back from disk
+
+
+def grid_name(encoder: TokenEncoder, grid: Grid | None) -> str:
+    """Name the tokens that an encoder hands on when asked for a grid: `5x5`, or `all` where it does not choose."""
+    grid = grid or getattr(encoder, "grid", None)
+    return "all" if grid is None else f"{grid[0]}x{grid[1]}"
+
+
+def picture_names(table: "Dataset") -> list[str]:
+    """Name the pictures of a caption table by image id and file name, without touching the pictures."""
+    columns = table.select_columns(["image_id", "image"]).with_format("arrow")[:]
+    paths = struct_field(columns["image"], "path").to_pylist()
+    return [f"{i} {Path(path or '').name}" for i, path in zip(columns["image_id"].to_pylist(), paths, strict=True)]
+
+
+def picture_size(image: dict) -> int:
+    """Return the size of an encoded picture in bytes, or -1 where there is no such file."""
+    if image["bytes"] is not None:
+        return len(image["bytes"])
+    try:
+        return os.path.getsize(image["path"])
+    except OSError:
+        return -1
+
+
+class TokenCache:
+    """A token cache on disk; opening it reads the headers of its files, and maps the tokens of one grid.
+
+    Args:
+        folder: what `captioner cache` wrote.
+        source: the `encoder_fingerprint` that the cache must come from; `None` takes any.
+        grid: name of the grid to read; `None` maps no tokens.
+
+    Raises:
+        FileNotFoundError: no cache is there.
+        ValueError: it comes from another encoder, lacks the grid, is damaged, or is no cache at all.
+    """
+
+    def __init__(self, folder: Path, source: dict | None = None, grid: str | None = None):
+        self.folder, self.manifest = folder, read_manifest(folder)
+        if source is not None:
+            self.check(source)
+        if grid is not None and grid not in self.manifest["grids"]:
+            raise ValueError(
+                f"the token cache '{folder}' holds the grids {', '.join(self.manifest['grids'])}, not {grid}; ask for "
+                f"one of them, or make another cache: captioner cache --grids {grid} --output OTHER-FOLDER ..."
+            )
+        self.rows: dict[str, int] = {}
+        self.sizes: list[int] = []
+        self.broken: dict[str, tuple[int, str]] = {}
+        self.shards: list[torch.Tensor] = []
+        expected = manifest_digest(self.manifest)
+        for path in sorted(folder.glob(SHARDS)):
+            self._open_shard(path, expected, grid)
+        self.starts = np.cumsum([0, *map(len, self.shards)])
+
+    def _open_shard(self, path: Path, expected: str, grid: str | None) -> None:
+        remedy = "delete that file and run the same `captioner cache` again, which makes only what it held"
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                made_by = header["made_by"]
+                images, broken = json.loads(header["images"]), json.loads(header["broken"])
+                tokens = file.get_tensor(grid) if grid is not None and images else None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"'{path}' is truncated or damaged ({error}); {remedy}") from None
+        if made_by != expected:
+            raise ValueError(f"'{path}' belongs to another token cache; {remedy}")
+        for name, size in images:
+            self.rows[name] = len(self.sizes)
+            self.sizes.append(size)
+        self.broken |= {name: (size, error) for name, size, error in broken}
+        if tokens is not None:
+            self.shards.append(tokens)
+
+    def check(self, source: dict) -> None:
+        """Refuse a cache that another encoder or another preprocessing made.
+
+        Raises:
+            ValueError: saying what differs.
+        """
+        remedy = "make one for this model: captioner cache --output OTHER-FOLDER ..."
+        made_by = {key: self.manifest[key] for key in SOURCE}
+        if made_by == source:
+            return
+        if made_by["encoder"] != source["encoder"]:
+            what = f"another encoder, {made_by['encoder']}, where the model has {source['encoder']}"
+        elif made_by["arguments"] != source["arguments"]:
+            what = f"the encoder with {made_by['arguments']}, where the model has {source['arguments']}"
+        elif made_by["weights"] != source["weights"]:
+            what = f"other weights of {source['encoder']} than the model's"
+        else:
+            keys = [k for k in made_by["image"] | source["image"] if made_by["image"].get(k) != source["image"].get(k)]
+            what = "other preprocessing: " + ", ".join(
+                f"{k} {made_by['image'].get(k)}, where the model has {source['image'].get(k)}" for k in keys
+            )
+        raise ValueError(f"the token cache '{self.folder}' comes from {what}; {remedy}")
+
+    def missing(self, table: "Dataset") -> int:
+        """Count the pictures of a table that are neither encoded nor known to be unreadable."""
+        return sum(name not in self.rows and name not in self.broken for name in picture_names(table))
+
+    def pictures(self, table: "Dataset") -> "CachedPictures":
+        """Find the pictures of a table.
+
+        Raises:
+            ValueError: some are not in the cache, or are not the files that were encoded.
+        """
+        names = picture_names(table)
+        if count := sum(name not in self.rows and name not in self.broken for name in names):
+            raise ValueError(
+                f"the token cache '{self.folder}' lacks {count} of {len(names)} pictures of the split "
+                f"'{table[0]['split']}'; add them: captioner cache --splits ... --output '{self.folder}' ..."
+            )
+        for number in np.linspace(0, len(names) - 1, min(SAMPLE, len(names))).astype(int).tolist():
+            image, row = table[number]["image"], self.rows.get(names[number])
+            if row is not None and self.sizes[row] != (size := picture_size(image)):
+                raise ValueError(
+                    f"'{image['path'] or names[number]}' has {size} bytes, but {self.sizes[row]} when it was encoded "
+                    f"into '{self.folder}': the pictures have changed; make another token cache"
+                )
+        return CachedPictures(self, names)
+
+
+class CachedPictures:
+    """The pictures of a caption table as the model takes them, from a token cache: `image_tokens` (B, M, D)."""
+
+    def __init__(self, cache: TokenCache, names: Sequence[str]):
+        self.shards, self.views = cache.shards, cache.manifest["views"]
+        rows = np.array([cache.rows.get(name, -1) for name in names])
+        shard = np.searchsorted(cache.starts, rows, side="right") - 1
+        self.shard, self.row = shard.tolist(), (rows - cache.starts[shard]).tolist()
+        self.errors = {number: cache.broken[names[number]][1] for number in np.flatnonzero(rows < 0).tolist()}
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def workers(self, wanted: int) -> int:
+        """Return how many loading processes are worth having: none, for reading costs less than handing on."""
+        return 0
+
+    def open(self, number: int) -> int:
+        """Return picture `number` as `batch` takes it.
+
+        Raises:
+            ImageError: it could not be read when the cache was made.
+        """
+        if number in self.errors:
+            raise ImageError(self.errors[number])
+        return number
+
+    def batch(self, opened: Sequence[int], views: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """Gather the tokens of B pictures, each in the view given, else in the plain one."""
+        first = self.shards[self.shard[opened[0]]]
+        tokens = torch.empty(len(opened), *first.shape[2:], dtype=first.dtype)  # (B, M, D)
+        for i, number in enumerate(opened):
+            tokens[i] = self.shards[self.shard[number]][self.row[number], views[i] if views else 0]
+        return {"image_tokens": tokens}
+
+
+def open_cache(
+    folder: Path | None, model: CaptionerModel, processor: CaptionerProcessor, grid: Grid | None = None
+) -> TokenCache | None:
+    """Open the cache of a model's image tokens at its own grid, or another; None without a folder.
+
+    Raises:
+        FileNotFoundError: no cache is there.
+        ValueError: it is not of this model, lacks the grid, or is damaged.
+    """
+    if folder is None:
+        return None
+    source = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
+    return TokenCache(folder, source, grid_name(model.encoder, grid or model.config.grid))
+
+
+def read_manifest(folder: Path) -> dict:
+    """Read what made a cache.
+
+    Raises:
+        FileNotFoundError: no cache is there.
+        ValueError: the file is not a cache's.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"no token cache at '{folder}'; make one: captioner cache --output '{folder}' ...")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest.keys() >= {*SOURCE, "grids", "views"}:
+            return manifest
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"'{path}' is not a token cache's; delete the folder and run `captioner cache` again")
+
+
+def manifest_digest(manifest: dict) -> str:
+    """Return the digest that every shard of a cache carries."""
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under another name, then rename it: it is there whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

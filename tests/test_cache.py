@@ -1,0 +1,228 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import captioner
+from captioner import cli
+from captioner.data.captions import read_captions
+from captioner.data.collate import CaptionStream
+from captioner.data.token_cache import TokenCache, open_cache
+from captioner.evaluation import evaluate
+from captioner.images import ImageError
+from captioner.training import cache as caching
+from captioner.training.cache import disk_bytes, fill_cache, make_view
+from captioner.training.config import DataConfig, EvaluateConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_all(folder) -> dict[str, torch.Tensor]:
+    """Read every picture's tokens (V, M, D), by grid and name."""
+    found = {}
+    for grid in json.loads((folder / "cache.json").read_text())["grids"]:
+        cache = TokenCache(folder, grid=grid)
+        tokens = torch.cat(cache.shards)
+        found |= {f"{grid} {name}": tokens[row] for name, row in cache.rows.items()}
+    return found
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=2e-3) for k in one)
+
+
+def driver(config: dict, *, shard: int, before: str = "") -> list[str]:
+    """Return the command that fills a cache in a process of its own, in shards of so many pictures."""
+    args = [part for name, value in config.items() for part in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    code = f"from captioner.training import cache; cache.SHARD_PICTURES = {shard}\n{before}\n"
+    return [sys.executable, "-c", f"{code}from captioner import cli; cli.main({['cache', *args]!r})"]
+
+
+def test_crops_lie_within_the_picture():
+    picture = Image.new("RGB", (7, 3))
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        view = make_view(picture, 2, 0.3, random)
+        assert 1 <= view.width <= 7
+        assert 1 <= view.height <= 3
+        assert view.width * view.height >= 0.15 * 21  # sides are rounded to pixels
+    assert make_view(picture, 0, 0.3, random) is picture
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(cache_config, noise, saved_model, tmp_path):
+    fill_cache(cache_config(tmp_path / "whole", saved_model, grids=("2x2", "4x4")))
+    folder = tmp_path / "broken"
+    config = {"data.root": noise, "data.workers": 0, "captioner": saved_model, "output": folder, "batch-size": 1}
+    slowly = "import time; from captioner.training.cache import PictureViews as P; get = P.__getitem__\n"
+    slowly += "P.__getitem__ = lambda self, row: (time.sleep(0.05), get(self, row))[1]"
+    command = driver(config | {"grids": ["2x2", "4x4"]}, shard=2, before=slowly)
+    kept: dict[str, int] = {}
+    for shards in (3, 6):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while len(list(folder.glob("tokens-*"))) < shards:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {path.name: path.stat().st_mtime_ns for path in folder.glob("tokens-*")}
+        assert now.items() >= kept.items()
+        kept = now
+    assert len(kept) < 24
+    (folder / ".tokens-0.safetensors.part").write_bytes(b"left by a kill in the middle of writing")
+    fill_cache(cache_config(folder, saved_model, grids=("2x2", "4x4")))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("tokens-*")}.items() >= kept.items()
+    assert not list(folder.glob(".*"))
+    assert same(read_all(folder), read_all(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(cache_config, noise, saved_model, tmp_path):
+    fill_cache(cache_config(tmp_path / "one", saved_model))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "captioner.cli", "cache", "--data.root", noise, "--data.workers", "0"]
+    command += ["--captioner", saved_model, "--output", tmp_path / "two", "--splits"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run([*map(str, command), "train", "val"], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "two").glob("tokens-*"))) == 2
+    assert "tokens of 48 pictures" in result.stdout
+    assert same(read_all(tmp_path / "one"), read_all(tmp_path / "two"))
+
+
+def test_shards_are_dealt_out_and_pictures_of_an_embedded_set_are_named(
+    cache_config, noise, saved_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(caching, "SHARD_PICTURES", 16)
+    fill_cache(cache_config(tmp_path / "files", saved_model, splits=("train",)))
+    assert len(list((tmp_path / "files").glob("tokens-*"))) == 3
+    table = read_captions(noise, "train")
+    rows = [
+        {
+            "image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": Path(row["image"]["path"]).name},
+            "captions": row["captions"],
+            "image_id": row["image_id"],
+        }
+        for row in table
+    ]
+    embedded = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": embedded}).save_to_disk(tmp_path / "set")
+    fill_cache(cache_config(tmp_path / "embedded", saved_model, tmp_path / "set", splits=("train",)))
+    assert same(read_all(tmp_path / "files"), read_all(tmp_path / "embedded"))
+
+
+def test_splits_are_added_to_a_cache(cache_config, noise, saved_model, tmp_path, capsys):
+    folder = tmp_path / "tokens"
+    fill_cache(cache_config(folder, saved_model, splits=("val",)))
+    loaded = captioner.load(saved_model, "cpu")
+    table = read_captions(noise, "train")
+    with pytest.raises(ValueError, match="lacks 40 of 40 pictures of the split 'train'; add them: captioner cache"):
+        open_cache(folder, loaded.model, loaded.processor).pictures(table)
+    capsys.readouterr()
+    fill_cache(cache_config(folder, saved_model, splits=("train", "val")))
+    assert "40 of 48 pictures to encode (2x2: 5 tokens of width 32; views: 1): 1.28e-05 GB" in capsys.readouterr().out
+    assert len(open_cache(folder, loaded.model, loaded.processor).pictures(table)) == 40
+    with pytest.raises(ValueError, match="made with grids .*, not .*; choose another folder with --output"):
+        fill_cache(cache_config(folder, saved_model, grids=("3x3",)))
+
+
+def test_two_pictures_of_one_name_are_refused(cache_config, saved_model, tmp_path):
+    for split, colour in (("train", "red"), ("val", "blue")):
+        (tmp_path / f"{split}2017").mkdir()
+        Image.new("RGB", (30 if split == "val" else 9, 9), colour).save(tmp_path / f"{split}2017" / "1.png")
+        content = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+        (tmp_path / f"captions_{split}2017.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="different pictures under one id and name, '1 1.png'"):
+        fill_cache(cache_config(tmp_path / "tokens", saved_model, tmp_path))
+
+
+def test_an_unreadable_picture_is_left_out_and_read_once_repaired(cache_config, noise, saved_model, tmp_path, capsys):
+    root, folder = tmp_path / "data", tmp_path / "tokens"
+    shutil.copytree(noise, root)
+    good = (root / "images" / "train5.png").read_bytes()
+    (root / "images" / "train5.png").write_bytes(b"broken")
+    (root / "images" / "val0.png").write_bytes(b"broken")
+    fill_cache(cache_config(folder, saved_model, root))
+    captured = capsys.readouterr()
+    assert "tokens of 46 pictures" in captured.out
+    assert "2 of them could not be read and are left out" in captured.out
+    assert captured.err.count("captioner cache: skipped") == 2
+    fill_cache(cache_config(folder, saved_model, root))
+    assert "0 of 48 pictures to encode" in capsys.readouterr().out
+
+    loaded = captioner.load(saved_model, "cpu")
+    cache = open_cache(folder, loaded.model, loaded.processor)
+    table = read_captions(root, "train")
+    pictures = cache.pictures(table)
+    with pytest.raises(ImageError, match="train5.png"):
+        pictures.open(5)
+    stream = CaptionStream(table, loaded.processor, 1, seed=0, pictures=pictures)
+    assert 5 not in {stream[i]["picture"] for i in range(80)}
+    data = DataConfig(root=str(root), workers=0, tokens=folder)
+    evaluate(EvaluateConfig(model=str(saved_model), data=data, split="val", output=tmp_path / "out"))
+    captions = [result["caption"] for result in json.loads((tmp_path / "out" / "results.json").read_text())]
+    assert [i for i, caption in enumerate(captions) if not caption] in ([0], list(range(8)))
+
+    (root / "images" / "train5.png").write_bytes(good)
+    fill_cache(cache_config(folder, saved_model, root))
+    assert "1 of 48 pictures to encode" in capsys.readouterr().out
+    assert open_cache(folder, loaded.model, loaded.processor).pictures(table).open(5) == 5
+
+
+def test_the_disk_is_estimated_before_and_never_overrun(cache_config, saved_model, tmp_path, monkeypatch):
+    assert disk_bytes(123_287, 1, {"5x5": (26, 384)}) == pytest.approx(2.46e9, rel=0.01)
+    assert disk_bytes(123_287, 1, {"all": (197, 384)}) == pytest.approx(18.65e9, rel=0.01)
+    fill_cache(cache_config(tmp_path / "tokens", saved_model, splits=("train",), views=2))
+    size = next((tmp_path / "tokens").glob("tokens-*")).stat().st_size
+    assert disk_bytes(40, 2, {"2x2": (5, 32)}) < size < disk_bytes(40, 2, {"2x2": (5, 32)}) + 40 * 40 + 500
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    with pytest.raises(OSError, match=r"lacks the room: the tokens take 1.28e-05 GB, 5e-06 GB are free; choose"):
+        fill_cache(cache_config(tmp_path / "more", saved_model, splits=("train",)))
+    assert not list((tmp_path / "more").glob("tokens-*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of the shell")
+def test_a_disk_full_midway_is_one_line_and_keeps_what_is_done(cache_config, noise, saved_model, tmp_path):
+    folder = tmp_path / "tokens"
+    fill_cache(cache_config(folder, saved_model, splits=("val",)))
+    config = {"data.root": noise, "data.workers": 0, "captioner": saved_model, "output": folder}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
+    result = subprocess.run(driver(config, shard=40, before=limit), capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    lines = result.stderr.strip().splitlines()
+    assert [line for line in lines if line.startswith("captioner cache: cannot write")] == lines[-1:]
+    assert "the finished shards are kept: make room and run the same command again" in lines[-1]
+    assert "Traceback" not in result.stderr
+    assert not list(folder.glob(".*"))
+    assert len(TokenCache(folder).rows) == 8
+    fill_cache(cache_config(folder, saved_model))
+    assert len(TokenCache(folder).rows) == 48
+
+
+def test_one_line_errors(noise, saved_model, tmp_path, capsys):
+    base = ("cache", "--data.root", noise, "--captioner", saved_model, "--output", tmp_path / "out")
+    for args, message in (
+        ((*base, "--grids", "9x9"), "compressed grid 9x9 is not within the lookup grid 4x4"),
+        ((*base, "--grids", "9"), "not of the form ROWSxCOLUMNS"),
+        ((*base, "--splits", "test"), "no annotations under"),
+        (("cache", "--output", tmp_path / "out", "--captioner", saved_model), "--data.root"),
+        (("evaluate", *base[1:3], "--split=val", "--model", saved_model, "--data.tokens", tmp_path), "no token cache"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(arg) for arg in args])
+        assert stopped.value.code == 1, args
+        error = capsys.readouterr().err
+        assert message in error, args
+        assert error.strip().count("\n") == 0, error
