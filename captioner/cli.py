@@ -17,7 +17,7 @@ commands:
   score      score any system's captions against references, or compare two
 
 `captioner COMMAND --help` shows a command's options; `captioner --version` the version.
-All but caption also run on many GPUs: `accelerate launch -m captioner.cli COMMAND ...`.
+cache, train, evaluate and pretrain also run on many GPUs: `accelerate launch -m captioner.cli COMMAND ...`.
 Set CAPTIONER_DEBUG=1 to see where an error comes from.
 """
 

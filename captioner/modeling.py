@@ -8,6 +8,7 @@ Two ways to fuse. `prefix` puts the projected tokens before the text, and works 
 `cross_attention` lets every decoder layer attend to them, for decoders that have such layers (GPT-2, for one).
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,11 +206,16 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         prefix = self.prefix(pixel_values, image_tokens)  # (B, M, E)
         if len(input_ids) % len(prefix):
             raise ValueError(f"{len(input_ids)} captions do not divide among {len(prefix)} images")
-        prefix = prefix.repeat_interleave(len(input_ids) // len(prefix), 0)  # (B*K, M, E)
+        count = len(input_ids) // len(prefix)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        logits = self.decoder(**self.fuse(prefix, input_ids, attention_mask), use_cache=False, **kwargs).logits
-        logits = logits[:, -input_ids.shape[1] :]  # (B*K, T, V)
+        if count > 1 and not kwargs and self.shares_prefix():
+            inputs = self.share(prefix, input_ids, attention_mask, count)
+        else:
+            inputs = self.fuse(prefix.repeat_interleave(count, 0), input_ids, attention_mask) | {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.decoder.forward).parameters:
+            inputs["logits_to_keep"] = input_ids.shape[1]  # the image's positions predict nothing
+        logits = self.decoder(**inputs, **kwargs).logits[:, -input_ids.shape[1] :]  # (B*K, T, V)
         loss = None
         if labels is not None:
             loss = caption_loss(logits, labels, label_smoothing) / (labels[:, 1:] != IGNORED).sum().clamp(min=1)
@@ -227,6 +233,28 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             "inputs_embeds": torch.cat([prefix.to(text.dtype), text], 1),  # (B, M+T, E)
             "attention_mask": torch.cat([seen, attention_mask], 1),
         }
+
+    def shares_prefix(self) -> bool:
+        """Whether the K captions of an image can share the decoder's pass over its prefix: see `share`."""
+        layers = set(getattr(self.config.text_config, "layer_types", None) or ["full_attention"])
+        recomputing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.decoder.modules())
+        attention_only = layers == {"full_attention"} and not getattr(self.decoder, "_is_stateful", False)
+        return self.config.fusion == "prefix" and attention_only and not recomputing
+
+    def share(
+        self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int
+    ) -> dict[str, Any]:
+        """Run the decoder over each prefix (B, M, E) once, and arrange text (B*K, T) to continue it.
+
+        In a causal decoder no prefix position sees the text, so keys and values of the prefix are the same for all K
+        captions of an image: B * M + B * K * T positions are computed in place of B * K * (M + T), gradients included.
+        """
+        weight = self.get_input_embeddings().weight
+        past = self.decoder.base_model(inputs_embeds=prefix.to(weight.dtype), use_cache=True).past_key_values
+        past.batch_repeat_interleave(count)
+        seen = attention_mask.new_ones(len(input_ids), prefix.shape[1])
+        mask = torch.cat([seen, attention_mask], 1)  # (B*K, M+T)
+        return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": past, "use_cache": True}
 
     @torch.no_grad()
     def generate(

@@ -91,11 +91,19 @@ def test_pixels_and_their_tokens_give_the_same(make_model, processor, pixels):
     assert torch.equal(model(pixels, **text).logits, model(image_tokens=model.encode(pixels), **text).logits)
 
 
-def test_captions_of_one_image_share_its_encoding(make_model, processor, pixels):
-    model, text = make_model(), processor.text(CAPTIONS)
-    together = model(pixels, **text).logits
-    apart = model(pixels.repeat_interleave(2, 0), **text).logits
-    torch.testing.assert_close(together, apart)
+@pytest.mark.parametrize(("name", "fusion"), CASES)
+def test_captions_of_one_image_share_its_encoding_and_prefix(name, fusion, make_model, processor, pixels):
+    model, text = make_model(DECODERS[name](), fusion=fusion), processor.text(CAPTIONS)
+    assert model.shares_prefix() is (fusion == "prefix")
+    logits, gradients = [], []
+    for images in (pixels, pixels.repeat_interleave(2, 0)):
+        output = model(images, **text)
+        output.loss.backward()
+        logits.append(output.logits * text["attention_mask"][..., None])
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+    torch.testing.assert_close(*logits)
+    torch.testing.assert_close(*gradients)
 
 
 def test_padding_changes_no_logits(make_model, processor, pixels):

@@ -118,9 +118,16 @@ class CaptionStream(SeededStream):
         picture, random = self.pictures.open(number), self.generator(i)
         order = random.permutation(self.counts[number]).tolist()
         captions = [self.firsts[number] + order[k % len(order)] for k in range(self.captions_per_image)]
-        return {"picture": picture, "captions": captions, "view": int(random.integers(self.pictures.views))}
+        view = int(random.integers(self.pictures.views))
+        return {"row": number, "picture": picture, "captions": captions, "view": view}
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        """Batch B items into `pixel_values` or `image_tokens` and the text tensors of `Texts.batch` (B*K, T)."""
+        """Batch B items.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) or `image_tokens` (B, M, D), the `rows` of the pictures in the table (B,), and
+            the text tensors of `Texts.batch` (B*K, T).
+        """
         pictures = self.pictures.batch([item["picture"] for item in items], [item["view"] for item in items])
+        pictures["rows"] = torch.tensor([item["row"] for item in items])
         return pictures | self.texts.batch([caption for item in items for caption in item["captions"]])

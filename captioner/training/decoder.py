@@ -59,6 +59,7 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own gelu_new, in one operation
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
             attn_pdrop=config.dropout,
@@ -204,7 +205,7 @@ def train_step(accelerator: Accelerator, model: nn.Module, batches: Iterator[dic
         last = number == len(group) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                labels = batch.pop("labels")
+                labels, _ = batch.pop("labels"), batch.pop("rows")
                 loss = caption_loss(model(**batch).logits, labels, config.label_smoothing) / tokens
             accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         total += loss.detach()
