@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from PIL import Image
+from training_runs import COLOURS
 from transformers import GenerationConfig, GPT2Config
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -112,3 +113,21 @@ def cache_config(noise):
         return CacheConfig(output=output, data=data, captioner=captioner and str(captioner), batch_size=3, **kwargs)
 
     return make
+
+
+def captioned(tmp_path_factory):
+    """COCO-format captions of plain colours: 32 pictures to train on, 8 to validate on."""
+    root = tmp_path_factory.mktemp("captioned")
+    (root / "images").mkdir()
+    (root / "annotations").mkdir()
+    for split, count in (("train", 32), ("val", 8)):
+        content = {"images": [], "annotations": []}
+        for number in range(count):
+            name, rgb = list(COLOURS.items())[number % 4]
+            file = f"{split}{number}.png"
+            Image.new("RGB", (32, 32), tuple(min(255, c + number) for c in rgb)).save(root / "images" / file)
+            content["images"].append({"id": number, "file_name": file})
+            texts = (f"a plain {name} square", f"this picture is all {name} .")
+            content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
+        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+    return root

@@ -1,61 +1,15 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
+from training_runs import COLOURS, debug, launch, losses
 
 import captioner
 from captioner import recipes
 from captioner.evaluation import evaluate
 from captioner.training.config import DataConfig, EvaluateConfig
 from captioner.training.decoder import train
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def captioned(tmp_path_factory):
-    """COCO-format captions of plain colours: 32 pictures to train on, 8 to validate on."""
-    root = tmp_path_factory.mktemp("captioned")
-    (root / "images").mkdir()
-    (root / "annotations").mkdir()
-    for split, count in (("train", 32), ("val", 8)):
-        content = {"images": [], "annotations": []}
-        for number in range(count):
-            name, rgb = list(COLOURS.items())[number % 4]
-            file = f"{split}{number}.png"
-            Image.new("RGB", (32, 32), tuple(min(255, c + number) for c in rgb)).save(root / "images" / file)
-            content["images"].append({"id": number, "file_name": file})
-            texts = (f"a plain {name} square", f"this picture is all {name} .")
-            content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
-        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
-    return root
-
-
-def debug(captioned, output, **kwargs):
-    config = recipes.debug()
-    data = DataConfig(root=str(captioned), workers=0, captions_per_image=2)
-    return replace(config, output=output, data=data, **kwargs)
-
-
-def losses(folder, key="loss"):
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return {record["step"]: record[key] for record in records if key in record}
-
-
-def launch(*args, processes=2):
-    """Start a script as several CPU processes (`accelerate launch --cpu` would start one, whatever one asks for)."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    if processes == 1:
-        command.remove("--multi_gpu")
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
 
 
 def test_every_recipe_builds():
@@ -76,21 +30,6 @@ def test_a_trained_captioner_says_what_it_sees_and_a_blind_one_does_not(captione
     assert [name in text for name, text in zip(COLOURS, captions, strict=True)] == [True] * 4
     assert {path.name for path in best.iterdir()} >= {"config.json", "model.safetensors", "processor_config.json"}
     assert json.loads((tmp_path / "True" / "run_config.json").read_text())["model"]["blind"] is True
-
-
-def test_a_resumed_run_equals_an_unbroken_one(captioned, tmp_path):
-    whole, broken = (debug(captioned, tmp_path / name, epochs=2, evaluate_every=1) for name in ("whole", "broken"))
-    train(whole)
-    train(broken)
-    for name in ("broken",):  # as a kill after the first validation leaves it: no later checkpoint, no later log
-        checkpoints = sorted((tmp_path / name / "checkpoints").iterdir())
-        assert [path.name for path in checkpoints] == ["step_00000004", "step_00000008"]
-        (checkpoints[1] / "progress.json").unlink()
-        (tmp_path / name / "log.jsonl").unlink()
-    train(broken)
-    resumed = losses(tmp_path / "broken")
-    assert list(resumed) == [5, 6, 7, 8]
-    assert resumed == {step: loss for step, loss in losses(tmp_path / "whole").items() if step > 4}
 
 
 def test_checkpoints_leave_the_frozen_encoder_out(captioned, tmp_path):
@@ -157,15 +96,3 @@ def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path):
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["corpus"]["CIDEr"] == scores["CIDEr"]
     assert {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"} <= set(saved["corpus"])
-
-
-def test_a_checkpoint_of_another_model_or_number_of_processes_is_refused(captioned, tmp_path):
-    config = debug(captioned, tmp_path, epochs=1)
-    train(config)
-    wider = replace(config, model=replace(config.model, width=32))
-    with pytest.raises(ValueError, match="does not fit this model"):
-        train(wider)
-    progress = next(tmp_path.glob("checkpoints/*/progress.json"))
-    progress.write_text(progress.read_text().replace('"processes": 1', '"processes": 4'))
-    with pytest.raises(ValueError, match="saved by 4 processes, this run has 1; launch with --num_processes 4"):
-        train(config)

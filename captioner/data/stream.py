@@ -69,4 +69,5 @@ class SeededStream(Dataset):
             drop_last=True,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # of its own: a loader draws from it, and resuming starts a new loader
         )

@@ -59,8 +59,14 @@ class ModelConfig(EncoderConfig):
     """Image tokens before the text, or attended to by every decoder layer."""
     decoder: str | None = None
     """Hub id or folder of a causal language model; `None` trains a small GPT-2 with its own tokenizer from scratch."""
-    freeze_decoder: bool = False
-    """Train the projector alone."""
+    tune: Literal["full", "projector", "lora"] = "full"
+    """Train decoder and projector, the projector alone, or the projector and low-rank updates of the decoder (LoRA)."""
+    lora_rank: int = 16
+    """Rank of LoRA's updates, put on every linear layer of the decoder but its head."""
+    lora_alpha: float = 32.0
+    """Scale of LoRA's updates, times their rank."""
+    lora_dropout: float = 0.05
+    """Dropout before LoRA's updates."""
     layers: int = 3
     """Layers of the decoder from scratch."""
     width: int = 384
@@ -80,24 +86,48 @@ class ModelConfig(EncoderConfig):
 
 
 @dataclass(frozen=True)
+class ScstConfig:
+    """Self-critical training: sampled captions, rewarded by how much better than a baseline they score."""
+
+    samples: int = 5
+    """Captions sampled for each image."""
+    baseline: Literal["mean", "greedy"] = "mean"
+    """What a sample is compared with: the mean of the image's other samples, or its greedy caption."""
+    bleu_weight: float = 0.0
+    """Weight of BLEU-4 (0 to 1) in the reward, beside CIDEr-D (0 to 10) at weight 1."""
+
+    def __post_init__(self):
+        if self.samples < (2 if self.baseline == "mean" else 1):
+            raise ValueError(
+                f"the {self.baseline} baseline needs more than {self.samples} samples; raise --scst.samples"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a caption decoder on a frozen encoder."""
 
     output: Path = Path("runs/train")
-    """Folder of checkpoints, log, samples and the best model (`output/best`)."""
+    """Folder of checkpoints, log, samples and the best model (`output/best`); stage scst uses `output/scst`."""
+    stage: Literal["xe", "scst"] = "xe"
+    """Cross-entropy, or self-critical training from a captioner that cross-entropy made."""
+    init_from: str | None = None
+    """Folder or hub id of the captioner to start from, whose model settings then hold instead of `model`'s (but for
+    `tune` and LoRA's); `None` starts stage xe from scratch, and stage scst from `output/best`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    scst: ScstConfig = field(default_factory=ScstConfig)
 
     epochs: float = 12.0
     """Passes over the training images."""
     batch_size: int = 32
     """Images per forward and process."""
     accumulation: int = 1
-    """Forwards per optimiser step; the loss is weighted by tokens, so the split does not matter."""
+    """Forwards per optimiser step; the loss is weighted by tokens, so how a step is split does not matter."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
-    """Decay of matrices; norms, biases and embeddings are left undecayed."""
+    """Decay of matrices and embeddings; norms and biases are left undecayed."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
     clip: float = 1.0
@@ -129,14 +159,25 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to, such as `tensorboard` or `wandb`."""
     save_minutes: float = 10.0
-    """Minutes between checkpoints; one is also written at each validation."""
-    resume: bool = True
-    """Go on from the newest checkpoint in `output`, if there is one."""
+    """Minutes between checkpoints; one is also written before and after each validation, and when told to stop."""
+    save_steps: int | None = None
+    """Optimiser steps between checkpoints, in addition."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the best model is kept apart from them."""
+    resume: str = "auto"
+    """`auto` goes on from the newest whole checkpoint in `output`, if there is one; `never` refuses to; or the folder
+    of one checkpoint."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulation", "learning_rate", "evaluate_every", "num_beams"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        positive = ("epochs", "batch_size", "accumulation", "learning_rate", "evaluate_every", "num_beams")
+        for name in (*positive, "log_every", "keep_checkpoints", "save_steps"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage writes."""
+        return self.output if self.stage == "xe" else self.output / "scst"
 
 
 @dataclass(frozen=True)

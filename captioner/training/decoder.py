@@ -1,4 +1,4 @@
-"""Decoder training by cross-entropy (teacher forcing) on a frozen encoder.
+"""Decoder training on a frozen encoder: by cross-entropy.
 
 Letters: B images, K captions of each, T text tokens.
 """
@@ -8,99 +8,88 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import send_to_device, set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GPT2Config,
-    get_cosine_schedule_with_warmup,
-)
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
 
-from captioner.data.collate import CaptionStream, PictureRows, Pictures, open_pictures
+from captioner.data.collate import CaptionStream, open_pictures
 from captioner.data.token_cache import open_cache
-from captioner.encoders import create_encoder, encoder_config
-from captioner.evaluation import caption_split, read_split, score_results
-from captioner.modeling import IGNORED, CaptionerConfig, CaptionerModel, caption_loss
-from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
-from captioner.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from captioner.training.config import ModelConfig, TrainConfig, parse_grid, save_config
-
-if TYPE_CHECKING:
-    import datasets
+from captioner.evaluation import read_split
+from captioner.modeling import IGNORED, caption_loss
+from captioner.training.build import starting_point, trainable_parameters
+from captioner.training.checkpoint import leave_frozen_out, recover_folder, resume, save_checkpoint
+from captioner.training.config import TrainConfig, save_config
+from captioner.training.export import save_best
+from captioner.training.interruption import Interruption
+from captioner.training.run_log import RunLog
+from captioner.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
+PATIENT = timedelta(hours=2)
+"""How long processes wait for one another: the main one reads data and writes models alone."""
 
-def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:
-    """Build the model and processor to train; a decoder from scratch takes its tokenizer from `captions`.
 
-    Raises:
-        ValueError: an encoder or decoder that cannot be had, or that do not fit together.
-    """
-    encoder = create_encoder(config.encoder)
-    if config.decoder is None:
-        tokenizer = train_tokenizer(captions, config.vocab_size)
-        text_config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=512,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            activation_function="gelu_pytorch_tanh",  # GPT-2's own gelu_new, in one operation
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.decoder)
-            text_config = AutoConfig.from_pretrained(config.decoder)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no decoder at '{config.decoder}': {str(error).splitlines()[0]}") from None
-    image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
-    processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
-    model_config = CaptionerConfig(
-        encoder_config=encoder_config(config.encoder, encoder),
-        text_config=text_config,
-        fusion=config.fusion,
-        grid=parse_grid(config.grid),
-        blind=config.blind,
-    )
-    model = CaptionerModel(model_config)
-    model.encoder.load_state_dict(encoder.state_dict())
-    if config.decoder is not None:
-        pretrained = AutoModelForCausalLM.from_pretrained(config.decoder, config=text_config, dtype=torch.float32)
-        model.decoder.load_state_dict(pretrained.state_dict())
-    model.decoder.requires_grad_(not config.freeze_decoder)
-    return model, processor
+class Objective(Protocol):
+    """What a step learns from: how a batch becomes text to learn, and the loss on it."""
+
+    def prepare(self, model: nn.Module, batch: dict) -> dict:
+        """Turn a batch of the stream into what `loss` takes; its `labels` (B*K, T) say which tokens count."""
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss summed over the labelled tokens, and means over the batch to log."""
+
+
+class CrossEntropy:
+    """Predict each token of a human caption from the image and the tokens before it (teacher forcing)."""
+
+    def __init__(self, label_smoothing: float):
+        self.label_smoothing = label_smoothing
+
+    def prepare(self, model: nn.Module, batch: dict) -> dict:
+        """Take the batch as it is."""
+        return batch
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        """Cross-entropy, smoothed, summed over tokens."""
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
+        return caption_loss(model(**inputs).logits, batch["labels"], self.label_smoothing), {}
 
 
 def train(config: TrainConfig) -> Path:
     """Run the training job and return the folder of the best model.
 
     Raises:
-        ValueError: no data, names that cannot be had, a token cache of another encoder, or a loss that is not finite.
+        ValueError: no data, names that cannot be had, a token cache of another encoder, a checkpoint of another run, or
+            a loss that is not finite.
+        OSError: the disk is full; checkpoints and the best model are as they were.
+        SystemExit: the run was told to stop (SIGTERM, SIGINT) and has saved; the code is 128 + the signal.
     """
+    with Interruption() as interruption:
+        return run(config, interruption)
+
+
+def run(config: TrainConfig, interruption: Interruption) -> Path:
+    """Set up, then train: evaluate where due, step, save where due; see `train`."""
+    folder, checkpoints = config.folder, config.folder / "checkpoints"
     accelerator = Accelerator(
         mixed_precision=pick_precision(config.mixed_precision),
         log_with=list(config.trackers) or None,
-        project_dir=config.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        project_dir=folder,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENT),
+        ],
     )
     set_seed(config.seed)
     with accelerator.main_process_first():  # the others find the table cached
@@ -108,23 +97,14 @@ def train(config: TrainConfig) -> Path:
         held_out = read_split(config.data, config.data.val_split)
     if config.evaluate_images is not None:
         held_out = held_out.select(range(min(config.evaluate_images, len(held_out))))
-    model, processor = build_captioner(config.model, [c for group in table["captions"] for c in group])
-    model.generation_config = GenerationConfig(
-        bos_token_id=processor.start_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        num_beams=config.num_beams,
-        max_new_tokens=config.max_new_tokens,
-    )
+    recover_folder(config.output / "best")
+    recover_folder(folder / "best")
+    model, processor = starting_point(config, [c for group in table["captions"] for c in group])
     cache = open_cache(config.data.tokens, model, processor)
     pictures = open_pictures(table, processor, cache)
     held_out_pictures = open_pictures(held_out, processor, cache, required=False)
-    if config.gradient_checkpointing:
-        model.decoder.gradient_checkpointing_enable()
-    if accelerator.is_main_process:
-        save_config(config, config.output)
-    if config.trackers:
-        accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
+    objective: Objective = CrossEntropy(config.label_smoothing)
+    captions_per_image = config.data.captions_per_image
 
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
     steps_per_epoch = max(1, len(table) // per_step)
@@ -133,143 +113,149 @@ def train(config: TrainConfig) -> Path:
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )  # timm leaves parameters without gradient out
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), total)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    accelerator.register_save_state_pre_hook(leave_encoder_out)
+    trainable = trainable_parameters(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_save_state_pre_hook(leave_frozen_out)
+    set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
 
-    progress = {"best": -math.inf, "stale": 0}
-    step, checkpoints = 0, config.output / "checkpoints"
-    if config.resume and (found := list_checkpoints(checkpoints)):
-        progress = load_checkpoint(accelerator, found[-1], strict=False)
-        step = progress["step"]
-        accelerator.print(f"resumed from {found[-1]}")
-    stream = CaptionStream(table, processor, config.data.captions_per_image, config.seed, pictures)
-    workers = pictures.workers(config.data.workers)
-    loader = stream.loader(step * per_step, total * per_step, config.batch_size, workers, collate_fn=stream.collate)
+    log = RunLog(accelerator, folder, total, config.log_every)
+    settings = fixed_settings(config, per_step)
+    progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
+    resumed = resume(accelerator, checkpoints, config.resume, settings, strict=False)
+    if resumed is not None:
+        progress = {key: resumed[key] for key in progress}
+        log.load_state(resumed["log"], progress["step"])
+    elif config.init_from is None and config.stage == "xe":
+        progress["evaluated"] = 0  # nothing to see in a decoder that knows no word
+    schedule = learning_rates(optimizer.optimizer, config, progress["step"], total)
+    if accelerator.is_main_process:
+        save_config(config, folder)
+    if config.trackers:
+        accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
+    stream = CaptionStream(table, processor, captions_per_image, config.seed)
+    loader = stream.loader(
+        progress["step"] * per_step, total * per_step, config.batch_size, config.data.workers, stream.collate
+    )
     batches = iter(accelerator.prepare(loader))
-
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accelerator.print(
         f"{len(table)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
         f"{total} steps of {per_step} images"
     )
+
+    def save() -> None:
+        check_finite(model, progress["step"], checkpoints)
+        content = {**progress, "settings": settings, "log": log.state()}
+        save_checkpoint(accelerator, checkpoints, progress["step"], content, config.keep_checkpoints)
+
     saved = time.monotonic()
-    losses: list[float] = []
-    bar = tqdm(total=total, initial=step, disable=not accelerator.is_main_process or None, desc="training")
-    while step < total and (config.patience is None or progress["stale"] < config.patience):
-        losses.append(train_step(accelerator, wrapped, batches, config))
-        if not math.isfinite(losses[-1]):
-            raise ValueError(
-                f"the loss is {losses[-1]} at step {step}; lower --learning-rate and run again, which resumes "
-                f"from the last checkpoint in '{checkpoints}'"
-            )
-        accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+    while True:
+        step = progress["step"]
+        if (step % evaluate_steps == 0 or step == total) and progress["evaluated"] != step:
+            save()
+            with interruption.at_once():
+                record, results = validate(accelerator, model, processor, held_out, held_out_pictures, config)
+            progress |= {"evaluated": step, "stale": progress["stale"] + 1}
+            if progress["best"] is None or record["CIDEr"] > progress["best"]:
+                progress |= {"best": record["CIDEr"], "stale": 0}
+                save_best(accelerator, model, processor, folder / "best", config.save_dtype)
+            log.show(CIDEr=f"{record['CIDEr']:.3f}")
+            log.write({"step": step, **record, "samples": [result["caption"] for result in results[:3]]})
+            save()
+            saved = time.monotonic()
+        if step == total or (config.patience is not None and progress["stale"] >= config.patience):
+            break
+
+        measured = train_step(accelerator, model, batches, objective, config)
+        if not math.isfinite(measured["loss"]):
+            raise ValueError(not_finite(f"the loss is {measured['loss']}", step, checkpoints))
+        accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        step += 1
-        bar.update()
-        if step % config.log_every == 0:
-            record = {"step": step, "loss": sum(losses) / len(losses), "learning_rate": schedule.get_last_lr()[0]}
-            bar.set_postfix(loss=f"{record['loss']:.3f}")
-            log(accelerator, config.output, record)
-            losses.clear()
-        evaluated = step % evaluate_steps == 0 or step == total
-        if evaluated:
-            record = validate(accelerator, wrapped, processor, held_out, held_out_pictures, config)
-            log(accelerator, config.output, {"step": step, **record})
-            progress["stale"] += 1
-            if record["CIDEr"] > progress["best"]:
-                progress |= {"best": record["CIDEr"], "stale": 0}
-                save_model(accelerator, model, processor, config)
-        if evaluated or time.monotonic() - saved > 60 * config.save_minutes:
-            save_checkpoint(accelerator, checkpoints, step, progress)
+        progress["step"] = step = step + 1
+        log.step(step, measured, schedule.get_last_lr()[0])
+
+        due = time.monotonic() - saved > 60 * config.save_minutes
+        stop, due = interruption.agree(accelerator, accelerator.is_main_process and due)
+        if stop or due or (config.save_steps is not None and step % config.save_steps == 0):
+            save()
             saved = time.monotonic()
-    accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {config.output / 'best'}")
+        if stop:
+            log.close()
+            accelerator.print(f"stopped at step {step} of {total}, saved in '{checkpoints}'; run again to go on")
+            accelerator.end_training()
+            raise SystemExit(128 + stop)
+    log.close()
+    accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {folder / 'best'}")
     accelerator.end_training()
-    return config.output / "best"
+    return folder / "best"
 
 
-def train_step(accelerator: Accelerator, model: nn.Module, batches: Iterator[dict], config: TrainConfig) -> float:
-    """Accumulate the gradient of one optimiser step; returns its loss per token, over all processes.
+def train_step(
+    accelerator: Accelerator, model: nn.Module, batches: Iterator[dict], objective: Objective, config: TrainConfig
+) -> dict[str, float]:
+    """Accumulate the gradient of one optimiser step; every token of it weighs the same.
 
-    Each token of the step weighs the same, however the captions fell into forwards and processes.
+    It does so however the captions fell into forwards and processes.
+
+    Returns:
+        Over all processes, the `loss` per token, the `tokens` learned from, and the objective's own means.
     """
-    group = [next(batches) for _ in range(config.accumulation)]
+    model.train()
+    group = [objective.prepare(model, next(batches)) for _ in range(config.accumulation)]
     tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in group)
     tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
-    total = torch.zeros((), device=accelerator.device)
-    model.train()
+    totals: dict[str, torch.Tensor | float] = {"loss": torch.zeros((), device=accelerator.device)}
     for number, batch in enumerate(group):
         last = number == len(group) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                labels, _ = batch.pop("labels"), batch.pop("rows")
-                loss = caption_loss(model(**batch).logits, labels, config.label_smoothing) / tokens
+                loss, means = objective.loss(model, batch)
+                loss = loss / tokens
             accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-        total += loss.detach()
-    return accelerator.reduce(total, "sum").item()
+        totals["loss"] += loss.detach()
+        for name, mean in means.items():
+            totals[name] = totals.get(name, 0.0) + mean / (len(group) * accelerator.num_processes)
+    values = torch.tensor([float(value) for value in totals.values()], device=accelerator.device)
+    summed = dict(zip(totals, accelerator.reduce(values, "sum").tolist(), strict=True))
+    return {**summed, "tokens": tokens.item()}
 
 
-@torch.no_grad()
-def validate(
-    accelerator: Accelerator,
-    model: nn.Module,
-    processor: CaptionerProcessor,
-    table: "datasets.Dataset",
-    pictures: Pictures,
-    config: TrainConfig,
-) -> dict:
-    """Caption the validation images and score them: CIDEr, BLEU-4, and three captions to look at."""
-    results = caption_split(
-        accelerator,
-        accelerator.unwrap_model(model),
-        processor,
-        table,
-        batch_size=config.batch_size,
-        workers=config.data.workers,
-        pictures=pictures,
-        num_beams=config.num_beams,
-        max_new_tokens=config.max_new_tokens,
+def learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> LambdaLR:
+    """Schedule the learning rate from a step on: a function of the step and of this run's settings alone.
+
+    It is therefore not restored from a checkpoint, whose learning rate or length may be what has to change.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = config.learning_rate
+    return get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), total, last_epoch=step - 1)
+
+
+def fixed_settings(config: TrainConfig, per_step: int) -> dict:
+    """Return what a run cannot change when it is resumed: the model, and what decides the order of the data."""
+    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
+    rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
+    settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}
+    return {**settings, **(rewards if config.stage == "scst" else {}), "images per step": per_step}
+
+
+def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
+    """Refuse weights that are not finite: saved, they would take the place of good ones.
+
+    Raises:
+        ValueError: a trained weight is infinite or not a number.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise ValueError(not_finite(f"'{name}' is not finite", step, checkpoints))
+
+
+def not_finite(what: str, step: int, checkpoints: Path) -> str:
+    """Say that a run went astray, and how to go on."""
+    return (
+        f"{what} at step {step}; lower --learning-rate and run again, which resumes "
+        f"from the last checkpoint in '{checkpoints}'"
     )
-    scores = score_results(results, table, metrics=("BLEU", "CIDEr"))
-    samples = [result["caption"] for result in results[:3]]
-    return {
-        "loss_val": validation_loss(accelerator, model, processor, table, pictures, config),
-        **{name: scores[name] for name in ("CIDEr", "BLEU-4")},
-        "samples": samples,
-    }
-
-
-def validation_loss(
-    accelerator: Accelerator,
-    model: nn.Module,
-    processor: CaptionerProcessor,
-    table: "datasets.Dataset",
-    pictures: Pictures,
-    config: TrainConfig,
-) -> float:
-    """Return the cross-entropy per token of the validation captions, not smoothed, each image's first K of them."""
-    size, count = config.batch_size, config.data.captions_per_image
-    sums = torch.zeros(2, device=accelerator.device)
-    model.eval()
-    rows = PictureRows(pictures)
-    for start in range(accelerator.process_index * size, len(table), accelerator.num_processes * size):
-        opened = [rows[row] for row in range(start, min(start + size, len(table)))]
-        good = [(row, picture) for row, picture in opened if not isinstance(picture, str)]
-        if not good:
-            continue
-        groups = table[[row for row, _ in good]]["captions"]
-        captions = [group[k % len(group)] for group in groups for k in range(count)]
-        batch = pictures.batch([picture for _, picture in good]) | processor.text(captions)
-        batch = send_to_device(batch, accelerator.device)
-        labels = batch.pop("labels")
-        with accelerator.autocast():
-            logits = accelerator.unwrap_model(model)(**batch).logits
-        sums += torch.stack([caption_loss(logits, labels), (labels[:, 1:] != IGNORED).sum()])
-    total, tokens = accelerator.reduce(sums, "sum").tolist()
-    return total / max(tokens, 1)
 
 
 def pick_precision(wanted: str) -> str:
@@ -277,40 +263,3 @@ def pick_precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-
-
-def leave_encoder_out(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-    """Drop the frozen encoder from a checkpoint: it never changes."""
-    for state in weights:
-        for key in [key for key in state if key.removeprefix("module.").startswith("encoder.")]:
-            del state[key]
-
-
-def save_model(
-    accelerator: Accelerator, model: CaptionerModel, processor: CaptionerProcessor, config: TrainConfig
-) -> None:
-    """Write a model and its processor to `output/best`, whole or not at all: under a temporary name first."""
-    folder = config.output / "best"
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        dtype = getattr(torch, config.save_dtype)
-        cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
-        state = {k: cast.setdefault(v.data_ptr(), v.to(dtype)) for k, v in model.state_dict().items()}
-        temporary = folder.with_name(f".{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=state)
-        processor.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    accelerator.wait_for_everyone()
-
-
-def log(accelerator: Accelerator, folder: Path, record: dict) -> None:
-    """Print a record, append it to `log.jsonl`, and send its numbers to the trackers."""
-    step = record["step"]
-    record = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
-    if accelerator.is_main_process:
-        tqdm.write("  ".join(f"{key} {value}" for key, value in record.items()))
-        with (folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    accelerator.log({key: value for key, value in record.items() if isinstance(value, float)}, step=step)

@@ -1,0 +1,207 @@
+"""The model to train: from an encoder and a decoder, or from a captioner trained before; and which of it is trained."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from captioner.encoders import create_encoder, encoder_config
+from captioner.modeling import CaptionerConfig, CaptionerModel
+from captioner.pipeline import load
+from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
+from captioner.training.config import ModelConfig, TrainConfig, parse_grid
+
+ADAPTER = "default"
+"""Name of the LoRA adapter, as peft has it in the names of weights."""
+
+
+def starting_point(config: TrainConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:
+    """Build the model and processor a run begins with; `tune`, LoRA and generation are set on them.
+
+    Args:
+        config: the run; its `init_from` and `stage` decide whether anything is built from scratch.
+        captions: what a decoder from scratch takes its tokenizer from.
+
+    Raises:
+        ValueError: an encoder, decoder or captioner that cannot be had, or parts that do not fit together.
+    """
+    source = config.init_from
+    if source is None and config.stage == "scst":
+        source = str(config.output / "best")
+        if not Path(source).is_dir():
+            raise ValueError(
+                f"stage scst starts from a trained captioner, and there is none at '{source}'; "
+                "train stage xe with this --output first, or name a captioner with --init-from"
+            )
+    if source is None:
+        model, processor = build_captioner(config.model, captions)
+    else:
+        loaded = load(source, "cpu")
+        model, processor = loaded.model, loaded.processor
+    tune(model, config.model)
+    if config.gradient_checkpointing:
+        model.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.generation_config = GenerationConfig(
+        bos_token_id=processor.start_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return model, processor
+
+
+def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:
+    """Build a captioner; a decoder from scratch takes its tokenizer from `captions`.
+
+    Raises:
+        ValueError: an encoder or decoder that cannot be had, or that do not fit together.
+    """
+    encoder = create_encoder(config.encoder)
+    text_tokens = config.max_length
+    if config.fusion == "prefix":
+        text_tokens += encoder.num_tokens(parse_grid(config.grid))
+    if config.decoder is None:
+        tokenizer = train_tokenizer(captions, config.vocab_size)
+        text_config = new_decoder(config, tokenizer, positions=max(512, text_tokens))
+    else:
+        tokenizer, text_config = hub_decoder(config.decoder, positions=text_tokens)
+    image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
+    processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
+    if len(processor.prompt_ids()) >= config.max_length - 1:
+        raise ValueError(f"the prompt leaves no room for captions of {config.max_length} tokens; raise max_length")
+    model_config = CaptionerConfig(
+        encoder_config=encoder_config(config.encoder, encoder),
+        text_config=text_config,
+        fusion=config.fusion,
+        grid=parse_grid(config.grid),
+        blind=config.blind,
+    )
+    model = CaptionerModel(model_config)
+    model.encoder.load_state_dict(encoder.state_dict())
+    if config.decoder is not None:
+        copy_weights(config.decoder, model.decoder)
+    return model, processor
+
+
+def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> GPT2Config:
+    """Describe the decoder from scratch."""
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=positions,
+        n_embd=config.width,
+        n_layer=config.layers,
+        n_head=config.heads,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own gelu_new, in one operation
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Fetch tokenizer and configuration of a causal language model; its weights are trained in float32.
+
+    Args:
+        positions: tokens it must have room for, image tokens included.
+
+    Raises:
+        ValueError: there is none of that name, or it lacks an end token or the room.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        text_config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no decoder at '{name}': {str(error).splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of '{name}' has no end token, so captions could not end; "
+            "name one as eos_token in its tokenizer_config.json, or take another decoder"
+        )
+    if len(tokenizer) > text_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {text_config.vocab_size}; "
+            "they do not belong together"
+        )
+    room = getattr(text_config, "max_position_embeddings", None)
+    if room is not None and room < positions:
+        raise ValueError(
+            f"'{name}' has room for {room} tokens; image tokens and text need {positions}: "
+            "take a smaller --model.grid or --model.max-length"
+        )
+    text_config.dtype = torch.float32  # many are published in bfloat16, in which small updates are lost
+    return tokenizer, text_config
+
+
+def copy_weights(name: str, decoder: nn.Module) -> None:
+    """Load the weights of a causal language model into a decoder of the same configuration.
+
+    Raises:
+        ValueError: it has no safetensors weights, or they are of another architecture.
+    """
+    try:
+        pretrained = AutoModelForCausalLM.from_pretrained(
+            name, config=decoder.config, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"no weights for decoder '{name}': {str(error).splitlines()[0]}") from None
+    decoder.load_state_dict(pretrained.state_dict())
+
+
+def tune(model: CaptionerModel, config: ModelConfig) -> None:
+    """Say what is trained: the projector always, the decoder whole, not at all, or by low-rank updates.
+
+    Raises:
+        ValueError: LoRA is asked for and peft is not installed.
+    """
+    model.decoder.requires_grad_(config.tune == "full")
+    if config.tune != "lora":
+        return
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError("--model.tune lora needs peft: pip install 'captioner[lora]'") from None
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",  # peft leaves the head out
+    )
+    inject_adapter_in_model(lora, model.decoder, ADAPTER)
+
+
+def merged_weights(model: CaptionerModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict of `model` with LoRA's updates added to the weights they update; others pass unchanged.
+
+    Neither the model nor `state` is touched: merging and unmerging in place would change the weights by rounding.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    merged = {}
+    for key, value in state.items():
+        name, _, last = key.rpartition(".base_layer.")
+        if name not in layers:
+            if not any(part.startswith("lora_") for part in key.split(".")):
+                merged[key] = value
+            continue
+        if last == "weight":
+            down, up = (state[f"{name}.lora_{side}.{ADAPTER}.weight"].float() for side in "AB")
+            update = up @ down * layers[name].scaling[ADAPTER]  # (out, in)
+            value = value + (update.T if layers[name].fan_in_fan_out else update).to(value.dtype)
+        merged[f"{name}.{last}"] = value
+    return merged
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the numbers that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,35 @@
+"""Writing the best model of a run as a folder that `captioner.load` reads."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from captioner.processing import CaptionerProcessor
+from captioner.training.build import merged_weights
+from captioner.training.checkpoint import replace_folder
+
+
+def save_best(
+    accelerator: Accelerator, model: nn.Module, processor: CaptionerProcessor, folder: Path, dtype: str
+) -> None:
+    """Write a prepared model and its processor, whole or not at all; every process calls this.
+
+    LoRA's updates are merged into the decoder, so that captioning needs neither peft nor the decoder's repository,
+    and costs what it would without them.
+
+    Raises:
+        OSError: the disk is full or not writable; the best model before is untouched.
+    """
+    state = accelerator.get_state_dict(model)  # gathers the shards, where the model is sharded
+    if accelerator.is_main_process:
+        captioner = accelerator.unwrap_model(model)
+        state = merged_weights(captioner, state)
+        cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+        state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype))) for k, v in state.items()}
+        temporary = folder.with_name(f".{folder.name}")
+        captioner.save_pretrained(temporary, state_dict=state)
+        processor.save_pretrained(temporary)
+        replace_folder(temporary, folder)
+    accelerator.wait_for_everyone()

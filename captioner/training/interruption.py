@@ -1,0 +1,73 @@
+"""Stopping a run as schedulers do: a signal asks, the run saves at its next step and exits as killed by that signal."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """While entered, SIGTERM and SIGINT are noted instead of killing the process; a second one kills it as usual.
+
+    The exit code is 128 + the signal's number, which is what shells, Slurm and Kubernetes expect: 143 after SIGTERM,
+    130 after SIGINT (Ctrl-C). Outside the main thread, where Python allows no handlers, nothing is noted.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._at_once = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        if self._at_once:
+            raise SystemExit(128 + number)
+        logger.warning("%s: saving at the next step, then stopping", signal.Signals(number).name)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this, a signal ends the process without waiting for a step: everything is saved already."""
+        self._at_once = True
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def agree(self, accelerator: Accelerator, *wishes: bool) -> tuple[int | None, ...]:
+        """Agree on what to do next among all processes, of which only some may have had the signal.
+
+        Args:
+            wishes: further yes-or-no questions; a yes of any process is a yes.
+
+        Returns:
+            The signal to stop for, or None; then the answer to each question.
+        """
+        votes = [self.received == number for number in SIGNALS] + list(wishes)
+        counts = accelerator.reduce(torch.tensor(votes, dtype=torch.float32, device=accelerator.device), "sum").tolist()
+        stop = next((number for number, count in zip(SIGNALS, counts, strict=False) if count), None)
+        return stop, *(count > 0 for count in counts[len(SIGNALS) :])

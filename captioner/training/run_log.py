@@ -1,0 +1,90 @@
+"""What a person watches during a run: a progress bar, log lines, `log.jsonl`, trackers."""
+
+import json
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+
+class RunLog:
+    """The log of a run, which a checkpoint can hold: resumed, it goes on as if the run had never stopped.
+
+    Args:
+        accelerator: whose main process writes.
+        folder: where `log.jsonl` is, one record a line.
+        total: steps of the run.
+        every: steps between records, each the mean over the steps since the last.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, total: int, every: int):
+        self.accelerator, self.path, self.total, self.every = accelerator, folder / "log.jsonl", total, every
+        self.window: dict[str, list[float]] = {}
+        self.bar = tqdm(total=total, disable=not accelerator.is_main_process or None, desc="training")
+        self.shown: dict[str, str] = {}
+        self.begun: tuple[float, int] | None = None
+        self.tokens, self.since = 0.0, time.monotonic()
+
+    def state(self) -> dict:
+        """Return what a checkpoint must hold: lines written, and the steps since the last of them."""
+        lines = len(self.path.read_bytes().splitlines()) if self.path.exists() else 0
+        return {"lines": lines, "window": self.window}
+
+    def load_state(self, state: dict, step: int) -> None:
+        """Go back to a checkpoint's state at a step; lines written after it are dropped, they will come again."""
+        self.window = state["window"]
+        self.bar.update(step - self.bar.n)
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)[: state["lines"]]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_bytes(b"".join(lines))
+            temporary.rename(self.path)
+
+    def step(self, step: int, measured: dict[str, float], learning_rate: float) -> None:
+        """Take in what was measured in a step (`loss`, `tokens`, ...); write a record when it is time."""
+        now = time.monotonic()
+        if self.begun is None:
+            self.begun = now, step
+        self.tokens += measured.pop("tokens")
+        for name, value in measured.items():
+            self.window.setdefault(name, []).append(value)
+        self.bar.update(step - self.bar.n)
+        if step % self.every and step != self.total:
+            return
+        record = {name: sum(values) / len(values) for name, values in self.window.items()}
+        record |= {"learning_rate": learning_rate, "tokens_per_s": round(self.tokens / max(now - self.since, 1e-9), 1)}
+        if step > self.begun[1]:
+            per_step = (now - self.begun[0]) / (step - self.begun[1])
+            record["minutes_left"] = round(per_step * (self.total - step) / 60, 1)
+        self.window = {}
+        self.show(loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
+        self.write({"step": step, **record})
+        self.tokens, self.since = 0.0, time.monotonic()
+
+    def show(self, **values: str) -> None:
+        """Keep values beside the progress bar."""
+        self.shown |= values
+        self.bar.set_postfix(self.shown)
+
+    def write(self, record: dict) -> None:
+        """Print a record, append it to `log.jsonl`, and send its numbers and texts to the trackers."""
+        record = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
+        if self.accelerator.is_main_process:
+            tqdm.write("  ".join(f"{key} {value}" for key, value in record.items()))
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        values = {
+            key: value if isinstance(value, float) else "  \n".join(map(str, value))
+            for key, value in record.items()
+            if isinstance(value, float | list)
+        }
+        self.accelerator.log(values, step=record["step"])
+
+    def records(self) -> list[dict]:
+        """Read all records written so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        self.bar.close()

@@ -1,0 +1,77 @@
+"""Validation during training: caption the held-out images, score them, and measure the loss on their captions."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+
+from captioner.data.collate import PictureRows, Pictures
+from captioner.evaluation import caption_split, score_results
+from captioner.modeling import IGNORED, caption_loss
+from captioner.processing import CaptionerProcessor
+from captioner.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    processor: CaptionerProcessor,
+    table: "datasets.Dataset",
+    pictures: Pictures,
+    config: TrainConfig,
+) -> tuple[dict, list[dict]]:
+    """Caption the validation images and score them, in every process alike.
+
+    Returns:
+        The record (`loss_val`, `CIDEr`, `BLEU-4`) and the captions, as COCO results in the table's order.
+    """
+    results = caption_split(
+        accelerator,
+        accelerator.unwrap_model(model),
+        processor,
+        table,
+        batch_size=config.batch_size,
+        workers=config.data.workers,
+        pictures=pictures,
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+    )
+    scores = score_results(results, table, metrics=("BLEU", "CIDEr"))
+    loss = validation_loss(accelerator, model, processor, table, pictures, config)
+    return {"loss_val": loss, **{name: scores[name] for name in ("CIDEr", "BLEU-4")}}, results
+
+
+def validation_loss(
+    accelerator: Accelerator,
+    model: nn.Module,
+    processor: CaptionerProcessor,
+    table: "datasets.Dataset",
+    pictures: Pictures,
+    config: TrainConfig,
+) -> float:
+    """Return the cross-entropy per token of the validation captions, not smoothed, each image's first K of them."""
+    size, count = config.batch_size, config.data.captions_per_image
+    sums = torch.zeros(2, device=accelerator.device)
+    model.eval()
+    rows = PictureRows(pictures)
+    for start in range(accelerator.process_index * size, len(table), accelerator.num_processes * size):
+        opened = [rows[row] for row in range(start, min(start + size, len(table)))]
+        good = [(row, picture) for row, picture in opened if not isinstance(picture, str)]
+        if not good:
+            continue
+        groups = table[[row for row, _ in good]]["captions"]
+        captions = [group[k % len(group)] for group in groups for k in range(count)]
+        batch = pictures.batch([picture for _, picture in good]) | processor.text(captions)
+        batch = send_to_device(batch, accelerator.device)
+        labels = batch.pop("labels")
+        with accelerator.autocast():
+            logits = accelerator.unwrap_model(model)(**batch).logits
+        sums += torch.stack([caption_loss(logits, labels), (labels[:, 1:] != IGNORED).sum()])
+    total, tokens = accelerator.reduce(sums, "sum").tolist()
+    return total / max(tokens, 1)

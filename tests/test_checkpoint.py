@@ -1,0 +1,239 @@
+"""Never lose work: kills, signals, damage, full disks."""
+
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from training_runs import ROOT, debug, losses
+
+from captioner.training import decoder
+from captioner.training.checkpoint import digests, find_damage, list_checkpoints, recover_folder, replace_folder
+from captioner.training.decoder import train
+
+
+def with_dropout(config):
+    """Random numbers decide the loss, so that a resumed run is equal only if they go on where they were."""
+    return replace(config, model=replace(config.model, dropout=0.2))
+
+
+@pytest.fixture(scope="module")
+def unbroken(captioned, tmp_path_factory):
+    """The folder of a run of 12 steps, validated at each fourth, that was never stopped."""
+    config = with_dropout(debug(captioned, tmp_path_factory.mktemp("unbroken"), epochs=3, log_every=2))
+    train(config)
+    return config
+
+
+def stop_at(monkeypatch, step, number, before=decoder.train_step):
+    """Have this process get a signal within a step."""
+    seen = []
+
+    def train_step(*args):
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), number)
+        return before(*args)
+
+    monkeypatch.setattr(decoder, "train_step", train_step)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(unbroken, tmp_path, monkeypatch, number, code):
+    config = replace(unbroken, output=tmp_path)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    stop_at(monkeypatch, 5, number)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == code
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000005"
+    monkeypatch.undo()
+    train(config)
+    for key in ("loss", "learning_rate", "CIDEr", "loss_val"):
+        assert losses(tmp_path, key) == losses(unbroken.output, key)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
+
+
+def test_a_signal_during_validation_stops_at_once_and_validation_comes_again(unbroken, tmp_path, monkeypatch):
+    validate = decoder.validate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)
+
+    monkeypatch.setattr(decoder, "validate", interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        train(replace(unbroken, output=tmp_path))
+    monkeypatch.undo()
+    assert not (tmp_path / "best").exists()
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000004"
+    train(replace(unbroken, output=tmp_path))
+    for key in ("loss", "CIDEr"):
+        assert losses(tmp_path, key) == losses(unbroken.output, key)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_has_the_losses_of_one_never_killed(captioned, unbroken, tmp_path):
+    command = [sys.executable, "train.py", "debug", "--data.root", captioned, "--data.captions-per-image", 2]
+    command += ["--epochs", 3, "--log-every", 2, "--model.dropout", 0.2, "--save-steps", 1, "--output", tmp_path]
+    env = os.environ | {"CAPTIONER_DEBUG": "1"}
+    moments = random.Random(0)
+    for kill in (True, True, True, False):
+        known = len(list((tmp_path / "checkpoints").glob("*"))) and list_checkpoints(tmp_path / "checkpoints")[-1]
+        with (tmp_path / "stderr").open("w") as stderr:
+            process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stderr=stderr, stdout=stderr)
+            if kill:
+                while process.poll() is None and list_checkpoints(tmp_path / "checkpoints")[-1:] in ([], [known]):
+                    time.sleep(0.005)
+                time.sleep(moments.uniform(0, 0.4))
+                process.kill()
+            code = process.wait(timeout=300)
+        assert code in ((-signal.SIGKILL, 0) if kill else (0,)), (tmp_path / "stderr").read_text()
+    for key in ("loss", "CIDEr", "loss_val"):
+        assert losses(tmp_path, key) == losses(unbroken.output, key)
+    assert find_damage(list_checkpoints(tmp_path / "checkpoints")[-1]) is None
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "said"),
+    [
+        (truncate, "optimizer.bin", "optimizer.bin has .* bytes instead of"),
+        (flip, "model.safetensors", "model.safetensors is not what was written"),
+        (truncate, "progress.json", "progress.json cannot be read"),
+        (lambda path: path.unlink(), "random_states_0.pkl", "random_states_0.pkl is missing"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(unbroken, tmp_path, caplog, damage, file, said):
+    config = replace(unbroken, output=tmp_path, epochs=2)
+    train(config)
+    damage(tmp_path / "checkpoints" / "step_00000008" / file)
+    train(config)
+    assert [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert re.search(said, caplog.text)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000004", "step_00000008"]
+    assert find_damage(tmp_path / "checkpoints" / "step_00000008") is None
+    assert list(losses(tmp_path)) == [2, 4, 6, 8]
+
+
+def test_without_any_whole_checkpoint_a_run_refuses_to_begin_anew(unbroken, tmp_path):
+    config = replace(unbroken, output=tmp_path, epochs=1)
+    train(config)
+    truncate(tmp_path / "checkpoints" / "step_00000004" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"every checkpoint in '.*' is damaged; delete that folder to start over"):
+        train(config)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(unbroken, tmp_path):
+    config = replace(unbroken, output=tmp_path, epochs=1)
+    train(config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk, writing fails midway
+    try:
+        with pytest.raises(OSError, match=r"cannot write checkpoint '.*08' \(.*\); free .*00000004' is kept"):
+            train(replace(config, epochs=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert find_damage(kept) is None
+    assert (tmp_path / "best" / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path):
+    config = replace(unbroken, output=tmp_path, epochs=1)
+    train(config)
+    with pytest.raises(ValueError, match=r"at step \d+; lower --learning-rate and run again, which resumes"):
+        train(replace(config, epochs=2, learning_rate=1e30, clip=1e30, save_steps=1))
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    state = torch.load(newest / "optimizer.bin", weights_only=True)
+    assert all(torch.isfinite(moments["exp_avg"]).all() for moments in state["state"].values())
+
+
+def test_what_to_resume_from_can_be_said(unbroken, tmp_path):
+    config = replace(unbroken, output=tmp_path, epochs=2)
+    train(config)
+    with pytest.raises(ValueError, match="--resume is never; name another --output"):
+        train(replace(config, resume="never"))
+    with pytest.raises(ValueError, match="no checkpoint at 'nowhere': name a folder such as"):
+        train(replace(config, resume="nowhere"))
+    (tmp_path / "log.jsonl").unlink()
+    train(replace(config, resume=str(tmp_path / "checkpoints" / "step_00000004")))
+    assert list(losses(tmp_path)) == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 32}, "was saved with model.width 64, this run has 32"),
+        ({"encoder": "vit_tiny_patch16_224", "grid": None}, "was saved with model.encoder 'lookupvit"),
+        ({"tune": "projector"}, "was saved with model.tune 'full', this run has 'projector'"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(captioned, unbroken, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(unbroken, model=replace(unbroken.model, **change)))
+    assert find_damage(list_checkpoints(unbroken.output / "checkpoints")[-1]) is None
+
+
+def test_a_checkpoint_of_another_number_of_processes_or_step_size_is_refused(unbroken, tmp_path):
+    with pytest.raises(ValueError, match="was saved with images per step 8, this run has 4"):
+        train(replace(unbroken, batch_size=4))
+    config = replace(unbroken, output=tmp_path, epochs=1)
+    train(config)
+    progress = next(tmp_path.glob("checkpoints/*/progress.json"))
+    progress.write_text(progress.read_text().replace('"processes": 1', '"processes": 4'))
+    with pytest.raises(ValueError, match="saved by 4 processes, this run has 1; launch with --num_processes 4"):
+        train(config)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/captioner_was_here",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+def test_a_checkpoint_never_runs_code(unbroken, tmp_path, name):
+    config = replace(unbroken, output=tmp_path, epochs=1)
+    train(config)
+    (folder,) = list_checkpoints(tmp_path / "checkpoints")
+    with (folder / name).open("wb") as file:
+        pickle.dump(Evil(), file, protocol=2)
+    progress = json.loads((folder / "progress.json").read_text())
+    (folder / "progress.json").unlink()
+    (folder / "progress.json").write_text(json.dumps(progress | {"files": digests(folder)}))
+    with pytest.raises(ValueError, match="holds more than tensors, refused"):
+        train(config)
+    assert not os.path.exists("/tmp/captioner_was_here")
+
+
+def test_a_folder_is_replaced_without_a_moment_of_nothing(tmp_path):
+    new, final = tmp_path / "new", tmp_path / "best"
+    for content in ("old", "young"):
+        new.mkdir()
+        (new / "file").write_text(content)
+        replace_folder(new, final)
+    assert (final / "file").read_text() == "young"
+    final.rename(tmp_path / ".best.previous")  # as a kill between the two renames leaves it
+    recover_folder(final)
+    assert (final / "file").read_text() == "young"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]

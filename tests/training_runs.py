@@ -1,0 +1,35 @@
+"""Small training runs that several test files share."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from captioner import recipes
+from captioner.training.config import DataConfig
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
+ROOT = Path(__file__).parents[1]
+
+
+def debug(captioned, output, **kwargs):
+    config = recipes.debug()
+    data = DataConfig(root=str(captioned), workers=0, captions_per_image=2)
+    return replace(config, output=output, data=data, **kwargs)
+
+
+def losses(folder, key="loss"):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+def launch(*args, processes=2):
+    """Start a script as several CPU processes (`accelerate launch --cpu` would start one, whatever one asks for)."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    if processes == 1:
+        command.remove("--multi_gpu")
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
