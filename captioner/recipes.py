@@ -7,7 +7,7 @@ docstring gives its command, how long it takes, and the score it measured.
 from dataclasses import replace
 from pathlib import Path
 
-from captioner.training.config import DataConfig, ModelConfig, TrainConfig
+from captioner.training.config import DataConfig, ModelConfig, ScstConfig, TrainConfig
 from captioner.training.encoder_config import PretrainConfig, TeacherConfig
 
 
@@ -36,6 +36,22 @@ def flickr8k() -> TrainConfig:
     captioner train flickr8k --data.root flickr8k --model.encoder local-dir:runs/pretrain
     """
     return TrainConfig(output=Path("runs/flickr8k"), model=ModelConfig(layers=3, width=256, heads=4, vocab_size=4000))
+
+
+def flickr8k_scst() -> TrainConfig:
+    """Go on from `flickr8k` with CIDEr-D as the reward; the result is `runs/flickr8k/scst/best`.
+
+    captioner train flickr8k_scst --data.root flickr8k
+    """
+    return replace(
+        flickr8k(),
+        stage="scst",
+        scst=ScstConfig(samples=5, baseline="mean"),
+        epochs=8,
+        learning_rate=3e-5,
+        weight_decay=0.0,
+        clip=0.1,
+    )
 
 
 def coco() -> TrainConfig:
@@ -138,7 +154,7 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
     )
 
 
-TRAIN = {"debug": debug, "flickr8k": flickr8k, "coco": coco}
+TRAIN = {"debug": debug, "flickr8k": flickr8k, "flickr8k_scst": flickr8k_scst, "coco": coco}
 PRETRAIN = {
     "debug": pretrain_debug,
     "lookupvit_small_distill": lookupvit_small_distill,

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_runs import ROOT, debug, losses
+from training_runs import ROOT, debug, losses, stop_at
 
 from captioner.training import decoder
 from captioner.training.checkpoint import digests, find_damage, list_checkpoints, recover_folder, replace_folder
@@ -32,19 +32,6 @@ def unbroken(captioned, tmp_path_factory):
     config = with_dropout(debug(captioned, tmp_path_factory.mktemp("unbroken"), epochs=3, log_every=2))
     train(config)
     return config
-
-
-def stop_at(monkeypatch, step, number, before=decoder.train_step):
-    """Have this process get a signal within a step."""
-    seen = []
-
-    def train_step(*args):
-        seen.append(1)
-        if len(seen) == step:
-            os.kill(os.getpid(), number)
-        return before(*args)
-
-    monkeypatch.setattr(decoder, "train_step", train_step)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

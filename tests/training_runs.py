@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from captioner import recipes
+from captioner.training import decoder
 from captioner.training.config import DataConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
@@ -33,3 +34,16 @@ def launch(*args, processes=2):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+
+
+def stop_at(monkeypatch, step, number, before=decoder.train_step):
+    """Have this process get a signal within a step."""
+    seen = []
+
+    def train_step(*args):
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), number)
+        return before(*args)
+
+    monkeypatch.setattr(decoder, "train_step", train_step)

@@ -1,4 +1,4 @@
-"""Decoder training on a frozen encoder: by cross-entropy.
+"""Decoder training on a frozen encoder: one loop, whose steps learn by cross-entropy or by reward (`scst.py`).
 
 Letters: B images, K captions of each, T text tokens.
 """
@@ -32,6 +32,7 @@ from captioner.training.config import TrainConfig, save_config
 from captioner.training.export import save_best
 from captioner.training.interruption import Interruption
 from captioner.training.run_log import RunLog
+from captioner.training.scst import SelfCritical, silence_dropout
 from captioner.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,10 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     held_out_pictures = open_pictures(held_out, processor, cache, required=False)
     objective: Objective = CrossEntropy(config.label_smoothing)
     captions_per_image = config.data.captions_per_image
+    if config.stage == "scst":
+        silence_dropout(model.decoder)
+        objective = SelfCritical(accelerator, processor, table["captions"], config.scst, config.max_new_tokens)
+        captions_per_image = 1  # it writes its own
 
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
     steps_per_epoch = max(1, len(table) // per_step)
@@ -132,10 +137,9 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         save_config(config, folder)
     if config.trackers:
         accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
-    stream = CaptionStream(table, processor, captions_per_image, config.seed)
-    loader = stream.loader(
-        progress["step"] * per_step, total * per_step, config.batch_size, config.data.workers, stream.collate
-    )
+    stream = CaptionStream(table, processor, captions_per_image, config.seed, pictures)
+    workers, start = pictures.workers(config.data.workers), progress["step"] * per_step
+    loader = stream.loader(start, total * per_step, config.batch_size, workers, stream.collate)
     batches = iter(accelerator.prepare(loader))
     accelerator.print(
         f"{len(table)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "

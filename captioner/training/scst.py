@@ -1,0 +1,163 @@
+"""Self-critical sequence training (SCST): captions are sampled and learned in proportion to how well they score.
+
+Rennie et al., 2017, https://arxiv.org/abs/1612.00563, with their baseline, the greedy caption's reward, or that of
+Luo, 2020, https://arxiv.org/abs/2003.09971 ("new self-critical"): the mean reward of the image's other samples.
+
+Three things decide what is learned, and are as in Luo's reference implementation unless said otherwise:
+
+- **The end token counts as a word.** It is appended to every reference, and to every sample that reached it, before
+  n-grams are counted. Without it a caption cut off in "a man on a" costs nothing, and models learn to stop there.
+- **References are tokenized as evaluation does** (PTB, lower-cased, without punctuation), so that the reward is the
+  score; n-gram statistics are those of the training split, counted once.
+- **Sampling is from the model itself**: temperature 1, nothing cut, dropout off in sampling and in learning (there it
+  is on), so that the gradient is that of the captions' own probabilities.
+
+Letters: B images, K samples of each, M image tokens, D encoder width, T text tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from captioner.metrics import CiderD, tokenize_caption
+from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
+from captioner.metrics.overlap import bleu, bleu_statistics
+from captioner.modeling import IGNORED
+from captioner.processing import CaptionerProcessor
+from captioner.training.config import ScstConfig
+
+END = " </s>"
+"""The end of a caption, as a word that no tokenized caption contains."""
+
+
+class CaptionReward:
+    """CIDEr-D (0 to 10) of captions against an image's references, plus BLEU-4 (0 to 1) by a weight.
+
+    Args:
+        references: captions of each image; images are known by their number in this list.
+        bleu_weight: weight of BLEU-4.
+
+    Raises:
+        ValueError: no images, or an image without captions.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]], bleu_weight: float = 0.0):
+        tokenized = {n: [tokenize_caption(text) + END for text in texts] for n, texts in enumerate(references)}
+        image_of, captions = flatten(tokenized)
+        self.bleu_weight, self.grams = bleu_weight, NGrams()
+        counts = self.grams.count(captions, learn=True)
+        self.index = ReferenceIndex(counts, image_of, len(tokenized), self.grams.size)
+        self.cider = CiderD.from_index(self.index, counts)
+
+    def __call__(self, images: np.ndarray, captions: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
+        """Reward captions.
+
+        Args:
+            images: (B,) number of each caption's image.
+            captions: B captions, plain text.
+            ended: whether each reached its end token, or was cut.
+
+        Returns:
+            (B,) rewards, float64.
+        """
+        words = [tokenize_caption(text) + END * bool(end) for text, end in zip(captions, ended, strict=True)]
+        counts = self.grams.count(words)
+        rewards = self.cider.score_counts(images, counts)
+        if self.bleu_weight:
+            rewards = rewards + self.bleu_weight * bleu(bleu_statistics(self.index, images, counts))[:, -1]
+        return rewards
+
+
+class SelfCritical:
+    """The objective of stage scst: sampled captions, their tokens weighted by reward minus baseline.
+
+    An image is encoded once for all its samples. Rewards are computed on the CPU while the device runs the forward
+    they will weigh.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        processor: CaptionerProcessor,
+        references: Sequence[Sequence[str]],
+        config: ScstConfig,
+        max_new_tokens: int,
+    ):
+        self.accelerator, self.processor, self.config = accelerator, processor, config
+        self.reward = CaptionReward(references, config.bleu_weight)
+        self.max_new_tokens = max_new_tokens
+        self.start = torch.tensor([processor.prompt_ids()], device=accelerator.device)  # (1, T0)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: dict) -> dict:
+        """Sample K captions of each of B images.
+
+        Returns:
+            `image_tokens` (B, M, D), the samples as `input_ids`, `attention_mask` and `labels` (B*K, T), the row of
+            each one's image in the training table, `images` (B*K,), their `captions` and whether they `ended`; and, if
+            greedy is the baseline, `greedy_captions` and `greedy_ended` (B).
+        """
+        captioner = self.accelerator.unwrap_model(model)
+        captioner.eval()
+        start = self.start.expand(len(batch["rows"]), -1)
+        settings = {"input_ids": start, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+        with self.accelerator.autocast():
+            tokens = batch["image_tokens"] if "image_tokens" in batch else captioner.encode(batch["pixel_values"])
+            settings["image_tokens"] = tokens
+            pure = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            sampled = captioner.generate(**settings, **pure, num_return_sequences=self.config.samples)  # (B*K, T)
+            found = dict(zip(("captions", "ended"), self.read(sampled), strict=True))
+            if self.config.baseline == "greedy":
+                greedy = self.read(captioner.generate(**settings, do_sample=False))
+                found |= dict(zip(("greedy_captions", "greedy_ended"), greedy, strict=True))
+        captioner.train()
+        images = np.repeat(batch["rows"].cpu().numpy(), self.config.samples)  # (B*K,)
+        return {"image_tokens": tokens, "images": images, **found, **self.text(sampled)}
+
+    def read(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
+        """Decode generated tokens (B, T) into texts, and say of each whether it ended."""
+        ended = (sequences == self.processor.tokenizer.eos_token_id).any(1)
+        return self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True), ended.tolist()
+
+    def text(self, sequences: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Arrange generated tokens (B*K, T) as text to learn; start, prompt and what follows the end have no label."""
+        ends = sequences == self.processor.tokenizer.eos_token_id
+        after = ends.cumsum(1) - ends.long() > 0
+        start = self.start.expand(len(sequences), -1)  # (B*K, T0)
+        labels = torch.cat([torch.full_like(start, IGNORED), sequences.masked_fill(after, IGNORED)], 1)
+        mask = torch.cat([torch.ones_like(start), (~after).long()], 1)
+        return {"input_ids": torch.cat([start, sequences], 1), "attention_mask": mask, "labels": labels}
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        """Sum the negative log-likelihood of every sampled token, weighted by its caption's advantage."""
+        inputs = {name: batch[name] for name in ("image_tokens", "input_ids", "attention_mask")}
+        logits = model(**inputs).logits[:, :-1].float()  # (B*K, T-1, V)
+        losses = F.cross_entropy(logits.mT, batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
+        advantage, means = self.advantage(batch)  # the forward above is still under way on a GPU
+        weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)  # (B*K,)
+        return (losses.sum(1) * weights).sum(), means
+
+    def advantage(self, batch: dict) -> tuple[np.ndarray, dict[str, float]]:
+        """Return by how much each sample's reward exceeds its baseline (B*K,), and the mean rewards."""
+        count = self.config.samples
+        rewards = self.reward(batch["images"], batch["captions"], batch["ended"]).reshape(-1, count)  # (B, K)
+        if self.config.baseline == "mean":
+            others = (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
+            return (rewards - others).ravel(), {"reward": rewards.mean()}
+        greedy = self.reward(batch["images"][::count], batch["greedy_captions"], batch["greedy_ended"])  # (B,)
+        means = {"reward": rewards.mean(), "reward_greedy": greedy.mean()}
+        return (rewards - greedy[:, None]).ravel(), means
+
+
+def silence_dropout(module: nn.Module) -> None:
+    """Switch dropout off for good, however an architecture keeps its rate; training mode then changes nothing."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(part, name, 0.0)

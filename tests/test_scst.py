@@ -1,0 +1,212 @@
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from training_runs import debug, losses, stop_at
+from transformers import GPT2Config, LlamaConfig, OPTConfig
+
+import captioner
+from captioner.metrics import CiderD, score, tokenize_caption
+from captioner.modeling import IGNORED
+from captioner.training.config import ScstConfig
+from captioner.training.decoder import train
+from captioner.training.scst import END, CaptionReward, SelfCritical, silence_dropout
+
+REFERENCES = [
+    ["A dog runs through the grass.", "the brown dog is running"],
+    ["Two men on a beach", "men walking at the sea"],
+    ["a cat sits on a red chair", "the cat is asleep on a chair"],
+]
+
+
+def test_the_reward_is_cider_d_with_the_end_as_a_word():
+    captions, images = ["A dog is running through grass", "two men at a", "a cat on a red chair"], np.arange(3)
+    ended = [True, False, True]
+    words = {n: [tokenize_caption(text) + END for text in texts] for n, texts in enumerate(REFERENCES)}
+    expected = CiderD(words).score(
+        [0, 1, 2], [tokenize_caption(text) + END * end for text, end in zip(captions, ended, strict=True)]
+    )
+    assert CaptionReward(REFERENCES)(images, captions, ended) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_caption_cut_off_is_worth_less_than_one_that_ends():
+    reward = CaptionReward(REFERENCES)
+    whole, cut = reward(np.zeros(2, int), ["the dog is running", "the dog is running"], [True, False])
+    assert whole > 1.1 * cut
+
+
+def test_bleu_is_mixed_into_the_reward_by_its_weight():
+    text, images = ["A dog runs through the grass."], np.zeros(1, int)
+    plain, mixed = (CaptionReward(REFERENCES, weight)(images, text, [True]) for weight in (0.0, 0.5))
+    assert mixed - plain == pytest.approx(0.5 * 1.0, abs=1e-6)  # a reference itself has BLEU-4 of 1
+    worse = [CaptionReward(REFERENCES, weight)(images, ["a dog"], [True]) for weight in (0.0, 0.5)]
+    assert 0 <= worse[1] - worse[0] < 0.1
+
+
+@pytest.fixture
+def make_objective(processor):
+    def make(**kwargs) -> SelfCritical:
+        return SelfCritical(Accelerator(cpu=True), processor, REFERENCES, ScstConfig(**kwargs), max_new_tokens=6)
+
+    return make
+
+
+def batch_of(model, count=2):
+    torch.manual_seed(1)
+    return {"image_tokens": torch.randn(count, 5, model.encoder.embed_dim), "rows": torch.tensor([2, 0])[:count]}
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_every_image_gets_its_samples(make_model, make_objective, fusion):
+    model, objective = make_model(fusion=fusion), make_objective(samples=8)
+    made = objective.prepare(model, batch_of(model))
+    assert made["images"].tolist() == [2] * 8 + [0] * 8
+    assert len(set(made["captions"])) > 8
+    for text, ids in zip(made["captions"], made["input_ids"], strict=True):
+        assert text == objective.processor.tokenizer.decode(ids[1:], skip_special_tokens=True)
+
+
+def test_samples_are_labelled_up_to_their_end(make_objective):
+    sequences = torch.tensor([[9, 8, 7, 6], [9, 8, 2, 0], [2, 0, 0, 0], [9, 2, 2, 2]])  # 2 ends, 0 or 2 pads
+    objective = make_objective()
+    made = objective.text(sequences)
+    assert made["input_ids"].tolist() == [[1, *row] for row in sequences.tolist()]
+    assert made["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert made["labels"].masked_fill(made["labels"] == IGNORED, -1).tolist() == [
+        [-1, 9, 8, 7, 6],
+        [-1, 9, 8, 2, -1],
+        [-1, 2, -1, -1, -1],
+        [-1, 9, 2, -1, -1],
+    ]
+    assert objective.read(sequences)[1] == [False, True, True, True]
+
+
+def test_pixels_are_encoded_once_for_all_samples(make_model, make_objective, monkeypatch):
+    model, objective = make_model(), make_objective(samples=3, baseline="greedy")
+    seen = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda pixels, grid=None: seen.append(len(pixels)) or encode(pixels, grid))
+    made = objective.prepare(model, {"pixel_values": torch.randn(2, 3, 64, 64), "rows": torch.tensor([0, 1])})
+    objective.loss(model, made)
+    assert seen == [2]
+
+
+def test_the_advantage_is_over_the_other_samples_or_the_greedy_caption(make_objective):
+    batch = {
+        "images": np.array([0, 0, 0, 1, 1, 1]),
+        "captions": ["a dog runs", "the dog", "grass", "two men", "two men on a beach", "a cat"],
+        "ended": [True, True, False, True, True, True],
+        "greedy_captions": ["the brown dog", "men"],
+        "greedy_ended": [True, True],
+    }
+    reward = CaptionReward(REFERENCES)
+    rewards = reward(batch["images"], batch["captions"], batch["ended"])
+    mean, measured = make_objective(samples=3).advantage(batch)
+    assert mean[0] == pytest.approx(rewards[0] - (rewards[1] + rewards[2]) / 2)
+    assert mean.reshape(2, 3).sum(1) == pytest.approx([0, 0])
+    assert measured == {"reward": pytest.approx(rewards.mean())}
+    greedy, measured = make_objective(samples=3, baseline="greedy").advantage(batch)
+    base = reward(np.array([0, 1]), batch["greedy_captions"], batch["greedy_ended"])
+    assert greedy == pytest.approx(rewards - np.repeat(base, 3))
+    assert measured["reward_greedy"] == pytest.approx(base.mean())
+
+
+def test_the_gradient_is_the_policy_gradient(make_model, make_objective, monkeypatch):
+    """Against the definition: - sum of advantage times log-probability of each sampled caption."""
+    model, objective = make_model(), make_objective(samples=4)
+    silence_dropout(model.decoder)
+    made = objective.prepare(model, batch_of(model))
+    advantage = np.random.default_rng(0).normal(size=8)  # a model without training says nothing worth a reward
+    monkeypatch.setattr(objective, "advantage", lambda batch: (advantage, {}))
+    loss, _ = objective.loss(model, made)
+    sequences = made["input_ids"][:, 1:]
+    logprobs = model.log_probability(sequences, made["image_tokens"])
+    assert loss.item() == pytest.approx(-(logprobs.double() @ torch.tensor(advantage)).item(), abs=1e-4)
+    loss.backward()
+    assert model.projector.fc1.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+        OPTConfig(
+            hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32, dropout=0.5
+        ),
+        LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, attention_dropout=0.5
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_dropout_is_silenced_however_it_is_kept(make_model, config):
+    config.vocab_size = 50
+    model = make_model(config).train()
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 4, "image_tokens": batch_of(model)["image_tokens"]}
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+    silence_dropout(model.decoder)
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(ValueError, match="the mean baseline needs more than 1 samples; raise --scst.samples"):
+        ScstConfig(samples=1)
+    assert ScstConfig(samples=1, baseline="greedy").samples == 1
+
+
+def scst(config, **kwargs):
+    return replace(config, stage="scst", **kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["mean", "greedy"])
+def test_scst_continues_cross_entropy_and_raises_the_reward(captioned, tmp_path, baseline):
+    first = debug(captioned, tmp_path, epochs=20, evaluate_every=20, learning_rate=3e-3)
+    train(first)
+    second = scst(first, epochs=8, evaluate_every=4, learning_rate=1e-3, scst=ScstConfig(samples=5, baseline=baseline))
+    best = train(second)
+    assert best == tmp_path / "scst" / "best"
+    rewards = list(losses(tmp_path / "scst", "reward").values())
+    assert np.mean(rewards[-8:]) > 1.2 * np.mean(rewards[:8])
+    before, after = losses(tmp_path, "CIDEr"), losses(tmp_path / "scst", "CIDEr")
+    assert after[0] == before[80]  # it starts where cross-entropy ended, and says so
+    assert max(after.values()) >= before[80]
+    assert captioner.load(best).processor.tokenizer.eos_token_id == 2
+    assert (tmp_path / "best").is_dir()
+
+
+def test_scst_resumes_exactly(captioned, tmp_path, monkeypatch):
+    first = debug(captioned, tmp_path / "xe", epochs=1)
+    start = str(train(first))
+    whole, broken = (
+        scst(first, output=tmp_path / name, init_from=start, epochs=2, learning_rate=1e-3)
+        for name in ("whole", "broken")
+    )
+    train(whole)
+    stop_at(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        train(broken)
+    monkeypatch.undo()
+    train(broken)
+    for key in ("loss", "reward", "CIDEr"):
+        assert losses(whole.folder, key) == losses(broken.folder, key)
+    assert len(losses(whole.folder)) == 8
+
+
+def test_scst_needs_a_captioner_to_start_from(captioned, tmp_path):
+    with pytest.raises(ValueError, match="stage scst starts from a trained captioner, and there is none at"):
+        train(scst(debug(captioned, tmp_path)))
+    with pytest.raises(ValueError, match="no captioner model at './nowhere'"):
+        train(scst(debug(captioned, tmp_path), init_from="./nowhere"))
+
+
+def test_score_agrees_with_the_reward_but_for_the_end():
+    """The reward is what evaluation measures, so that raising one raises the other."""
+    captions = {0: "a dog runs through grass", 1: "two men", 2: "the cat is on a chair"}
+    measured = score(captions, dict(enumerate(REFERENCES)), metrics=("CIDEr",))
+    rewards = CaptionReward(REFERENCES)(np.arange(3), list(captions.values()), [True] * 3)
+    assert np.corrcoef([measured.image(n)["CIDEr"] for n in range(3)], rewards)[0, 1] > 0.9
