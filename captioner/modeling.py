@@ -123,8 +123,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             self.encoder = create_encoder(
                 config.encoder_config["name"], **config.encoder_config.get("kwargs", {})
             ).freeze()
-        self.projector = Projector(self.encoder.embed_dim, config.text_config.hidden_size)
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
+        width = config.text_config.hidden_size
+        if config.fusion == "prefix":  # some decoders, OPT-350m for one, embed words in another width than their own
+            width = self.decoder.get_input_embeddings().embedding_dim
+        self.projector = Projector(self.encoder.embed_dim, width)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -113,9 +113,11 @@ class CaptionerProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def captions(self, sequences: torch.Tensor) -> list[str]:
-        """Decode generated tokens (B, T) into tidy captions: one line, no special tokens, the prompt in front."""
-        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        return [" ".join(f"{self.prompt} {text}".split()) for text in texts]
+        """Decode generated tokens (B, T) into tidy captions: one line, no special tokens.
+
+        The prompt is not part of them: no reference caption begins with it, and scores would suffer.
+        """
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
     @property
     def model_input_names(self) -> list[str]:

@@ -54,18 +54,72 @@ def flickr8k_scst() -> TrainConfig:
     )
 
 
-def coco() -> TrainConfig:
-    """Train the default decoder on COCO, Karpathy split, `restval` joined to train. Not run here: needs COCO.
+def coco_small() -> TrainConfig:
+    """Train a small decoder from scratch on COCO, Karpathy split, `restval` joined to train. Not run here.
 
-    accelerate launch train.py coco --data.root coco --model.encoder local-dir:runs/pretrain
+    accelerate launch --multi_gpu --num_processes 8 train.py coco_small --data.root coco \\
+        --model.encoder local-dir:runs/pretrain
     """
     return TrainConfig(
-        output=Path("runs/coco"),
+        output=Path("runs/coco_small"),
         data=DataConfig(restval=True, workers=8),
         model=ModelConfig(layers=6, width=512, heads=8, vocab_size=10_000),
         epochs=20,
-        batch_size=64,
+        batch_size=32,
         evaluate_images=1000,
+    )
+
+
+def coco_gpt2() -> TrainConfig:
+    """Train GPT-2, all of it, on COCO with `A photo of` as the prompt. Not run here.
+
+    accelerate launch --multi_gpu --num_processes 8 train.py coco_gpt2 --data.root coco \\
+        --model.encoder local-dir:runs/pretrain
+    """
+    return replace(
+        coco_small(),
+        output=Path("runs/coco_gpt2"),
+        model=ModelConfig(decoder="openai-community/gpt2", prompt="A photo of"),
+        epochs=8,
+        learning_rate=5e-5,
+    )
+
+
+def coco_smollm_lora() -> TrainConfig:
+    """Train low-rank updates of SmolLM2-360M on COCO, activations recomputed to save memory. Not run here.
+
+    pip install "captioner[lora]"
+    accelerate launch --multi_gpu --num_processes 8 train.py coco_smollm_lora --data.root coco \\
+        --model.encoder local-dir:runs/pretrain
+    """
+    return replace(
+        coco_small(),
+        output=Path("runs/coco_smollm_lora"),
+        model=ModelConfig(decoder="HuggingFaceTB/SmolLM2-360M", tune="lora", prompt="A photo of"),
+        epochs=5,
+        batch_size=16,
+        accumulation=2,
+        learning_rate=2e-4,
+        gradient_checkpointing=True,
+        save_dtype="bfloat16",
+    )
+
+
+def coco_scst() -> TrainConfig:
+    """Go on from any of the above with CIDEr-D as the reward; name its folder. Not run here.
+
+    accelerate launch --multi_gpu --num_processes 8 train.py coco_scst --data.root coco \\
+        --init-from runs/coco_small/best --output runs/coco_small
+    """
+    return replace(
+        coco_small(),
+        stage="scst",
+        scst=ScstConfig(samples=5, baseline="mean"),
+        epochs=10,
+        batch_size=16,
+        learning_rate=1e-5,
+        weight_decay=0.0,
+        clip=0.1,
     )
 
 
@@ -154,7 +208,15 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
     )
 
 
-TRAIN = {"debug": debug, "flickr8k": flickr8k, "flickr8k_scst": flickr8k_scst, "coco": coco}
+TRAIN = {
+    "debug": debug,
+    "flickr8k": flickr8k,
+    "flickr8k_scst": flickr8k_scst,
+    "coco_small": coco_small,
+    "coco_gpt2": coco_gpt2,
+    "coco_smollm_lora": coco_smollm_lora,
+    "coco_scst": coco_scst,
+}
 PRETRAIN = {
     "debug": pretrain_debug,
     "lookupvit_small_distill": lookupvit_small_distill,

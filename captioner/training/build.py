@@ -13,6 +13,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from captioner.encoders import create_encoder, encoder_config
 from captioner.modeling import CaptionerConfig, CaptionerModel
@@ -71,6 +72,10 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     if config.fusion == "prefix":
         text_tokens += encoder.num_tokens(parse_grid(config.grid))
     if config.decoder is None:
+        if config.tune != "full":
+            raise ValueError(
+                "a decoder from scratch has to be trained whole; leave --model.tune out, or name a --model.decoder"
+            )
         tokenizer = train_tokenizer(captions, config.vocab_size)
         text_config = new_decoder(config, tokenizer, positions=max(512, text_tokens))
     else:
@@ -177,6 +182,7 @@ def tune(model: CaptionerModel, config: ModelConfig) -> None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",  # peft leaves the head out
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.decoder.modules()),  # GPT-2's layers
     )
     inject_adapter_in_model(lora, model.decoder, ADAPTER)
 

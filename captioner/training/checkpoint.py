@@ -206,8 +206,12 @@ def load_checkpoint(accelerator: Accelerator, path: Path, strict: bool = True, s
 
 
 def leave_frozen_out(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-    """Drop frozen weights from a checkpoint (a hook of accelerate): they never change and are had from elsewhere."""
+    """Drop frozen weights, which never change, and second names of tied ones from a checkpoint: accelerate's hook."""
     for model, state in zip(models, weights, strict=False):  # sharded models hand over no weights here
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        for key in [key for key in state if key in frozen or key.removeprefix("module.").startswith("encoder.")]:
-            del state[key]
+        kept: set[int] = set()
+        for key in list(state):
+            place = state[key].data_ptr()
+            if key in frozen or key.removeprefix("module.").startswith("encoder.") or place in kept:
+                del state[key]
+            kept.add(place)
