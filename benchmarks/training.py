@@ -43,9 +43,10 @@ from captioner.data.collate import CaptionStream, open_pictures
 from captioner.data.token_cache import open_cache
 from captioner.evaluation import read_split
 from captioner.recipes import flickr8k
+from captioner.training.build import build_captioner
 from captioner.training.cache import fill_cache
 from captioner.training.config import CacheConfig, DataConfig, TrainConfig
-from captioner.training.decoder import build_captioner, train_step
+from captioner.training.decoder import CrossEntropy, train_step
 
 
 @dataclass
@@ -88,7 +89,8 @@ class Ours:
 
     def step(self) -> float:
         """Train one step; returns its loss."""
-        loss = train_step(self.accelerator, self.model, self.batches, self.config)
+        objective = CrossEntropy(self.config.label_smoothing)
+        loss = train_step(self.accelerator, self.model, self.batches, objective, self.config)["loss"]
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

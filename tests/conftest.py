@@ -115,6 +115,7 @@ def cache_config(noise):
     return make
 
 
+@pytest.fixture(scope="session")
 def captioned(tmp_path_factory):
     """COCO-format captions of plain colours: 32 pictures to train on, 8 to validate on."""
     root = tmp_path_factory.mktemp("captioned")

@@ -1,5 +1,6 @@
 """Never lose work: kills, signals, damage, full disks."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,11 +15,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from training_runs import ROOT, debug, losses, stop_at
 
+import captioner
 from captioner.training import decoder
 from captioner.training.checkpoint import digests, find_damage, list_checkpoints, recover_folder, replace_folder
 from captioner.training.decoder import train
+from captioner.training.export import save_best
 
 
 def with_dropout(config):
@@ -131,19 +135,30 @@ def test_without_any_whole_checkpoint_a_run_refuses_to_begin_anew(unbroken, tmp_
         train(config)
 
 
-def test_a_full_disk_keeps_the_earlier_checkpoint(unbroken, tmp_path):
-    config = replace(unbroken, output=tmp_path, epochs=1)
-    train(config)
+@contextlib.contextmanager
+def full_disk():
+    """As on a full disk, writing fails midway, wherever a file grows beyond 100 kB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk, writing fails midway
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write checkpoint '.*08' \(.*\); free .*00000004' is kept"):
-            train(replace(config, epochs=2))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_best_model(unbroken, tmp_path):
+    config = replace(unbroken, output=tmp_path, epochs=1)
+    best = train(config)
+    said = r"cannot write checkpoint '.*08' \(.*\); free .*00000004' is kept"
+    with full_disk(), pytest.raises(OSError, match=said):
+        train(replace(config, epochs=2))
     (kept,) = (tmp_path / "checkpoints").iterdir()
     assert find_damage(kept) is None
-    assert (tmp_path / "best" / "model.safetensors").exists()
+    loaded = captioner.load(best, "cpu")
+    with full_disk(), pytest.raises(OSError, match=r"cannot write the model '.*best' \(.*\); free some disk space"):
+        save_best(Accelerator(cpu=True), loaded.model, loaded.processor, best, "float32")
+    assert captioner.load(best, "cpu").model.config == loaded.model.config
+    assert not (tmp_path / ".best").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path):

@@ -165,16 +165,17 @@ def scst(config, **kwargs):
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["mean", "greedy"])
 def test_scst_continues_cross_entropy_and_raises_the_reward(captioned, tmp_path, baseline):
-    first = debug(captioned, tmp_path, epochs=20, evaluate_every=20, learning_rate=3e-3)
+    first = debug(captioned, tmp_path, epochs=12, evaluate_every=12, learning_rate=3e-3)
     train(first)
-    second = scst(first, epochs=8, evaluate_every=4, learning_rate=1e-3, scst=ScstConfig(samples=5, baseline=baseline))
+    second = scst(first, epochs=20, evaluate_every=20, learning_rate=1e-3, scst=ScstConfig(baseline=baseline))
     best = train(second)
     assert best == tmp_path / "scst" / "best"
     rewards = list(losses(tmp_path / "scst", "reward").values())
-    assert np.mean(rewards[-8:]) > 1.2 * np.mean(rewards[:8])
+    assert np.mean(rewards[-8:]) > 1.5 * np.mean(rewards[:4])
     before, after = losses(tmp_path, "CIDEr"), losses(tmp_path / "scst", "CIDEr")
-    assert after[0] == before[80]  # it starts where cross-entropy ended, and says so
-    assert max(after.values()) >= before[80]
+    assert after[0] == before[48]  # it starts where cross-entropy ended, and says so
+    if baseline == "mean":
+        assert after[80] >= before[48]
     assert captioner.load(best).processor.tokenizer.eos_token_id == 2
     assert (tmp_path / "best").is_dir()
 

@@ -1,7 +1,10 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from training_runs import COLOURS, debug, launch, losses
 
@@ -10,6 +13,7 @@ from captioner import recipes
 from captioner.evaluation import evaluate
 from captioner.training.config import DataConfig, EvaluateConfig
 from captioner.training.decoder import train
+from captioner.training.sharding import check_sharding
 
 
 def test_every_recipe_builds():
@@ -96,3 +100,68 @@ def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path):
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["corpus"]["CIDEr"] == scores["CIDEr"]
     assert {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"} <= set(saved["corpus"])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_rewards_and_stop_together(captioned, tmp_path):
+    shared = [
+        "debug",
+        "--data.root",
+        captioned,
+        "--data.captions-per-image",
+        2,
+        "--batch-size",
+        4,
+        "--output",
+        tmp_path,
+    ]
+    train(debug(captioned, tmp_path, epochs=1))
+    scst = ["--stage", "scst", "--scst.samples", 2, "--epochs", 3, "--save-steps", 1, "--evaluate-every", 3]
+    result = launch("train.py", *shared, *scst, stop_after=tmp_path / "scst" / "checkpoints" / "step_00000003")
+    assert result.returncode != 0
+    assert "stopped at step" in result.stdout
+    result = launch("train.py", *shared, *scst)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
+    assert list(losses(tmp_path / "scst")) == list(range(1, 13))
+    assert len(losses(tmp_path / "scst", "reward")) == 12
+
+
+@pytest.mark.slow
+def test_sharded_training_is_the_same_training(captioned, tmp_path, monkeypatch):
+    whole = debug(captioned, tmp_path / "whole", epochs=2)
+    train(whole)
+    settings = {"VERSION": 2, "STATE_DICT_TYPE": "FULL_STATE_DICT", "CPU_RAM_EFFICIENT_LOADING": "false"}
+    for name, value in ({"AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"} | settings).items():
+        monkeypatch.setenv(f"FSDP_{name}", str(value))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    shared = ["debug", "--data.root", captioned, "--data.captions-per-image", 2, "--batch-size", 4]
+    shared += ["--output", tmp_path / "sharded", "--epochs", 2, "--save-steps", 1]
+    stop = tmp_path / "sharded" / "checkpoints" / "step_00000003"
+    launch("tests/fsdp_on_cpus.py", *shared, stop_after=stop)
+    result = launch("tests/fsdp_on_cpus.py", *shared)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(whole.output), abs=1e-4)
+    assert losses(tmp_path / "sharded", "loss_val") == pytest.approx(losses(whole.output, "loss_val"), abs=1e-4)
+    ours, theirs = (captioner.load(tmp_path / name / "best").model.state_dict() for name in ("whole", "sharded"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"VERSION": 1}, "launch with --fsdp_version 2"),
+        ({"VERSION": 2, "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "--fsdp_state_dict_type FULL_STATE_DICT"),
+        ({"VERSION": 2, "CPU_RAM_EFFICIENT_LOADING": "true"}, "--fsdp_cpu_ram_efficient_loading false"),
+    ],
+)
+def test_sharding_that_would_fail_later_is_refused_first(monkeypatch, settings, said):
+    for name, value in ({"STATE_DICT_TYPE": "FULL_STATE_DICT"} | settings).items():
+        monkeypatch.setenv(f"FSDP_{name}", str(value))
+    plugin = FullyShardedDataParallelPlugin()
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    sharded = SimpleNamespace(state=state, distributed_type="FSDP", is_fsdp2=plugin.fsdp_version == 2)
+    with pytest.raises(ValueError, match=said):
+        check_sharding(sharded)

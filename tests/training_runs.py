@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +27,25 @@ def losses(folder, key="loss"):
     return {record["step"]: record[key] for record in records if key in record}
 
 
-def launch(*args, processes=2):
-    """Start a script as several CPU processes (`accelerate launch --cpu` would start one, whatever one asks for)."""
+def launch(*args, processes=2, stop_after=None):
+    """Start a script as several CPU processes (`accelerate launch --cpu` would start one, whatever one asks for).
+
+    Args:
+        stop_after: a path whose appearance has the launcher sent SIGTERM, as a scheduler would.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     if processes == 1:
         command.remove("--multi_gpu")
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, "cwd": ROOT}
+    with subprocess.Popen([*command, *map(str, args)], **options) as process:
+        while stop_after is not None and not stop_after.exists() and process.poll() is None:
+            time.sleep(0.02)
+        if stop_after is not None:
+            process.terminate()
+        stdout, stderr = process.communicate(timeout=900)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def stop_at(monkeypatch, step, number, before=decoder.train_step):

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
+"""What the RuntimeError says in which torch wraps the failure to write a file."""
+
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress: dict, keep: int = 2) -> Path:
     """Write the checkpoint of a step and drop all but the newest `keep`; every process calls this.
@@ -55,7 +58,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress:
             replace_folder(temporary, final)
             for old in list_checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
         earlier = list_checkpoints(folder)
         kept = f"'{earlier[-1]}' is kept" if earlier else "there is no earlier one"

@@ -29,10 +29,13 @@ from captioner.modeling import IGNORED, caption_loss
 from captioner.training.build import starting_point, trainable_parameters
 from captioner.training.checkpoint import leave_frozen_out, recover_folder, resume, save_checkpoint
 from captioner.training.config import TrainConfig, save_config
+from captioner.training.curves import write_curves
 from captioner.training.export import save_best
 from captioner.training.interruption import Interruption
 from captioner.training.run_log import RunLog
+from captioner.training.samples import write_samples
 from captioner.training.scst import SelfCritical, silence_dropout
+from captioner.training.sharding import check_sharding, whole_weights
 from captioner.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             InitProcessGroupKwargs(timeout=PATIENT),
         ],
     )
+    check_sharding(accelerator)
     set_seed(config.seed)
     with accelerator.main_process_first():  # the others find the table cached
         table = read_split(config.data, config.data.train_split)
@@ -156,14 +160,18 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         step = progress["step"]
         if (step % evaluate_steps == 0 or step == total) and progress["evaluated"] != step:
             save()
-            with interruption.at_once():
+            with interruption.at_once(), whole_weights(model):
                 record, results = validate(accelerator, model, processor, held_out, held_out_pictures, config)
             progress |= {"evaluated": step, "stale": progress["stale"] + 1}
             if progress["best"] is None or record["CIDEr"] > progress["best"]:
                 progress |= {"best": record["CIDEr"], "stale": 0}
                 save_best(accelerator, model, processor, folder / "best", config.save_dtype)
             log.show(CIDEr=f"{record['CIDEr']:.3f}")
-            log.write({"step": step, **record, "samples": [result["caption"] for result in results[:3]]})
+            record = {"step": step, **record, "samples": [result["caption"] for result in results[:3]]}
+            log.write(record)
+            if accelerator.is_main_process:
+                write_samples(accelerator, held_out, results, record, folder / "samples")
+                write_curves(log.records(), folder / "curves.svg")
             save()
             saved = time.monotonic()
         if step == total or (config.patience is not None and progress["stale"] >= config.patience):

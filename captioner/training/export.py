@@ -1,9 +1,11 @@
 """Writing the best model of a run as a folder that `captioner.load` reads."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from captioner.processing import CaptionerProcessor
@@ -29,7 +31,11 @@ def save_best(
         cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
         state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype))) for k, v in state.items()}
         temporary = folder.with_name(f".{folder.name}")
-        captioner.save_pretrained(temporary, state_dict=state)
-        processor.save_pretrained(temporary)
-        replace_folder(temporary, folder)
+        try:
+            captioner.save_pretrained(temporary, state_dict=state)
+            processor.save_pretrained(temporary)
+            replace_folder(temporary, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"cannot write the model '{folder}' ({error}); free some disk space and run again") from error
     accelerator.wait_for_everyone()

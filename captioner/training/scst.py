@@ -29,6 +29,7 @@ from captioner.metrics.overlap import bleu, bleu_statistics
 from captioner.modeling import IGNORED
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import ScstConfig
+from captioner.training.sharding import whole_weights
 
 END = " </s>"
 """The end of a caption, as a word that no tokenized caption contains."""
@@ -105,7 +106,7 @@ class SelfCritical:
         captioner.eval()
         start = self.start.expand(len(batch["rows"]), -1)
         settings = {"input_ids": start, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole_weights(model):
             tokens = batch["image_tokens"] if "image_tokens" in batch else captioner.encode(batch["pixel_values"])
             settings["image_tokens"] = tokens
             pure = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -1,0 +1,46 @@
+"""What fully sharded training (FSDP2, through accelerate) needs beyond `accelerator.prepare`."""
+
+import contextlib
+from collections.abc import Iterator
+
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, StateDictType
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Refuse FSDP settings under which a run would fail later, or write checkpoints that hold code.
+
+    Raises:
+        ValueError: FSDP's first version; shards as files of their own, which torch indexes with a pickle; loading that
+            leaves all but the first process without weights, which cannot be combined with a frozen, unsharded encoder.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == "FSDP" else None
+    if plugin is None:
+        return
+    if not accelerator.is_fsdp2:
+        raise ValueError("sharded training needs FSDP2: launch with --fsdp_version 2")
+    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ValueError("sharded training needs whole checkpoints: launch with --fsdp_state_dict_type FULL_STATE_DICT")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("every process loads its weights: launch with --fsdp_cpu_ram_efficient_loading false")
+    plugin.ignored_modules = "encoder"  # frozen, and called apart from the model's forward
+
+
+@contextlib.contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Hold the weights of a sharded model whole on every process, so that each may generate at its own pace.
+
+    Processes whose captions end sooner would otherwise leave the others waiting for their shards. Costs the memory of
+    the whole model while it lasts; does nothing to a model that is not sharded.
+    """
+    shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.set_reshard_after_forward(shard is not model, recurse=False)
+            shard.reshard()

@@ -1,0 +1,95 @@
+"""What people watch: samples, curves, trackers, the log."""
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from training_runs import debug, losses
+
+from captioner.training.config import ScstConfig
+from captioner.training.curves import round_numbers, write_curves
+from captioner.training.decoder import train
+
+
+def polylines(path):
+    root = ElementTree.parse(path).getroot()
+    found = root.iter("{http://www.w3.org/2000/svg}polyline")
+    return [[tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in found]
+
+
+@pytest.fixture(scope="module")
+def finished(captioned, tmp_path_factory):
+    pytest.importorskip("tensorboard")
+    output = tmp_path_factory.mktemp("watched")
+    config = debug(captioned, output, epochs=2, trackers=("tensorboard",))
+    train(config)
+    train(replace(config, stage="scst", scst=ScstConfig(samples=2, baseline="greedy")))
+    return output
+
+
+def test_each_validation_leaves_a_page_of_samples_that_needs_nothing_else(finished):
+    pages = sorted(path.name for path in (finished / "samples").iterdir())
+    assert pages == ["step_00000004.html", "step_00000008.html"]
+    page = (finished / "samples" / pages[-1]).read_text()
+    assert page.count("<img") == 8
+    assert page.count('src="data:image/jpeg;base64,') == 8
+    assert "this picture is all red ." in page
+    assert "http" not in page
+    HTMLParser().feed(page)
+
+
+def test_captions_cannot_break_the_page(captioned, finished, tmp_path):
+    from accelerate import Accelerator
+
+    from captioner.data.captions import read_captions
+    from captioner.training.samples import write_samples
+
+    table = read_captions(captioned, "val").select([0])
+    results = [{"image_id": 0, "caption": "</p><script>alert(1)</script>"}]
+    write_samples(Accelerator(cpu=True), table, results, {"step": 1, "CIDEr": 0.5}, tmp_path / "samples")
+    page = (tmp_path / "samples" / "step_00000001.html").read_text()
+    assert "<script" not in page
+    assert "CIDEr 0.5000" in page
+
+
+def test_the_run_is_drawn(finished):
+    loss, loss_val, cider = polylines(finished / "curves.svg")
+    assert (len(loss), len(loss_val), len(cider)) == (8, 2, 2)
+    assert [x for x, _ in loss] == sorted(x for x, _ in loss)
+    assert loss[0][1] < loss[-1][1]  # the loss falls: in SVG, y grows downwards
+    assert len(polylines(finished / "scst" / "curves.svg")) == 5  # and reward, and the greedy caption's
+
+
+def test_a_curve_without_a_slope_is_drawn(tmp_path):
+    write_curves([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 2.0}], tmp_path / "curves.svg")
+    (line,) = polylines(tmp_path / "curves.svg")
+    assert line[0][1] == line[1][1]
+    write_curves([], tmp_path / "empty.svg")
+    assert polylines(tmp_path / "empty.svg") == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.003, 0.0041), (1, 100_000), (-3, 2), (5.25, 5.75)])
+def test_axes_are_labelled_with_a_few_round_numbers(low, high):
+    ticks = round_numbers(low, high)
+    assert 2 <= len(ticks) <= 7
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+def test_trackers_get_numbers_pictures_and_captions(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = next((finished / "captioner").glob("events*"))
+    seen = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload()
+    assert {"loss", "CIDEr", "BLEU-4", "loss_val", "learning_rate", "tokens_per_s"} <= set(seen.Tags()["scalars"])
+    assert [event.step for event in seen.Scalars("CIDEr")] == [4, 8]
+    assert "samples" in seen.Tags()["images"]
+    assert "samples/text_summary" in seen.Tags()["tensors"]
+
+
+def test_the_log_says_how_fast_and_how_long(finished):
+    assert list(losses(finished, "tokens_per_s")) == list(range(1, 9))
+    left = losses(finished, "minutes_left")
+    assert list(left) == list(range(2, 9))
+    assert left[8] == 0
+    assert set(losses(finished / "scst", "reward_greedy")) == set(range(1, 9))
