@@ -75,3 +75,10 @@ def test_unknown_names_suggest_known_ones():
 def test_a_grid_larger_than_the_map_is_refused():
     with pytest.raises(ValueError, match="grid 8x8 is larger than the encoder's feature map, 7x7"):
         create_encoder("resnet18").forward_tokens(torch.zeros(1, 3, 224, 224), (8, 8))
+
+
+def test_a_name_with_a_tag_means_its_pretrained_weights():
+    with pytest.raises(ValueError, match="no weights of the encoder 'vit_tiny_patch16_224.augreg_in21k'"):
+        create_encoder("vit_tiny_patch16_224.augreg_in21k")  # tests run without the hub
+    with pytest.raises(ValueError, match=r"no weights of the encoder 'vit_tiny_patch16_224.nobody'"):
+        create_encoder("vit_tiny_patch16_224.nobody")

@@ -61,12 +61,12 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
     """Build an encoder by its timm name: this package's own, or any stock timm model through `PooledEncoder`.
 
     Args:
-        name: a timm model name, such as `lookupvit_small_patch16_224` or `vit_small_patch16_224`; or, with its weights,
-            `local-dir:FOLDER` as `pretrain.py` exports it, or `hf-hub:OWNER/NAME`.
+        name: a timm model name, such as `lookupvit_small_patch16_224`; or, with its weights, a timm name with a tag
+            (`vit_small_patch16_224.augreg_in21k`), `local-dir:FOLDER` as `pretrain.py` exports it, `hf-hub:OWNER/NAME`.
         kwargs: handed to `timm.create_model` (`img_size`, `pretrained`, `checkpoint_path`, ...).
 
     Raises:
-        ValueError: timm knows no model of that name.
+        ValueError: timm knows no model of that name, or its weights cannot be had.
     """
     from captioner.encoders.pooling import PooledEncoder
 
@@ -74,7 +74,10 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
     if not exported and not timm.is_model(name.split(".")[0]):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(f"no encoder named '{name}' in timm" + (f"; did you mean one of: {close}?" if close else ""))
-    model = timm.create_model(name, **{"num_classes": 0, "pretrained": exported, **kwargs})
+    try:
+        model = timm.create_model(name, **{"num_classes": 0, "pretrained": exported or "." in name, **kwargs})
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"no weights of the encoder '{name}': {str(error).splitlines()[0]}") from None
     return model if isinstance(model, TokenEncoder) else PooledEncoder(model)
 
 
