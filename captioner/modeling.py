@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -242,7 +243,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         layers = set(getattr(self.config.text_config, "layer_types", None) or ["full_attention"])
         recomputing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.decoder.modules())
         attention_only = layers == {"full_attention"} and not getattr(self.decoder, "_is_stateful", False)
-        return self.config.fusion == "prefix" and attention_only and not recomputing
+        sharded = isinstance(self, FSDPModule)  # its weights are there for one pass at a time
+        return self.config.fusion == "prefix" and attention_only and not recomputing and not sharded
 
     def share(
         self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int

@@ -157,7 +157,8 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_best_model(unbroken, t
     loaded = captioner.load(best, "cpu")
     with full_disk(), pytest.raises(OSError, match=r"cannot write the model '.*best' \(.*\); free some disk space"):
         save_best(Accelerator(cpu=True), loaded.model, loaded.processor, best, "float32")
-    assert captioner.load(best, "cpu").model.config == loaded.model.config
+    again = captioner.load(best, "cpu").model.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in loaded.model.state_dict().items())
     assert not (tmp_path / ".best").exists()
 
 
@@ -188,7 +189,7 @@ def test_what_to_resume_from_can_be_said(unbroken, tmp_path):
     [
         ({"width": 32}, "was saved with model.width 64, this run has 32"),
         ({"encoder": "vit_tiny_patch16_224", "grid": None}, "was saved with model.encoder 'lookupvit"),
-        ({"tune": "projector"}, "was saved with model.tune 'full', this run has 'projector'"),
+        ({"blind": True}, "was saved with model.blind False, this run has True"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(captioned, unbroken, change, message):

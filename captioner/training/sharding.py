@@ -35,6 +35,8 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     the whole model while it lasts; does nothing to a model that is not sharded.
     """
     shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    if shards:
+        model._get_fsdp_state()._lazy_init()  # else, before a first forward, the parts would each take root
     for shard in shards:
         shard.set_reshard_after_forward(False, recurse=False)
         shard.unshard()
