@@ -111,6 +111,19 @@ def test_it_resumes_exactly(captioned, teacher, tmp_path):
     assert exported[0] == exported[1]
 
 
+def test_an_exported_encoder_is_gone_on_with(captioned, tmp_path):
+    config = debug(tmp_path / "first", captions=str(captioned), steps=1)
+    folder = pretrain(config)
+    again = replace(config, output=tmp_path / "second", encoder=f"local-dir:{folder}", encoder_options={}, steps=0)
+    first, second = (create_encoder(f"local-dir:{f}").state_dict() for f in (folder, pretrain(again)))
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+
+def test_a_grid_larger_than_the_lookup_grid_is_refused(captioned, tmp_path):
+    with pytest.raises(ValueError, match="grid 5 is larger than the lookup grid 4x4 of 64 px views; lower --grids"):
+        pretrain(debug(tmp_path, captions=str(captioned), grids=(2, 5)))
+
+
 def test_a_stock_vit_goes_through_the_same_recipe(captioned, teacher, tmp_path):
     options = {"img_size": 64, "depth": 1}
     config = debug(tmp_path, teacher, captions=str(captioned), encoder="vit_tiny_patch16_224", encoder_options=options)

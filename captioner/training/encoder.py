@@ -25,8 +25,9 @@ from captioner.data.captions import read_captions
 from captioner.data.pictures import Source, open_source, store_pictures
 from captioner.data.views import ViewOrder, cut_views, draw_views
 from captioner.data.words import CaptionWords
-from captioner.encoders import TokenEncoder, create_encoder
+from captioner.encoders import TokenEncoder, create_encoder, encoder_config
 from captioner.encoders.from_vit import init_from_vit
+from captioner.encoders.lookupvit import LookupViT
 from captioner.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from captioner.training.config import save_config
 from captioner.training.decoder import pick_precision
@@ -53,6 +54,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.init_from is not None:
         init_from_vit(encoder, config.init_from)
     words = batches.words.prior if batches.words else None
+    patch = check_grids(config, encoder)
     student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
     if accelerator.is_main_process:
         save_config(config, config.output)
@@ -82,7 +84,7 @@ def pretrain(config: PretrainConfig) -> Path:
         if size != pixels.shape[-1]:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
         with accelerator.autocast():
-            losses = student(pixels, pick_grid(config, step, size), **batch)
+            losses = student(pixels, pick_grid(config, step, size // patch), **batch)
         accelerator.backward(losses["loss"])
         accelerator.clip_grad_norm_(student.parameters(), config.clip)
         optimizer.step()
@@ -112,7 +114,8 @@ def pretrain(config: PretrainConfig) -> Path:
             break
     final = ema.module if ema else encoder
     if accelerator.is_main_process:
-        export_encoder(final, config.encoder_options, config.output)
+        rebuilt = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
+        export_encoder(final, rebuilt, config.output)
     if step == config.steps and config.probe_train and config.probe_val:
         for record in probe_encoder(final, config, device):
             log(accelerator, config.output, {"step": step, **record})
@@ -132,11 +135,11 @@ class Batches:
     def __init__(self, config: PretrainConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         folder = config.store or config.output / "store"
-        sources, self.words, word_targets = [], None, None
+        sources, self.words, self.word_targets = [], None, None
         if config.captions is not None:
             table = read_captions(config.captions, config.captions_split)
             self.words = CaptionWords(table["captions"][:], config.num_words)
-            word_targets = torch.from_numpy(self.words.targets).to(self.device)
+            self.word_targets = torch.from_numpy(self.words.targets).to(self.device)
             name = f"{config.captions} {config.captions_split}"
             sources.append(Source(name, [(image, None) for image in table["image"][:]], str(table["image_id"][:])))
         sources += [open_source(name) for name in config.images]
@@ -146,7 +149,6 @@ class Batches:
             self.store = store_pictures(sources, config.store_size, folder, config.workers).to(self.device)
         if config.label_weight > 0 and not self.store.classes:
             raise ValueError("no picture has a class: give folders per class or a `label` column, or --label-weight 0")
-        self.word_targets = word_targets
         repeats = [config.captions_repeat if config.captions and i == 0 else 1 for i in range(len(sources))]
         groups = [np.arange(r.start, r.stop)[self.store.usable[r.start : r.stop]] for r in self.store.ranges]
         self.order = ViewOrder(groups, repeats, config.seed, config.views)
@@ -210,10 +212,27 @@ WEIGHTS = ("logit_weight", "pooled_weight", "grid_weight", "map_weight", "temper
 """Settings of a teacher that its outputs do not depend on."""
 
 
-def pick_grid(config: PretrainConfig, step: int, size: int) -> int:
+def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
+    """Return the patch side in pixels of a LookupViT; 1 for an encoder that does not choose a grid.
+
+    Raises:
+        ValueError: a compressed grid is larger than the lookup grid.
+    """
+    if not isinstance(encoder, LookupViT):
+        return 1
+    patch = encoder.patch_embed.patch_size[0]
+    if max(config.grids) > config.image_size // patch:
+        side = config.image_size // patch
+        raise ValueError(
+            f"grid {max(config.grids)} is larger than the lookup grid {side}x{side} of {config.image_size} px views; "
+            "lower --grids or raise --image-size"
+        )
+    return patch
+
+
+def pick_grid(config: PretrainConfig, step: int, largest: int) -> int:
     """Draw the compressed grid of a step, the same in every process; small views bound it by their patches."""
-    grid = int(np.random.default_rng((config.seed, step)).choice(config.grids))
-    return min(grid, size // 16)
+    return min(int(np.random.default_rng((config.seed, step)).choice(config.grids)), largest)
 
 
 def log(accelerator: Accelerator, folder: Path, record: dict) -> None:

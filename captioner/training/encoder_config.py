@@ -123,7 +123,7 @@ class PretrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decay of matrices; norms, biases and embeddings are left undecayed."""
+    """Decay of matrices and embeddings; norms and biases are left undecayed."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
     clip: float = 1.0
@@ -159,5 +159,5 @@ class PretrainConfig:
             raise ValueError(f"grids are positive, not {self.grids}")
         if (self.mixup or self.cutmix) and self.views is not None:
             raise ValueError("mixup and cutmix make a new view every time: leave --views unset, or both at 0")
-        if self.store_size < self.image_size * 0.5:
-            raise ValueError(f"pictures stored at {self.store_size} px are too small for views of {self.image_size} px")
+        if (self.mixup or self.cutmix) and self.label_weight <= 0:
+            raise ValueError("mixup and cutmix mix class labels: give --label-weight, or leave both at 0")
