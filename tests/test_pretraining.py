@@ -96,19 +96,25 @@ def test_mixed_labels_leave_unlabelled_pictures_out(captioned, classes, tmp_path
         replace(config, mixup=0.2)
 
 
-def test_it_resumes_exactly(captioned, teacher, tmp_path):
-    config = debug(tmp_path / "whole", teacher, captions=str(captioned), steps=6, save_minutes=0, ema=0.9)
+def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog):
+    config = debug(tmp_path / "whole", teacher, captions=str(captioned), steps=22, save_minutes=0, ema=0.9)
     config = replace(config, early_share=0.5, early_size=48, encoder_options={"depth": 2, "drop_path_rate": 0.3})
     pretrain(config)
-    pretrain(replace(config, output=tmp_path / "broken"))
-    (tmp_path / "broken" / "log.jsonl").unlink()
-    (tmp_path / "broken" / "checkpoints" / "step_00000006" / "progress.json").unlink()
-    pretrain(replace(config, output=tmp_path / "broken"))
-    resumed = losses(tmp_path / "broken")
-    assert list(resumed) == [6]
-    assert resumed[6] == losses(tmp_path / "whole")[6]
+    broken = replace(config, output=tmp_path / "broken")
+    pretrain(replace(broken, max_minutes=0))
+    assert list(losses(broken.output)) == list(range(1, 11))  # the clock is looked at every tenth step
+    assert not (broken.output / "model.safetensors").exists()
+    pretrain(broken)
+    newest = broken.output / "checkpoints" / "step_00000022" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (broken.output / "model.safetensors").unlink()
+    pretrain(broken)  # from step 20: the newest checkpoint is damaged
+    assert "model.safetensors has" in caplog.text
+    assert losses(broken.output) == losses(config.output)
     exported = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert exported[0] == exported[1]
+    with pytest.raises(ValueError, match="was saved with seed 0, this run has 1"):
+        pretrain(replace(broken, seed=1))
 
 
 def test_an_exported_encoder_is_gone_on_with(captioned, tmp_path):

@@ -220,3 +220,22 @@ def leave_frozen_out(models: list[nn.Module], weights: list[dict], folder: str) 
             if key in frozen or key.removeprefix("module.").startswith("encoder.") or place in kept:
                 del state[key]
             kept.add(place)
+
+
+def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
+    """Refuse weights that are not finite: saved, they would take the place of good ones.
+
+    Raises:
+        ValueError: a trained weight is infinite or not a number.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise ValueError(not_finite(f"'{name}' is not finite", step, checkpoints))
+
+
+def not_finite(what: str, step: int, checkpoints: Path) -> str:
+    """Say that a run went astray, and how to go on."""
+    return (
+        f"{what} at step {step}; lower --learning-rate and run again, which resumes "
+        f"from the last checkpoint in '{checkpoints}'"
+    )

@@ -27,11 +27,19 @@ from captioner.data.token_cache import open_cache
 from captioner.evaluation import read_split
 from captioner.modeling import IGNORED, caption_loss
 from captioner.training.build import starting_point, trainable_parameters
-from captioner.training.checkpoint import leave_frozen_out, recover_folder, resume, save_checkpoint
+from captioner.training.checkpoint import (
+    check_finite,
+    leave_frozen_out,
+    not_finite,
+    recover_folder,
+    resume,
+    save_checkpoint,
+)
 from captioner.training.config import TrainConfig, save_config
 from captioner.training.curves import write_curves
 from captioner.training.export import save_best
 from captioner.training.interruption import Interruption
+from captioner.training.precision import pick_precision
 from captioner.training.run_log import RunLog
 from captioner.training.samples import write_samples
 from captioner.training.scst import SelfCritical, silence_dropout
@@ -127,7 +135,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     accelerator.register_save_state_pre_hook(leave_frozen_out)
     set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
 
-    log = RunLog(accelerator, folder, total, config.log_every)
+    log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
     settings = fixed_settings(config, per_step)
     progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
     resumed = resume(accelerator, checkpoints, config.resume, settings, strict=False)
@@ -249,29 +257,3 @@ def fixed_settings(config: TrainConfig, per_step: int) -> dict:
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
     settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}
     return {**settings, **(rewards if config.stage == "scst" else {}), "images per step": per_step}
-
-
-def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
-    """Refuse weights that are not finite: saved, they would take the place of good ones.
-
-    Raises:
-        ValueError: a trained weight is infinite or not a number.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise ValueError(not_finite(f"'{name}' is not finite", step, checkpoints))
-
-
-def not_finite(what: str, step: int, checkpoints: Path) -> str:
-    """Say that a run went astray, and how to go on."""
-    return (
-        f"{what} at step {step}; lower --learning-rate and run again, which resumes "
-        f"from the last checkpoint in '{checkpoints}'"
-    )
-
-
-def pick_precision(wanted: str) -> str:
-    """Resolve `auto`: bf16 on GPUs that have it, else none."""
-    if wanted != "auto":
-        return wanted
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

@@ -5,8 +5,6 @@ view is kept where views repeat (training/targets.py); heads and losses are in t
 """
 
 import dataclasses
-import json
-import logging
 import time
 from pathlib import Path
 
@@ -28,36 +26,46 @@ from captioner.data.words import CaptionWords
 from captioner.encoders import TokenEncoder, create_encoder, encoder_config
 from captioner.encoders.from_vit import init_from_vit
 from captioner.encoders.lookupvit import LookupViT
-from captioner.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from captioner.training.checkpoint import check_finite, not_finite, resume, save_checkpoint
 from captioner.training.config import save_config
-from captioner.training.decoder import pick_precision
 from captioner.training.distill import Student
 from captioner.training.encoder_config import PretrainConfig
+from captioner.training.interruption import Interruption
+from captioner.training.precision import pick_precision
 from captioner.training.probe import probe_encoder
+from captioner.training.run_log import RunLog
 from captioner.training.targets import Targets, TargetStore
 from captioner.training.teachers import create_teacher
 
-logger = logging.getLogger(__name__)
+ASK_EVERY = 10
+"""Steps between two looks at the clock and for signals: asking waits for the device."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run the pretraining job and return the folder of the exported encoder.
 
     Raises:
-        ValueError: no data, unknown names, a teacher that does not fit, or a loss that is not finite.
+        ValueError: no data, unknown names, a teacher that does not fit, a checkpoint of another run, or a loss that is
+            not finite.
+        OSError: the disk is full; earlier checkpoints are as they were.
+        SystemExit: the run was told to stop (SIGTERM, SIGINT) and has saved; the code is 128 + the signal.
     """
+    with Interruption() as interruption:
+        return run(config, interruption)
+
+
+def run(config: PretrainConfig, interruption: Interruption) -> Path:
+    """Set up, then train: step, save where due, at the end export and probe; see `pretrain`."""
     accelerator = Accelerator(mixed_precision=pick_precision(config.mixed_precision))
-    device, per_step = accelerator.device, config.batch_size * accelerator.num_processes
+    per_step, checkpoints = config.batch_size * accelerator.num_processes, config.output / "checkpoints"
     set_seed(config.seed)
     batches = Batches(config, accelerator)
     encoder = create_encoder(config.encoder, **config.encoder_options)
     if config.init_from is not None:
         init_from_vit(encoder, config.init_from)
-    words = batches.words.prior if batches.words else None
     patch = check_grids(config, encoder)
+    words = batches.words.prior if batches.words else None
     student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
-    if accelerator.is_main_process:
-        save_config(config, config.output)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each grid and size
         student.look = torch.compile(student.look)
@@ -69,14 +77,18 @@ def pretrain(config: PretrainConfig) -> Path:
     ema = ModelEmaV3(encoder, decay=config.ema, use_warmup=True) if config.ema else None
     accelerator.register_for_checkpointing(schedule, *([ema] if ema else []))
 
-    step, checkpoints = 0, config.output / "checkpoints"
-    if config.resume and (found := list_checkpoints(checkpoints)):
-        step = load_checkpoint(accelerator, found[-1])["step"]
-        accelerator.print(f"resumed from {found[-1]}")
+    log = RunLog(accelerator, config.output, config.steps, config.log_every, counted="images")
+    settings = {name: getattr(config, name) for name in ("encoder", "encoder_options", "seed", "views", "ema")}
+    settings["images per step"] = per_step
+    step = 0
+    if resumed := resume(accelerator, checkpoints, config.resume, settings):
+        step = resumed["step"]
+        log.load_state(resumed["log"], step)
+    if accelerator.is_main_process:
+        save_config(config, config.output)
 
     student.train()
-    start = saved = began = time.monotonic()
-    parts: list[dict[str, torch.Tensor]] = []
+    saved = began = time.monotonic()
     while step < config.steps:
         batch = batches.batch(step * per_step + accelerator.process_index * config.batch_size)
         size = config.early_size if step < config.early_share * config.steps else config.image_size
@@ -93,32 +105,37 @@ def pretrain(config: PretrainConfig) -> Path:
         step += 1
         if ema:
             ema.update(encoder, step)
-        parts.append({name: loss.detach() for name, loss in losses.items()})
+        measured = {name: loss.detach() for name, loss in losses.items()}
+        if step % config.log_every == 0 and not torch.isfinite(measured["loss"]):
+            raise ValueError(not_finite(f"the loss is {measured['loss'].item()}", step, checkpoints))
+        log.step(step, {**measured, "images": per_step}, schedule.get_last_lr()[0])
 
-        now = time.monotonic()
-        stop = config.max_minutes is not None and now - began > 60 * config.max_minutes
-        save = stop or step == config.steps or now - saved > 60 * config.save_minutes
-        if save or step % config.log_every == 0:
-            means = {name: torch.stack([p[name] for p in parts]).mean().item() for name in parts[0]}
-            if not np.isfinite(means["loss"]):
-                raise ValueError(
-                    f"the loss is {means['loss']} at step {step}; lower --learning-rate and run again to resume"
-                )
-            rate = len(parts) * per_step / max(now - start, 1e-9)
-            log(accelerator, config.output, {"step": step, **means, "images_per_s": rate})
-            parts, start = [], now
-        if save:
-            save_checkpoint(accelerator, checkpoints, step, {})
+        signal, over, due = None, False, False
+        if step % ASK_EVERY == 0:
+            now = time.monotonic()
+            over = config.max_minutes is not None and now - began > 60 * config.max_minutes
+            due = now - saved > 60 * config.save_minutes
+            signal, over, due = interruption.agree(accelerator, over, due)
+        if signal or over or due or step == config.steps:
+            check_finite(student, step, checkpoints)
+            save_checkpoint(accelerator, checkpoints, step, {"settings": settings, "log": log.state()})
             saved = time.monotonic()
-        if stop:
+        if signal or over:
             break
+    log.close()
+    if step < config.steps:
+        accelerator.print(f"stopped at step {step} of {config.steps}, saved in '{checkpoints}'; run again to go on")
+        accelerator.end_training()
+        if signal:
+            raise SystemExit(128 + signal)
+        return config.output
     final = ema.module if ema else encoder
     if accelerator.is_main_process:
         rebuilt = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
         export_encoder(final, rebuilt, config.output)
-    if step == config.steps and config.probe_train and config.probe_val:
-        for record in probe_encoder(final, config, device):
-            log(accelerator, config.output, {"step": step, **record})
+    if config.probe_train and config.probe_val:
+        for record in probe_encoder(final, config, accelerator.device):
+            log.write({"step": step, **record})
     accelerator.end_training()
     return config.output
 
@@ -233,15 +250,6 @@ def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
 def pick_grid(config: PretrainConfig, step: int, largest: int) -> int:
     """Draw the compressed grid of a step, the same in every process; small views bound it by their patches."""
     return min(int(np.random.default_rng((config.seed, step)).choice(config.grids)), largest)
-
-
-def log(accelerator: Accelerator, folder: Path, record: dict) -> None:
-    """Print a record and append it to `log.jsonl`."""
-    if accelerator.is_main_process:
-        record = {key: round(value, 4) if isinstance(value, float) else value for key, value in record.items()}
-        print("  ".join(f"{key} {value}" for key, value in record.items()), flush=True)
-        with (folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def export_encoder(encoder: TokenEncoder, options: dict, folder: Path) -> None:

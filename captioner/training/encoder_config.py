@@ -149,8 +149,9 @@ class PretrainConfig:
     """Steps between log lines."""
     save_minutes: float = 5.0
     """Minutes between checkpoints."""
-    resume: bool = True
-    """Go on from the newest checkpoint in `output`, if there is one."""
+    resume: str = "auto"
+    """`auto` goes on from the newest whole checkpoint in `output`, if there is one; `never` starts afresh, and refuses
+    an `output` that has checkpoints; anything else is the folder of a checkpoint to go on from."""
     max_minutes: float | None = None
     """Stop after this many minutes with a checkpoint (a further run goes on); `None` runs to the end."""
 

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
@@ -16,20 +17,23 @@ class RunLog:
         folder: where `log.jsonl` is, one record a line.
         total: steps of the run.
         every: steps between records, each the mean over the steps since the last.
+        counted: what the speed of the run is told in, `tokens` or `images`.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, total: int, every: int):
+    def __init__(self, accelerator: Accelerator, folder: Path, total: int, every: int, counted: str):
         self.accelerator, self.path, self.total, self.every = accelerator, folder / "log.jsonl", total, every
-        self.window: dict[str, list[float]] = {}
+        self.counted, self.count = counted, 0.0
+        self.window: dict[str, list[float | torch.Tensor]] = {}
         self.bar = tqdm(total=total, disable=not accelerator.is_main_process or None, desc="training")
         self.shown: dict[str, str] = {}
         self.begun: tuple[float, int] | None = None
-        self.tokens, self.since = 0.0, time.monotonic()
+        self.since = time.monotonic()
 
     def state(self) -> dict:
         """Return what a checkpoint must hold: lines written, and the steps since the last of them."""
         lines = len(self.path.read_bytes().splitlines()) if self.path.exists() else 0
-        return {"lines": lines, "window": self.window}
+        window = {name: [float(value) for value in values] for name, values in self.window.items()}
+        return {"lines": lines, "window": window}
 
     def load_state(self, state: dict, step: int) -> None:
         """Go back to a checkpoint's state at a step; lines written after it are dropped, they will come again."""
@@ -41,26 +45,30 @@ class RunLog:
             temporary.write_bytes(b"".join(lines))
             temporary.rename(self.path)
 
-    def step(self, step: int, measured: dict[str, float], learning_rate: float) -> None:
-        """Take in what was measured in a step (`loss`, `tokens`, ...); write a record when it is time."""
+    def step(self, step: int, measured: dict[str, float | torch.Tensor], learning_rate: float) -> None:
+        """Take in what was measured in a step (`loss`, what is counted, ...); write a record when it is time.
+
+        Scalars on a device stay there until then, so that no step waits for it.
+        """
         now = time.monotonic()
         if self.begun is None:
             self.begun = now, step
-        self.tokens += measured.pop("tokens")
+        self.count += measured.pop(self.counted)
         for name, value in measured.items():
             self.window.setdefault(name, []).append(value)
         self.bar.update(step - self.bar.n)
         if step % self.every and step != self.total:
             return
-        record = {name: sum(values) / len(values) for name, values in self.window.items()}
-        record |= {"learning_rate": learning_rate, "tokens_per_s": round(self.tokens / max(now - self.since, 1e-9), 1)}
+        record = {name: float(sum(values) / len(values)) for name, values in self.window.items()}
+        speed = f"{self.counted}_per_s"
+        record |= {"learning_rate": learning_rate, speed: round(self.count / max(now - self.since, 1e-9), 1)}
         if step > self.begun[1]:
             per_step = (now - self.begun[0]) / (step - self.begun[1])
             record["minutes_left"] = round(per_step * (self.total - step) / 60, 1)
         self.window = {}
-        self.show(loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens_per_s']:.0f}")
+        self.show(loss=f"{record['loss']:.3f}", **{speed: f"{record[speed]:.0f}"})
         self.write({"step": step, **record})
-        self.tokens, self.since = 0.0, time.monotonic()
+        self.count, self.since = 0.0, time.monotonic()
 
     def show(self, **values: str) -> None:
         """Keep values beside the progress bar."""
