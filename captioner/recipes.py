@@ -182,24 +182,23 @@ def lookupvit_small_distill() -> PretrainConfig:
 
 
 def lookupvit_tiny_distill_cpu() -> PretrainConfig:
-    """Distil a shallow LookupViT-Ti from an ImageNet classifier on two CPU cores; about 75 minutes.
+    """Distil a shallow LookupViT-Ti from an ImageNet classifier and a COCO detector on two CPU cores.
 
     captioner pretrain lookupvit_tiny_distill_cpu --images pretrain/imagenette_2500.parquet ... --captions flickr8k \\
-        --teachers.0.checkpoint mobilenetv2.safetensors
+        --teachers.0.checkpoint mobilenetv2.safetensors --teachers.1.name yolox_nano.onnx
     """
     return PretrainConfig(
         output=Path("runs/lookupvit_tiny_distill_cpu"),
         encoder="lookupvit_tiny_patch16_224",
         encoder_options={"depth": 6},
-        teachers=(IMAGENET_TEACHER,),
+        teachers=(IMAGENET_TEACHER, replace(COCO_TEACHER, image_size=320)),
         captions_repeat=2,
         grids=(3, 5, 5, 5, 7, 10),
-        image_size=160,
         early_size=112,
         early_share=0.8,
-        store_size=192,
-        views=3,
-        steps=1750,
+        store_size=224,
+        views=4,
+        steps=2000,
         batch_size=256,
         optimizer="muon",
         learning_rate=0.01,

@@ -111,6 +111,13 @@ class Student(nn.Module):
             prior = torch.from_numpy(word_prior).clamp(1e-4, 1 - 1e-4)
             self.word_head.bias.data.copy_(torch.logit(prior))
 
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that timm's optimiser leaves undecayed: positions, the class token."""
+        model = self.encoder.timm_model
+        names = getattr(model, "no_weight_decay", set)()
+        prefix = "encoder." if model is self.encoder else "encoder.model."
+        return {prefix + name for name in names}
+
     def forward(
         self,
         pixels: torch.Tensor,
