@@ -21,7 +21,7 @@ from captioner.training.config import parse_grid
 class CaptionConfig:
     """Caption pictures."""
 
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")] = ()
     """Pictures, folders (searched through), glob patterns; `-` reads a picture or paths from standard input."""
     output: Path | None = None
     """File to write, format by ending: .jsonl, .csv or .txt; without it, `path<TAB>caption` lines are printed."""
@@ -42,19 +42,32 @@ class CaptionConfig:
     max_new_tokens: int | None = None
     """Longest caption in tokens; `None` for the model's own."""
 
+    def __post_init__(self):
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with the output, --overwrite replaces it: choose one")
+        for name in ("batch_size", "num_beams", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
+
 
 def caption_files(config: CaptionConfig) -> int:
     """Run the captioning job; returns how many pictures could not be captioned.
 
     Raises:
         ValueError: no input, an unknown output format, an output that exists, a model or device that cannot be had.
-        FileNotFoundError: an input folder or pattern holds no picture.
+        FileNotFoundError: no input holds a picture.
+        OSError: the output cannot be written; what is in it stays.
     """
     done = read_done(config)
-    pictures = [(name, source) for name, source in find_pictures(config.inputs) if name not in done]
+    check_writable(config.output)
+    found, empty = find_pictures(config.inputs)
+    pictures = [(name, source) for name, source in found if name not in done]
+    for reason in empty:
+        print(f"captioner caption: skipped: {reason}", file=sys.stderr)
+    if not pictures:
+        print(f"captioner caption: all {len(found)} pictures are captioned in '{config.output}'", file=sys.stderr)
+        return len(empty)
     grid = parse_grid(config.grid)
-    if config.batch_size < 1:
-        raise ValueError(f"--batch-size must be positive, not {config.batch_size}")
     from captioner.pipeline import load  # torch is imported once the inputs are known to be there
 
     captioner = load(config.model, config.device)
@@ -74,40 +87,48 @@ def caption_files(config: CaptionConfig) -> int:
             write(result.as_dict())
             if result.error is not None:
                 failed += 1
-                tqdm.write(f"captioner caption: skipped {result.error}", file=sys.stderr)
+                tqdm.write(f"captioner caption: skipped: {result.error}", file=sys.stderr)
     if failed:
         print(f"captioner caption: {failed} of {len(pictures)} pictures could not be captioned", file=sys.stderr)
-    return failed
+    return failed + len(empty)
 
 
-def find_pictures(inputs: Sequence[str]) -> list[tuple[str, str | bytes]]:
+def find_pictures(inputs: Sequence[str]) -> tuple[list[tuple[str, str | bytes]], list[str]]:
     """Resolve inputs to pictures as (name, path or bytes), in the order given, folders sorted.
+
+    Returns:
+        The pictures, and what is to be said of folders and patterns that hold none.
 
     Raises:
         ValueError: there are no inputs.
-        FileNotFoundError: a folder or pattern holds no picture.
+        FileNotFoundError: no input holds a picture.
     """
     if not inputs and sys.stdin is not None and not sys.stdin.isatty():
         inputs = ("-",)
     if not inputs:
         raise ValueError("no pictures: name files, folders or patterns, or - for standard input")
     pictures: list[tuple[str, str | bytes]] = []
+    empty: list[str] = []
     for item in inputs:
         if item == "-":
-            pictures += read_standard_input()
+            if not (found := read_standard_input()):
+                empty.append("standard input is empty; name files, folders or patterns")
+            pictures += found
         elif Path(item).is_dir():
-            found = sorted(str(p) for p in Path(item).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = sorted(str(p) for p in Path(item).rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
             if not found:
-                raise FileNotFoundError(f"no pictures in the folder '{item}'")
+                empty.append(f"no pictures in the folder '{item}'")
             pictures += [(path, path) for path in found]
         elif glob.has_magic(item) and not Path(item).exists():
             found = sorted(path for path in glob.glob(item, recursive=True) if Path(path).is_file())
             if not found:
-                raise FileNotFoundError(f"no file matches '{item}'")
+                empty.append(f"no file matches '{item}'")
             pictures += [(path, path) for path in found]
         else:
             pictures.append((item, item))
-    return pictures
+    if not pictures:
+        raise FileNotFoundError("; ".join(empty))
+    return pictures, empty
 
 
 def read_standard_input() -> list[tuple[str, str | bytes]]:
@@ -140,6 +161,24 @@ def read_done(config: CaptionConfig) -> set[str]:
         if path.suffix == ".csv":
             return {row["path"] for row in csv.DictReader(file) if row["caption"]}
         return {line.partition("\t")[0] for line in file if line.endswith("\n")}
+
+
+def check_writable(path: Path | None) -> None:
+    """Find out before any work whether the output can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if path is None:
+        return
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"cannot write '{path}': {error.strerror}; name another file with --output") from None
+    if not existed:
+        path.unlink()
 
 
 def line_writer(file) -> Callable[[dict], None]:
@@ -175,6 +214,9 @@ def open_writer(path: Path | None, go_on: bool) -> Iterator[Callable[[dict], Non
     if path is None:
         yield line_writer(sys.stdout)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a" if go_on else "w", encoding="utf-8", errors="surrogateescape", newline="", buffering=1) as file:
-        yield WRITERS[path.suffix](file)
+    options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "", "buffering": 1}
+    try:
+        with path.open("a" if go_on else "w", **options) as file:
+            yield WRITERS[path.suffix](file)
+    except OSError as error:
+        raise OSError(f"cannot write '{path}': {error.strerror}; what is there is kept, --resume goes on") from None

@@ -3,6 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Settings = TypeVar("Settings")
 
 USAGE = """usage: captioner COMMAND [options]
 
@@ -24,21 +27,17 @@ Set CAPTIONER_DEBUG=1 to see where an error comes from.
 
 def caption(args: Sequence[str]) -> int:
     """Caption pictures."""
-    import tyro
-
     from captioner.caption_files import CaptionConfig, caption_files
 
-    config = tyro.cli(CaptionConfig, prog="captioner caption", args=args)
+    config = parse("caption", CaptionConfig, args)
     return 1 if caption_files(config) else 0
 
 
 def cache(args: Sequence[str]) -> int:
     """Encode pictures once."""
-    import tyro
-
     from captioner.training.config import CacheConfig
 
-    config = tyro.cli(CacheConfig, prog="captioner cache", args=args)
+    config = parse("cache", CacheConfig, args)
     from captioner.training.cache import fill_cache
 
     fill_cache(config)
@@ -58,11 +57,9 @@ def train(args: Sequence[str]) -> int:
 
 def evaluate(args: Sequence[str]) -> int:
     """Caption a split and score it."""
-    import tyro
-
     from captioner.training.config import EvaluateConfig
 
-    config = tyro.cli(EvaluateConfig, prog="captioner evaluate", args=args)
+    config = parse("evaluate", EvaluateConfig, args)
     from captioner.evaluation import evaluate
 
     evaluate(config)
@@ -82,11 +79,9 @@ def pretrain(args: Sequence[str]) -> int:
 
 def score(args: Sequence[str]) -> int:
     """Score results files."""
-    import tyro
-
     from captioner.score_files import ScoreConfig, score_files
 
-    score_files(tyro.cli(ScoreConfig, prog="captioner score", args=args))
+    score_files(parse("score", ScoreConfig, args))
     return 0
 
 
@@ -100,12 +95,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+def parse(command: str, settings: type[Settings], args: Sequence[str]) -> Settings:
+    """Read the settings of a command."""
+    import tyro
+
+    return tyro.cli(settings, prog=f"captioner {command}", args=args, config=(tyro.conf.FlagCreatePairsOff,))
+
+
 def parse_recipe(command: str, recipes: dict[str, Callable], args: Sequence[str]):
     """Read the name of a recipe, then the settings that override it."""
     import tyro
 
     configs = {name: ((recipe.__doc__ or "").partition("\n")[0], recipe()) for name, recipe in recipes.items()}
-    return tyro.extras.overridable_config_cli(configs, prog=f"captioner {command}", args=args, use_underscores=False)
+    options = {"use_underscores": False, "config": (tyro.conf.FlagCreatePairsOff,)}
+    return tyro.extras.overridable_config_cli(configs, prog=f"captioner {command}", args=args, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     try:
         sys.exit(COMMANDS[name](args[1:]))
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("CAPTIONER_DEBUG"):
             raise

@@ -49,6 +49,8 @@ def open_image(source: ImageSource) -> Image.Image:
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
     name = "image in memory" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
     try:
+        if not isinstance(source, bytes) and not Path(source).is_file() and Path(source).exists():
+            raise ImageError(f"{name} is not a file")  # a folder, or a pipe, which would wait for ever
         size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
         if size == 0:
             raise ImageError(f"{name} is empty")

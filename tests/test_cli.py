@@ -73,6 +73,35 @@ def test_bad_pictures_are_reported_and_skipped(saved_model, pictures, tmp_path, 
     assert "2 of 4 pictures could not be captioned" in error
 
 
+def test_an_empty_folder_stops_nothing(saved_model, pictures, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (pictures / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    inputs = (tmp_path / "empty", tmp_path / "*.gif", pictures, pictures)
+    assert run("caption", *inputs, "--model", saved_model) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 6
+    assert f"no pictures in the folder '{tmp_path / 'empty'}'" in captured.err
+    assert "*.gif'" in captured.err
+    assert "dangling.jpg' does not exist" in captured.err
+
+
+def test_nothing_is_left_to_do(saved_model, pictures, tmp_path, capsys):
+    arguments = ("caption", pictures, "--model", saved_model, "--output", tmp_path / "out.jsonl")
+    assert run(*arguments) == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert run(*arguments, "--resume") == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert "all 3 pictures are captioned" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_it(saved_model, pictures):
+    command = f"'{sys.executable}' -m captioner.cli caption {f'{pictures} ' * 20} --model {saved_model} | true"
+    script = f"set -o pipefail; {command}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 141
+    assert result.stderr == ""
+
+
 def test_formats_by_ending(saved_model, pictures, tmp_path):
     for ending in ("csv", "txt"):
         assert run("caption", pictures / "*.png", "--model", saved_model, "--output", tmp_path / f"out.{ending}") == 0
@@ -116,6 +145,7 @@ def test_one_line_errors(saved_model, pictures, tmp_path, capsys):
     cases = [
         (("caption", tmp_path / "empty", "--model", saved_model), "no pictures in the folder"),
         (("caption", tmp_path / "*.gif", "--model", saved_model), "no file matches"),
+        (("caption", pictures, "--output", pictures / "a.jpg" / "out.csv"), "out.csv': "),
         (("caption", pictures, "--model", tmp_path / "empty"), "it has no config.json"),
         (("caption", pictures, "--model", tmp_path / "junk"), "is not a captioner model"),
         (("caption", pictures, "--model", "./nowhere"), "no captioner model at './nowhere'"),
@@ -133,6 +163,15 @@ def test_one_line_errors(saved_model, pictures, tmp_path, capsys):
         assert message in error, args
         assert "Traceback" not in error
         assert error.strip().count("\n") == 0, error
+
+
+def test_settings_that_make_no_sense_are_a_wrong_command_line(capsys):
+    for options, message in (
+        (("--num-beams", "0"), "--num-beams must be positive, not 0"),
+        (("--resume", "--overwrite"), "choose one"),
+    ):
+        assert run("caption", "a.jpg", *options) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_grids_are_read_as_people_write_them():
