@@ -126,10 +126,12 @@ def read_split(data: DataConfig, split: str) -> "datasets.Dataset":
     """Read one split of the configured data.
 
     Raises:
-        ValueError: no data is configured.
+        ValueError: no data is configured, or a stream of it.
     """
     if data.root is None:
         raise ValueError("no captions: name an annotation file, a folder or a hub id with --data.root")
+    if data.streaming:
+        raise ValueError("--data.streaming is for training alone; leave it out here")
     return read_captions(
         data.root,
         split,

@@ -71,7 +71,7 @@ def model_config(decoder, **kwargs) -> ModelConfig:
 
 
 def start(decoder, **kwargs):
-    return starting_point(TrainConfig(model=model_config(decoder, **kwargs), num_beams=1, max_new_tokens=5), [])
+    return starting_point(TrainConfig(model=model_config(decoder, **kwargs), num_beams=1, max_new_tokens=5), list)
 
 
 def inputs(model, processor):
@@ -137,7 +137,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_decoder, name, how):
         config = TrainConfig(
             model=model_config(folder, tune=how, lora_dropout=0.0), gradient_checkpointing=checkpointing
         )
-        model, processor = starting_point(config, [])
+        model, processor = starting_point(config, list)
         for part in model.modules():
             if isinstance(part, torch.nn.Dropout):
                 part.p = 0.0

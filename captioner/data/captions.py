@@ -96,12 +96,12 @@ def read_captions(
     path = Path(source)
     columns = (image_column, caption_column, id_column)
     if not path.exists():
-        if str(source).count("/") <= 1 and not path.suffix and not str(source).startswith((".", "/")):
-            return _table(*read_dataset(str(source), split, columns), Path(), None, on_bad, str(source))
+        if is_hub_id(source):
+            return build_table(*read_dataset(str(source), split, columns), Path(), None, on_bad, str(source))
         raise FileNotFoundError(f"no annotations at '{source}'")
     if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return _table(*read_dataset(path, split, columns), path, None, on_bad, str(source))
+        if is_saved_set(path):
+            return build_table(*read_dataset(path, split, columns), path, None, on_bad, str(source))
         root, path = path, find_annotations(path, split)
     else:
         root = path.parent
@@ -115,7 +115,17 @@ def read_captions(
         records = read_karpathy(content, path, restval) if is_karpathy(content) else read_coco(content, path, split)
     if split is not None:
         records = (record for record in records if record.split == split)
-    return _table(records, None, root, folder, on_bad, f"'{path}'" + (f", split '{split}'" if split else ""))
+    return build_table(records, None, root, folder, on_bad, f"'{path}'" + (f", split '{split}'" if split else ""))
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Tell whether a source that is not on this disk may be the hub id of a set."""
+    return str(source).count("/") <= 1 and not Path(source).suffix and not str(source).startswith((".", "/"))
+
+
+def is_saved_set(path: Path) -> bool:
+    """Tell whether `datasets` saved this folder."""
+    return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
 
 
 def find_annotations(root: Path, split: str | None) -> Path:
@@ -213,12 +223,21 @@ def read_dataset(
     names = [split] if split is not None else list(parts)
     rows = datasets.concatenate_datasets([parts[name] for name in names])
     origins = [name for name in names for _ in range(len(parts[name]))]
+    return dataset_records(rows, columns, str(source), origins)
+
+
+def dataset_records(
+    rows: "Dataset", columns: tuple[str, str, str], name: str, splits: list[str]
+) -> tuple[Iterator[Record], "Dataset | None"]:
+    """Return the records of the rows of a `datasets` set and its pictures, as `read_dataset` does."""
+    import datasets
+
     images, image_column = None, columns[0]
     if isinstance(rows.features.get(image_column), datasets.Image):
         images = rows.select_columns(image_column)
         images = images if image_column == "image" else images.rename_column(image_column, "image")
         rows = rows.remove_columns(image_column).map(lambda _, i: {image_column: i}, with_indices=True)
-    return _join_rows(rows, columns, str(source), origins), images
+    return _join_rows(rows, columns, name, splits), images
 
 
 def _join_rows(
@@ -270,7 +289,7 @@ class ImageFinder:
         return self.listings[folder]
 
 
-def _table(
+def build_table(
     records: Iterable[Record], images: "Dataset | None", root: Path, folder: Path | None, on_bad: OnBad, name: str
 ) -> "Dataset":
     """Check the records, count what is wrong, and build the table; `images` holds the pictures that have no path."""

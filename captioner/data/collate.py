@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from captioner.data.stream import SeededStream
 from captioner.data.token_cache import CachedPictures, TokenCache
@@ -120,6 +120,10 @@ class CaptionStream(SeededStream):
         captions = [self.firsts[number] + order[k % len(order)] for k in range(self.captions_per_image)]
         view = int(random.integers(self.pictures.views))
         return {"row": number, "picture": picture, "captions": captions, "view": view}
+
+    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+        """Load the items from position `start` to `stop` in batches, in as many processes as the pictures need."""
+        return super().loader(start, stop, batch_size, self.pictures.workers(workers), collate_fn)
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
         """Batch B items.

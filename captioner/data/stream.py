@@ -23,7 +23,7 @@ class SeededStream(Dataset):
     """Base of endless streams: epoch after epoch, `size` pictures in a fresh seeded order.
 
     A subclass implements `load(number, i)`, where `number` says which picture and i seeds what is random about it. A
-    picture that cannot be opened is reported once and replaced by the next.
+    picture that cannot be opened is reported once, counted, and replaced by the next.
     """
 
     def __init__(self, size: int, seed: int):
@@ -42,17 +42,21 @@ class SeededStream(Dataset):
         """Return the order of the pictures in an epoch, (size,)."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.size)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def choose(self, i: int, attempt: int) -> int:
+        """Return the number of the picture to try at position i after so many that could not be opened."""
         epoch, place = divmod(i, self.size)
+        return int(self.order(epoch)[(place + attempt) % self.size])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
         for attempt in range(PATIENCE):
-            number = int(self.order(epoch)[(place + attempt) % self.size])
+            number = self.choose(i, attempt)
             try:
                 return self.load(number, i)
             except ImageError as error:
                 last = error
                 if number not in self.broken:
                     self.broken.add(number)
-                    logger.warning("skipped: %s", error)
+                    logger.warning("skipped: %s (%d so far)", error, len(self.broken))
         raise ValueError(f"{PATIENCE} pictures in a row cannot be used; the last: {last}")
 
     def generator(self, i: int) -> np.random.Generator:

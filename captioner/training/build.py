@@ -1,5 +1,6 @@
 """The model to train: from an encoder and a decoder, or from a captioner trained before; and which of it is trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,12 +26,12 @@ ADAPTER = "default"
 """Name of the LoRA adapter, as peft has it in the names of weights."""
 
 
-def starting_point(config: TrainConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:
+def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tuple[CaptionerModel, CaptionerProcessor]:
     """Build the model and processor a run begins with; `tune`, LoRA and generation are set on them.
 
     Args:
         config: the run; its `init_from` and `stage` decide whether anything is built from scratch.
-        captions: what a decoder from scratch takes its tokenizer from.
+        captions: reads what a decoder from scratch takes its tokenizer from.
 
     Raises:
         ValueError: an encoder, decoder or captioner that cannot be had, or parts that do not fit together.
@@ -44,7 +45,7 @@ def starting_point(config: TrainConfig, captions: list[str]) -> tuple[CaptionerM
                 "train stage xe with this --output first, or name a captioner with --init-from"
             )
     if source is None:
-        model, processor = build_captioner(config.model, captions)
+        model, processor = build_captioner(config.model, captions() if config.model.decoder is None else [])
     else:
         loaded = load(source, "cpu")
         model, processor = loaded.model, loaded.processor

@@ -13,6 +13,13 @@ class DataConfig:
 
     root: str | None = None
     """Annotation file, folder (COCO, Karpathy, CSV or JSONL beside images, a saved `datasets` set), or hub id."""
+    streaming: bool = False
+    """Train from a hub id, a saved `datasets` set or a folder of parquet files row by row, never held whole. A row is
+    then one picture, and validation reads the first `evaluate_images` rows of its split."""
+    stream_buffer: int = 10_000
+    """Rows of the shuffle buffer of streaming, held in memory with their encoded pictures by each process."""
+    stream_rows: int | None = None
+    """Rows of an epoch of streaming, where the set does not say how many it has, or fewer are wanted."""
     images: Path | None = None
     """Folder of the images, where it is not beside the annotations."""
     train_split: str = "train"
@@ -34,7 +41,14 @@ class DataConfig:
     captions_per_image: int = 5
     """Captions of an image in one step; they share its encoding."""
     workers: int = 2
-    """Picture loading processes per training process."""
+    """Picture loading processes per training process; of streaming, threads of one such process."""
+
+    def __post_init__(self):
+        if self.streaming and self.tokens is not None:
+            raise ValueError("a token cache holds a set whole; leave out --data.streaming, or --data.tokens")
+        for name in ("stream_buffer", "stream_rows"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,8 @@ class TrainConfig:
         for name in (*positive, "log_every", "keep_checkpoints", "save_steps"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, not {value}")
+        if self.data.streaming and self.stage == "scst":
+            raise ValueError("stage scst needs the references of all images at hand; leave --data.streaming out")
 
     @property
     def folder(self) -> Path:

@@ -22,9 +22,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from captioner.data.collate import CaptionStream, open_pictures
+from captioner.data.collate import open_pictures
 from captioner.data.token_cache import open_cache
-from captioner.evaluation import read_split
 from captioner.modeling import IGNORED, caption_loss
 from captioner.training.build import starting_point, trainable_parameters
 from captioner.training.checkpoint import (
@@ -37,6 +36,7 @@ from captioner.training.checkpoint import (
 )
 from captioner.training.config import TrainConfig, save_config
 from captioner.training.curves import write_curves
+from captioner.training.data import open_data
 from captioner.training.export import save_best
 from captioner.training.interruption import Interruption
 from captioner.training.precision import pick_precision
@@ -106,25 +106,22 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     check_sharding(accelerator)
     set_seed(config.seed)
     with accelerator.main_process_first():  # the others find the table cached
-        table = read_split(config.data, config.data.train_split)
-        held_out = read_split(config.data, config.data.val_split)
-    if config.evaluate_images is not None:
-        held_out = held_out.select(range(min(config.evaluate_images, len(held_out))))
+        data, held_out = open_data(config)
     recover_folder(config.output / "best")
     recover_folder(folder / "best")
-    model, processor = starting_point(config, [c for group in table["captions"] for c in group])
+    model, processor = starting_point(config, data.captions)
     cache = open_cache(config.data.tokens, model, processor)
-    pictures = open_pictures(table, processor, cache)
     held_out_pictures = open_pictures(held_out, processor, cache, required=False)
     objective: Objective = CrossEntropy(config.label_smoothing)
     captions_per_image = config.data.captions_per_image
     if config.stage == "scst":
         silence_dropout(model.decoder)
-        objective = SelfCritical(accelerator, processor, table["captions"], config.scst, config.max_new_tokens)
+        objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens)
         captions_per_image = 1  # it writes its own
+    stream = data.stream(processor, captions_per_image, config.seed, cache)
 
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
-    steps_per_epoch = max(1, len(table) // per_step)
+    steps_per_epoch = max(1, len(data) // per_step)
     total = math.ceil(config.epochs * steps_per_epoch)
     evaluate_steps = max(1, round(config.evaluate_every * steps_per_epoch))
     optimizer = create_optimizer_v2(
@@ -136,7 +133,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
 
     log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
-    settings = fixed_settings(config, per_step)
+    settings = fixed_settings(config, per_step) | data.settings()
     progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
     resumed = resume(accelerator, checkpoints, config.resume, settings, strict=False)
     if resumed is not None:
@@ -149,12 +146,11 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         save_config(config, folder)
     if config.trackers:
         accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
-    stream = CaptionStream(table, processor, captions_per_image, config.seed, pictures)
-    workers, start = pictures.workers(config.data.workers), progress["step"] * per_step
-    loader = stream.loader(start, total * per_step, config.batch_size, workers, stream.collate)
+    start = progress["step"] * per_step
+    loader = stream.loader(start, total * per_step, config.batch_size, config.data.workers, stream.collate)
     batches = iter(accelerator.prepare(loader))
     accelerator.print(
-        f"{len(table)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
+        f"{len(data)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
         f"{total} steps of {per_step} images"
     )
 

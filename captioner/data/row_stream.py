@@ -1,0 +1,134 @@
+"""The training stream of a `datasets` set that is never held whole; see `rows.py` for the order of its rows.
+
+Letters: B pictures, K captions of each, T text tokens.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch.utils.data import DataLoader
+
+from captioner.data.captions import OnBad
+from captioner.data.rows import StreamedRows, tidy_captions
+from captioner.data.stream import SeededStream
+from captioner.images import ImageError
+from captioner.processing import CaptionerProcessor
+
+
+class RowReader:
+    """Rows by their position in the endless stream, read forwards; several threads may ask.
+
+    Args:
+        start_at: opens the rows from a position on.
+    """
+
+    def __init__(self, start_at: Callable[[int], Iterator[dict]]):
+        self.start_at, self.lock = start_at, threading.Lock()
+        self.rows: Iterator[dict] = iter(())
+        self.first, self.next, self.held = 0, -1, {}
+
+    def seek(self, start: int) -> None:
+        """Give up the rows before a position; going back to them begins their epoch again."""
+        if start < self.first or self.next < 0:
+            self.rows, self.next, self.held = self.start_at(start), start, {}
+        for place in [place for place in self.held if place < start]:
+            del self.held[place]
+        while self.next < start:
+            next(self.rows)
+            self.next += 1
+        self.first = start
+
+    def row(self, place: int) -> dict:
+        """Return the row at a position, reading up to it where it has not been read."""
+        with self.lock:
+            while self.next <= place:
+                self.held[self.next] = next(self.rows)
+                self.next += 1
+            return self.held[place]
+
+
+class RowStream(SeededStream):
+    """Rows of a `datasets` set, each with K of its captions, drawn without repetition as far as there are K.
+
+    Every process reads all rows, in one loading process of its own, whose threads open the pictures of its share.
+    The rows in the shuffle buffer are held there, pictures still encoded. A row whose picture or captions cannot be
+    used is named once in an epoch, and counted, and the next row takes its place, too.
+
+    Args:
+        rows: the split.
+        processor: the model's processor.
+        captions_per_image: K.
+        seed: decides order and captions.
+        buffer: rows in the shuffle buffer.
+        on_bad: whether an unusable row is skipped or refused.
+    """
+
+    def __init__(
+        self,
+        rows: StreamedRows,
+        processor: CaptionerProcessor,
+        captions_per_image: int,
+        seed: int,
+        buffer: int = 10_000,
+        on_bad: OnBad = "skip",
+    ):
+        super().__init__(len(rows), seed)
+        self.rows, self.processor, self.captions_per_image = rows, processor, captions_per_image
+        self.buffer, self.on_bad = buffer, on_bad
+        self.threads = 1
+        self.reader: RowReader | None = None  # opened by the process that reads
+
+    def choose(self, i: int, attempt: int) -> int:
+        """Return the position of the row to try at position i."""
+        return i + attempt
+
+    def load(self, number: int, i: int) -> dict:
+        """Open the picture of the row at position `number` and draw its captions.
+
+        Raises:
+            ImageError: the row is unusable and may be skipped.
+            ValueError: it is unusable and is refused.
+        """
+        row, random = self.reader.row(number), self.generator(i)
+        try:
+            captions = tidy_captions(row[self.rows.columns[1]])
+            if not captions:
+                raise ImageError("it has no caption")
+            picture = self.processor.pixels(self.rows.picture(row))
+        except ImageError as error:
+            label = row[self.rows.columns[2]]
+            name = f"row {number} of the stream" if label is None else f"image {label}"
+            if self.on_bad == "refuse":
+                raise ValueError(f"{name}: {error}; fix the data or pass --data.on-bad skip") from None
+            raise ImageError(f"{name}: {error}") from None
+        order = random.permutation(len(captions)).tolist()
+        drawn = [captions[order[k % len(order)]] for k in range(self.captions_per_image)]
+        return {"picture": picture, "captions": drawn}
+
+    def __getitem__(self, i: int) -> dict:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict]:
+        """Return the items of a batch: its rows are read one after the other, its pictures opened by threads."""
+        self.reader = self.reader or RowReader(lambda start: self.rows.from_position(start, self.seed, self.buffer))
+        self.reader.seek(min(positions))
+        self.reader.row(max(positions))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(super().__getitem__, positions))
+
+    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+        """Load the items from position `start` to `stop` in batches; `workers` counts threads of one loading process.
+
+        More processes would each read all rows, and hold a buffer of them.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of the loading process otherwise
+        self.threads = max(1, workers)
+        return super().loader(start, stop, batch_size, min(workers, 1), collate_fn)
+
+    def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """Batch B items: `pixel_values` (B, 3, H, W) and the text tensors of `Texts.batch` (B*K, T)."""
+        pictures = {"pixel_values": torch.stack([item["picture"] for item in items])}
+        return pictures | self.processor.text([caption for item in items for caption in item["captions"]])

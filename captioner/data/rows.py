@@ -1,0 +1,257 @@
+"""Rows of a `datasets` set that is never held whole: they are read one by one, in a shuffled order.
+
+A row is one picture and its captions, a text or a list of texts; rows of the same picture are not joined. The order of
+an epoch is decided by the seed alone: the files (shards) of the set in a random order, their rows through a shuffle
+buffer. So every process finds the same row at the same position, opens the pictures of its own positions, and reads
+past the rows of the others; a resumed run reads past those it has had, which takes time but opens no picture.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from captioner.data.captions import (
+    ImageFinder,
+    OnBad,
+    build_table,
+    dataset_records,
+    is_hub_id,
+    is_saved_set,
+    read_captions,
+)
+from captioner.images import MAX_BYTES, ImageError, ImageSource
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_ROWS = 20_000
+"""Rows from whose captions the tokenizer of a decoder from scratch is trained."""
+
+LOCAL_SHARDS = 64
+"""Parts a set saved on disk is read in; a set of files has those."""
+
+HUB = "hf://datasets/"
+"""How the paths of pictures begin that a set on the hub keeps as files."""
+
+
+class StreamedRows:
+    """One split of a `datasets` set, read row by row.
+
+    Args:
+        source: a hub id, a folder saved by `datasets`, or a folder of parquet files.
+        split: the source's own name of the split.
+        columns: names of the columns of image, captions and image id; the last may be missing.
+        size: rows in an epoch; `None` for as many as the split is known to have.
+        images: folder of the images, where the set holds their names.
+
+    Raises:
+        ValueError: no such set, split or column, a source of another kind, or a number of rows that is not known.
+        FileNotFoundError: the source is missing.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        split: str,
+        columns: tuple[str, str, str] = ("image", "captions", "image_id"),
+        size: int | None = None,
+        images: Path | None = None,
+    ):
+        self.rows, known = open_split(source, split)
+        self.name, self.split, self.columns = f"'{source}', split '{split}'", split, columns
+        check_columns(self.rows, columns, self.name)
+        if size is None and known is None:
+            raise ValueError(f"{self.name}, does not say how many rows it has; say it with --data.stream-rows")
+        self.size = size or known
+        self.find = ImageFinder(Path(source) if Path(source).is_dir() else Path(), images)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def first_captions(self) -> list[str]:
+        """Return the captions of the first `TOKENIZER_ROWS` rows."""
+        column = self.columns[1]
+        rows = self.rows.select_columns(column).take(min(TOKENIZER_ROWS, self.size))
+        return [caption for row in rows for caption in tidy_captions(row.get(column))]
+
+    def epoch(self, number: int, seed: int, buffer: int) -> Iterator[dict]:
+        """Read the rows of an epoch in its own order, pictures still encoded.
+
+        Args:
+            buffer: rows that the shuffle buffer holds.
+
+        Raises:
+            ValueError: there are fewer rows than there should be.
+        """
+        random = np.random.default_rng((seed, number))
+        shards = self.rows.num_shards
+        order = random.permutation(shards).tolist()
+        rows = chain.from_iterable(self.rows.shard(shards, shard) for shard in order)
+        slim = ({column: row.get(column) for column in self.columns} for row in rows)
+        had = 0
+        for row in islice(shuffled(slim, buffer, random), self.size):
+            had += 1
+            yield row
+        if had < self.size:
+            raise ValueError(f"{self.name}, has {had} rows, not {self.size}; say so with --data.stream-rows {had}")
+
+    def from_position(self, start: int, seed: int, buffer: int) -> Iterator[dict]:
+        """Read epoch after epoch without end, from a position on; the rows before it in its epoch are read past."""
+        first, skip = divmod(start, self.size)
+        epochs = (self.epoch(number, seed, buffer) for number in count(first))
+        return chain(islice(next(epochs), skip, None), chain.from_iterable(epochs))
+
+    def picture(self, row: dict) -> ImageSource:
+        """Return the picture of a row, still encoded.
+
+        Raises:
+            ImageError: there is none.
+        """
+        image = row[self.columns[0]]
+        if isinstance(image, str):
+            image = self.find(image, self.split)
+            if image is None:
+                raise ImageError(f"no file '{row[self.columns[0]]}'")
+            return image
+        if isinstance(image, Mapping):
+            path = image.get("path")
+            if image.get("bytes") is None and isinstance(path, str):
+                return fetch(path) if path.split("::")[-1].startswith(HUB) else path
+            image = image.get("bytes")
+        if not isinstance(image, bytes):
+            raise ImageError(f"column '{self.columns[0]}' holds no picture")
+        return image
+
+
+def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int | None]:
+    """Open one split as a stream, its pictures left encoded, and count its rows if that can be had without reading it.
+
+    Raises:
+        ValueError: no such set or split, or a source of another kind.
+        FileNotFoundError: the source is missing.
+    """
+    import datasets
+    import pyarrow.parquet
+
+    path = Path(source)
+    saved, parquet = is_saved_set(path), path.is_dir() and any(path.rglob("*.parquet"))
+    if path.exists() and not saved and not parquet:
+        raise ValueError(f"'{source}' is no `datasets` set and no folder of parquet files; leave --data.streaming out")
+    if not path.exists() and not is_hub_id(source):
+        raise FileNotFoundError(f"no data set at '{source}'")
+    try:
+        if saved:
+            loaded = datasets.load_from_disk(source)
+            parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
+        else:
+            place = {"path": "parquet", "data_dir": source} if parquet else {"path": source}
+            builder = datasets.load_dataset_builder(**place)
+            parts = builder.as_streaming_dataset()
+    except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
+        raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
+    if split not in parts:
+        raise ValueError(f"'{source}' has no split '{split}', only {', '.join(parts)}")
+    rows = parts[split]
+    if saved:
+        known = len(rows)
+        rows = rows.to_iterable_dataset(num_shards=min(LOCAL_SHARDS, max(1, known)))
+    elif parquet:
+        known = sum(pyarrow.parquet.read_metadata(file).num_rows for file in builder.config.data_files[split])
+    else:
+        known = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else None
+    return rows.decode(False) if rows.features else rows, known or None
+
+
+def check_columns(rows: "datasets.IterableDataset", columns: tuple[str, str, str], name: str) -> list[str]:
+    """Return which of the columns the first row has.
+
+    Raises:
+        ValueError: there is none, or it has no image or caption column.
+    """
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"{name}, has no rows")
+    if missing := [column for column in columns[:2] if column not in first]:
+        raise ValueError(
+            f"{name}, has no column '{missing[0]}', only {', '.join(first)}; "
+            "name the columns with --data.image-column and --data.caption-column"
+        )
+    return [column for column in columns if column in first]
+
+
+def read_first(
+    source: str, split: str, columns: tuple[str, str, str], limit: int | None, on_bad: OnBad, images: Path | None = None
+) -> "datasets.Dataset":
+    """Read the caption table of the first rows of a split, to validate on, without downloading the rest.
+
+    A set saved on disk is read as always; of others so many rows are held in memory.
+
+    Args:
+        limit: how many rows; `None` for all.
+
+    Raises:
+        ValueError: no such set, split or column, or no picture with captions.
+    """
+    import datasets
+
+    if is_saved_set(Path(source)):
+        names = dict(zip(("image_column", "caption_column", "id_column"), columns, strict=True))
+        return read_captions(source, split, images=images, on_bad=on_bad, **names)
+    name, (rows, _) = f"'{source}', split '{split}'", open_split(source, split)
+    rows = rows.select_columns(check_columns(rows, columns, name))
+    held = [fetched(row, columns[0]) for row in (rows if limit is None else rows.take(limit))]
+    table = datasets.Dataset.from_list(held, features=rows.features)
+    records, pictures = dataset_records(table, columns, name, [split] * len(table))
+    return build_table(records, pictures, Path(source), images, on_bad, name)
+
+
+def fetched(row: dict, image_column: str) -> dict:
+    """Return a row with its picture's bytes where these are a file on the hub; unchanged if they cannot be had."""
+    image = row.get(image_column)
+    if isinstance(image, Mapping) and image.get("bytes") is None and HUB in (image.get("path") or ""):
+        try:
+            return row | {image_column: {"path": None, "bytes": fetch(image["path"])}}
+        except ImageError as error:
+            logger.warning("%s", error)
+    return row
+
+
+def fetch(path: str) -> bytes:
+    """Read a picture that a set on the hub keeps as a file.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)  # more is refused when it is opened
+    except OSError as error:
+        raise ImageError(f"'{path}' cannot be read: {error}") from None
+
+
+def tidy_captions(value: Any) -> list[str]:
+    """Return the captions of a row, a text or a list of texts: each on one line, none empty."""
+    texts = value if isinstance(value, list) else [value]
+    return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+
+
+def shuffled(rows: Iterator[dict], size: int, random: np.random.Generator) -> Iterator[dict]:
+    """Yield every row once: a random one of the `size` held makes room for the next read."""
+    held: list[dict] = []
+    for row in rows:
+        if len(held) < size:
+            held.append(row)
+            continue
+        place = int(random.integers(size))
+        held[place], row = row, held[place]
+        yield row
+    for place in random.permutation(len(held)):
+        yield held[place]

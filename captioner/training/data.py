@@ -1,0 +1,102 @@
+"""What a run learns from, as its loop takes it: a caption table, or the rows of a stream (`--data.streaming`)."""
+
+from typing import TYPE_CHECKING
+
+from captioner.data.collate import CaptionStream, open_pictures
+from captioner.data.row_stream import RowStream
+from captioner.data.rows import StreamedRows, read_first
+from captioner.data.token_cache import TokenCache
+from captioner.evaluation import read_split
+from captioner.processing import CaptionerProcessor
+from captioner.training.config import DataConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class TableData:
+    """The training split as a table: every caption at hand, pictures opened in any order."""
+
+    def __init__(self, data: DataConfig):
+        self.table = read_split(data, data.train_split)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def references(self) -> list[list[str]]:
+        """The captions of each picture."""
+        return self.table["captions"]
+
+    def captions(self) -> list[str]:
+        """Return what a tokenizer is trained on: every caption."""
+        return [caption for group in self.references for caption in group]
+
+    def settings(self) -> dict:
+        """Return what of this a resumed run cannot change."""
+        return {"data.streaming": None}
+
+    def stream(
+        self, processor: CaptionerProcessor, captions_per_image: int, seed: int, cache: TokenCache | None
+    ) -> CaptionStream:
+        """Open the endless stream of training items, from a token cache if there is one.
+
+        Raises:
+            ValueError: the cache lacks pictures, or they are not the files that were encoded.
+        """
+        pictures = open_pictures(self.table, processor, cache)
+        return CaptionStream(self.table, processor, captions_per_image, seed, pictures)
+
+
+class RowData:
+    """The training split as rows that are read as they come."""
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+        self.rows = StreamedRows(data.root, data.train_split, columns_of(data), data.stream_rows, data.images)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def captions(self) -> list[str]:
+        """Return what a tokenizer is trained on: the captions of the first rows."""
+        return self.rows.first_captions()
+
+    def settings(self) -> dict:
+        """Return what of this a resumed run cannot change: all that decides the order."""
+        return {
+            "data.streaming": True,
+            "data.stream_buffer": self.data.stream_buffer,
+            "data.stream_rows": len(self),
+        }
+
+    def stream(
+        self, processor: CaptionerProcessor, captions_per_image: int, seed: int, cache: TokenCache | None
+    ) -> RowStream:
+        """Open the endless stream of training items."""
+        assert cache is None, "DataConfig refuses both"
+        return RowStream(self.rows, processor, captions_per_image, seed, self.data.stream_buffer, self.data.on_bad)
+
+
+TrainingData = TableData | RowData
+
+
+def open_data(config: TrainConfig) -> tuple[TrainingData, "datasets.Dataset"]:
+    """Open the training split, and read the table of at most `evaluate_images` pictures to validate on.
+
+    Raises:
+        ValueError: no data, or data that cannot be used as configured.
+        FileNotFoundError: the source or every image is missing.
+    """
+    data, limit = config.data, config.evaluate_images
+    if data.streaming and data.root is not None:
+        train = RowData(data)
+        held_out = read_first(data.root, data.val_split, columns_of(data), limit, data.on_bad, data.images)
+    else:
+        train, held_out = TableData(data), read_split(data, data.val_split)
+    return train, held_out if limit is None else held_out.select(range(min(limit, len(held_out))))
+
+
+def columns_of(data: DataConfig) -> tuple[str, str, str]:
+    """Return the names of the columns of image, captions and image id."""
+    return data.image_column, data.caption_column, data.id_column
