@@ -17,6 +17,7 @@ from captioner.data.collate import PictureRows, Pictures, open_pictures
 from captioner.data.token_cache import open_cache
 from captioner.encoders import Grid
 from captioner.metrics import METRICS, Scores, score
+from captioner.metrics.java import spice_models
 from captioner.modeling import CaptionerModel
 from captioner.pipeline import load
 from captioner.processing import CaptionerProcessor
@@ -90,7 +91,10 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
 
     Raises:
         ValueError: no data, a folder that holds no captioner, or a token cache that is not this model's.
+        OSError: a file that is missing, SPICE's models among them.
     """
+    if config.spice:
+        spice_models(config.spice)
     accelerator = Accelerator()
     table = read_split(config.data, config.split)
     if config.limit is not None:

@@ -12,7 +12,7 @@ from captioner.training.encoder_config import PretrainConfig, TeacherConfig
 
 
 def debug() -> TrainConfig:
-    """Smallest run that goes through every part; under a minute on a CPU.
+    """Smallest run that goes through every part; on a CPU a minute or two for Flickr8k.
 
     captioner train debug --data.root DIR
     """

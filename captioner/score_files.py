@@ -11,9 +11,11 @@ from typing import IO, Annotated, Literal
 
 import tyro
 
-from captioner.data.captions import ImageFinder, is_karpathy, load_json
+from captioner.data.caption_table import ImageFinder
+from captioner.data.captions import is_karpathy, load_json
 from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
 from captioner.metrics.files import ImageId, ReferenceSet
+from captioner.metrics.java import spice_models
 from captioner.metrics.systems import Evaluation, evaluate_systems
 
 
@@ -24,7 +26,7 @@ class ScoreConfig:
     files: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS [RESULTS_B] ANNOTATIONS")
     ] = ()
-    """One or two results files (JSON list of image_id and caption), then COCO or Karpathy annotations."""
+    """One or two results files (COCO results, or what `captioner caption` wrote), then COCO or Karpathy annotations."""
     split: str | None = None
     """Split of Karpathy annotations; `None` for test."""
     output: Path | None = None
@@ -40,9 +42,9 @@ class ScoreConfig:
     allow_empty: bool = False
     """Give an empty caption zeros instead of refusing it."""
     metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = METRICS
-    """Scores to compute; METEOR needs Java and is left out with a note where it is missing."""
+    """Scores to compute; METEOR needs Java and is left out with a note where it is missing. For SPICE see --spice."""
     spice: Path | None = None
-    """Folder with SPICE's models; without it SPICE is left out."""
+    """Folder with SPICE's models, to compute SPICE as well."""
     train: Path | None = None
     """Annotations of the training set, to see which share of the captions stands in it word for word."""
     samples: int = 1000
@@ -103,6 +105,10 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
     Raises:
         ValueError: too few or too many files, an unknown ending, an output that exists or is an input.
     """
+    if not (config.metrics or config.spice):
+        raise ValueError(f"no score to compute; name some of {', '.join(METRICS)} with --metrics")
+    if config.spice:
+        spice_models(config.spice)
     if len(config.files) not in (2, 3):
         raise ValueError(f"name RESULTS [RESULTS_B] ANNOTATIONS, two files or three, not {len(config.files)}")
     for path in (*config.files, *([config.train] if config.train else [])):
@@ -175,7 +181,9 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
             row += [f"{found.score:.4f}", f"{found.low:.4f} to {found.high:.4f}"] if found else ["absent", ""]
         if differences is not None and name in differences:
             gain = differences[name]
-            row += [f"{gain.difference:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}", f"{gain.p:.3f}"]
+            least = gain.p <= 1 / (evaluation.samples + 1)  # no smaller one can come of so many samples
+            row += [_signed(gain.difference), f"{_signed(gain.low)} to {_signed(gain.high)}"]
+            row += [f"{'<= ' * least}{gain.p:.3f}"]
         rows.append(row)
     lines += [*_aligned(rows), ""]
 
@@ -194,6 +202,11 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
     notes = {f"{name} absent: {why}": 0 for system in systems for name, why in system.scores.absent.items()}
     notes |= {f"warning: {text}": 0 for text in evaluation.warnings}
     return "\n".join([*lines, *[""] * bool(notes), *notes])
+
+
+def _signed(value: float) -> str:
+    """Write a difference with its sign, and zero without a minus."""
+    return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -91,6 +91,18 @@ def test_rows_of_a_picture_are_joined(tmp_path, kind):
     assert table[0]["captions"] == ["one", "two, three"]
     with pytest.raises(ValueError, match="--data.image-column"):
         read_captions(tmp_path)
+    with pytest.raises(ValueError, match="no split 'val': its rows have no column 'split'"):
+        read_captions(tmp_path, "val", image_column="file")
+
+
+def test_usual_names_of_columns_need_no_option(tmp_path):
+    for name in "xy":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    write(tmp_path / "metadata.csv", "file_name,caption,split,image_id\nx.png,one,train,0\ny.png,two,val,1\n")
+    assert read_captions(tmp_path, "train")[0]["captions"] == ["one"]
+    assert read_captions(tmp_path)["image_id"][:] == ["0", "1"]
+    with pytest.raises(ValueError, match="no split 'test', only train, val"):
+        read_captions(tmp_path, "test")
 
 
 def test_saved_datasets_set_keeps_pictures_encoded(tmp_path):

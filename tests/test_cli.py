@@ -8,6 +8,7 @@ import time
 import pytest
 
 from captioner import cli
+from captioner.recipes import PRETRAIN
 from captioner.training.config import parse_grid
 
 
@@ -172,6 +173,14 @@ def test_settings_that_make_no_sense_are_a_wrong_command_line(capsys):
     ):
         assert run("caption", "a.jpg", *options) == 2
         assert message in capsys.readouterr().err
+
+
+def test_further_arguments_of_an_encoder_are_keys_and_values(capsys):
+    args = ["debug", "--encoder-options", "depth=3", "drop_path_rate=0.1", "class_token=False", "act=gelu"]
+    config = cli.parse_recipe("pretrain", PRETRAIN, args)
+    assert config.encoder_options == {"depth": 3, "drop_path_rate": 0.1, "class_token": False, "act": "gelu"}
+    assert run("pretrain", "debug", "--encoder-options", "depth") == 2
+    assert "'depth' is not of the form KEY=VALUE" in capsys.readouterr().err
 
 
 def test_grids_are_read_as_people_write_them():

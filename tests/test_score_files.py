@@ -136,7 +136,7 @@ def test_karpathy_annotations_are_scored_on_test_unless_told(write, tmp_path, ca
     assert run("score", write("train.json", results({13: GOOD[13]})), annotations, *FAST, "--split", "train") == 0
     assert "CIDEr of a single image is always 0" in capsys.readouterr().out
     assert run("score", test, annotations, *FAST, "--split", "dev") == 1
-    assert "has no split 'dev'; name one with --split: test, train" in capsys.readouterr().err
+    assert "has no split 'dev', only test, train" in capsys.readouterr().err
 
 
 def test_share_of_captions_seen_in_training(write, annotations, tmp_path):
@@ -159,7 +159,7 @@ BAD = [
     ("1" * 5000, "is not JSON"),
     ({"11": "a"}, "holds no results: it must be a list"),
     (coco(), "holds no results: it must be a list"),
-    ([], "is an empty list"),
+    ([], "is empty: no captions to score"),
     ([{"image_id": 11}, 5], r"2 entries (number 1, 2) with no image_id or no caption"),
     ([{"image_id": [11], "caption": "a"}], "1 entry (number 1) with an image_id that is neither"),
     ([{"image_id": True, "caption": "a"}], "neither a whole number nor text, such as True"),
@@ -225,7 +225,9 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
         ((ours, annotations, "--split", "test"), "has no splits; leave --split out"),
         ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path / "gone"), "no image folder at"),
         ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path), "none of the 3 pictures"),
-        ((ours, annotations, "--level", "95"), "level between 0 and 1"),
+        ((ours, annotations, "--level", "95"), "level must be between 0 and 1"),
+        ((ours, annotations, "--samples", "1"), "samples must be two or more"),
+        ((ours, annotations, "--spice", tmp_path), "SPICE needs stanford-corenlp-3.6.0.jar and"),
     ):
         assert run("score", *args, *FAST) == 1, args
         error = capsys.readouterr().err
@@ -235,6 +237,32 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
     monkeypatch.setattr("captioner.data.captions.MAX_JSON_BYTES", 50)
     assert run("score", ours, annotations, *FAST) == 1
     assert "GiB is refused" in capsys.readouterr().err
+    assert run("score", ours, annotations, "--metrics") == 1
+    assert "no score to compute; name some of BLEU" in capsys.readouterr().err
+
+
+def test_what_the_caption_command_writes_is_scored(write, annotations, capsys):
+    rows = [{"path": f"val/{n:012d}.jpg", "caption": text, "logprob": -1.0, "error": None} for n, text in GOOD.items()]
+    as_csv = "path,caption,logprob,error\n" + "".join(f"{row['path']},{row['caption']},-1.0,\n" for row in rows)
+    expected = f"CIDEr  {score(GOOD, CAPTIONS, metrics=('CIDEr',))['CIDEr']:.4f}"
+    for path in (write("ours.jsonl", "\n".join(map(json.dumps, rows))), write("ours.csv", as_csv)):
+        assert run("score", path, annotations, "--metrics", "CIDEr") == 0
+        printed = capsys.readouterr().out
+        assert expected in printed
+        assert "matched by the names of image files" in printed
+    failed = {"path": "13.jpg", "caption": None, "logprob": None, "error": "truncated"}
+    path = write("ours.jsonl", "\n".join(map(json.dumps, [*rows[:2], failed])))
+    assert run("score", path, annotations, "--metrics", "CIDEr") == 1
+    assert "no prediction for 1 image (13)" in capsys.readouterr().err
+    assert run("score", path, annotations, "--metrics", "CIDEr", "--partial") == 0
+
+
+def test_a_warning_says_whose_it_is(write, annotations, capsys):
+    named = write("named.json", [{"image_id": f"{n:012d}.jpg", "caption": text} for n, text in POOR.items()])
+    assert run("score", write("ours.json", results(GOOD)), named, annotations, *FAST) == 0
+    printed = capsys.readouterr().out
+    assert "warning: named.json: ids of the results were matched by" in printed
+    assert printed.count("warning: images") == printed.count("images with fewer than")
 
 
 def test_a_write_that_fails_leaves_the_old_file(write, annotations, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Caption readers: whatever the format on disk, one table comes out.
 
 Every reader returns a `datasets.Dataset` with the columns `image_id` (int or str), `image` (path or bytes, not yet
-decoded), `captions` (list of str) and `split`. What was wrong with the data is counted in a `ReadReport`, never silent.
+decoded), `captions` (list of str) and `split`; `caption_table.py` builds it and says what was wrong with the data.
 
 | on disk                                                        | reader                          |
 |----------------------------------------------------------------|---------------------------------|
@@ -15,54 +15,19 @@ decoded), `captions` (list of str) and `split`. What was wrong with the data is 
 
 import csv
 import json
-import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from captioner.data.caption_table import OnBad, Record, build_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
-
-OnBad = Literal["skip", "refuse"]
 MAX_JSON_BYTES = 2 * 2**30
-IMAGE_FOLDERS = ("{folder}", "images/{folder}", "images", "{split}2017", "{split}2014", "val2014", "Images", ".")
-"""Where the images of an annotation file are looked for, relative to the data root and to the file itself."""
 
-
-@dataclass
-class ReadReport:
-    """What a reader found: counts of everything that did not make it into the table, with the first few examples."""
-
-    images: int = 0
-    captions: int = 0
-    missing_images: list[str] = field(default_factory=list)
-    duplicate_ids: list[str] = field(default_factory=list)
-    empty_captions: list[str] = field(default_factory=list)
-    images_without_captions: list[str] = field(default_factory=list)
-
-    def problems(self) -> dict[str, list[str]]:
-        """Map each kind of problem that occurred to the images it occurred in."""
-        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), list) and v}
-
-    def __str__(self) -> str:
-        found = [
-            f"{len(where)} {kind.replace('_', ' ')} ({', '.join(where[:3])}{', ...' if len(where) > 3 else ''})"
-            for kind, where in self.problems().items()
-        ]
-        return f"{self.images} images, {self.captions} captions" + (f"; skipped {'; '.join(found)}" if found else "")
-
-
-@dataclass
-class Record:
-    """One image as a reader yields it, unchecked: `image` is a path below the images, or a row of a `datasets` set."""
-
-    image_id: int | str
-    image: Any
-    captions: list[str]
-    split: str
+ALSO_CALLED = {"image": ("file_name",), "captions": ("caption", "text")}
+"""Other usual names of a column, looked for where it is missing."""
 
 
 def read_captions(
@@ -114,13 +79,50 @@ def read_captions(
         content = load_json(path)
         records = read_karpathy(content, path, restval) if is_karpathy(content) else read_coco(content, path, split)
     if split is not None:
-        records = (record for record in records if record.split == split)
+        records = keep_split(records, split, path)
     return build_table(records, None, root, folder, on_bad, f"'{path}'" + (f", split '{split}'" if split else ""))
+
+
+def keep_split(records: Iterable[Record], split: str, path: Path) -> Iterator[Record]:
+    """Keep the records of a split.
+
+    Raises:
+        ValueError: there are none.
+    """
+    splits = {}
+    for record in records:
+        splits[record.split] = None
+        if record.split == split:
+            yield record
+    if split not in splits:
+        found = f", only {', '.join(splits)}" if set(splits) - {"all"} else ": its rows have no column 'split'"
+        raise ValueError(f"'{path}' has no split '{split}'{found}")
 
 
 def is_hub_id(source: str | Path) -> bool:
     """Tell whether a source that is not on this disk may be the hub id of a set."""
     return str(source).count("/") <= 1 and not Path(source).suffix and not str(source).startswith((".", "/"))
+
+
+def check_hub(source: str) -> None:
+    """Find out in a moment whether the hub has a data set, which `datasets` takes half a minute to give up on.
+
+    Raises:
+        ValueError: it has none, or cannot be reached.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.HfApi().dataset_info(source, timeout=10)
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        raise ValueError(f"'{source}' is no file, no folder, and no data set on the hub") from None
+    except Exception as error:  # the errors of whichever HTTP client the hub's library uses
+        raise ValueError(
+            f"'{source}' is no file and no folder, and the hub does not answer ({str(error).splitlines()[0]}); "
+            "HF_HUB_OFFLINE=1 takes a data set that was downloaded before"
+        ) from None
 
 
 def is_saved_set(path: Path) -> bool:
@@ -149,12 +151,21 @@ def load_json(path: Path) -> Any:
     Raises:
         ValueError: it is larger than `MAX_JSON_BYTES` or not JSON.
     """
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"'{path}' is {size / 2**30:.1f} GiB; JSON over {MAX_JSON_BYTES // 2**30} GiB is refused")
+    check_size(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows programs write a byte order mark
     except (ValueError, RecursionError) as error:  # also wrong UTF-8 and numbers of thousands of digits
         raise ValueError(f"'{path}' is not JSON: {error}") from None
+
+
+def check_size(path: Path) -> None:
+    """Refuse a text file that would fill the memory.
+
+    Raises:
+        ValueError: it is larger than `MAX_JSON_BYTES`.
+    """
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"'{path}' is {size / 2**30:.1f} GiB; over {MAX_JSON_BYTES // 2**30} GiB is refused")
 
 
 def is_karpathy(content: Any) -> bool:
@@ -194,12 +205,21 @@ def read_karpathy(content: dict, path: Path, restval: bool = False) -> Iterator[
 
 def read_rows(path: Path, columns: tuple[str, str, str]) -> Iterator[Record]:
     """Yield the records of a CSV or JSONL file; rows of the same image are joined."""
-    with path.open(encoding="utf-8", newline="") as file:
+    yield from _join_rows(load_rows(path), columns, str(path))
+
+
+def load_rows(path: Path) -> list[Any]:
+    """Parse a CSV file into dictionaries, or a JSONL file into whatever its lines hold.
+
+    Raises:
+        ValueError: it is not such a file, or larger than `MAX_JSON_BYTES`.
+    """
+    check_size(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(s) for s in file if s.strip()]
-        except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+            return list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(s) for s in file if s.strip()]
+        except (csv.Error, ValueError, RecursionError) as error:
             raise ValueError(f"'{path}' cannot be read: {error}") from None
-    yield from _join_rows(rows, columns, str(path))
 
 
 def read_dataset(
@@ -213,6 +233,8 @@ def read_dataset(
     """
     import datasets
 
+    if not isinstance(source, Path):
+        check_hub(source)
     try:
         loaded = datasets.load_from_disk(source) if isinstance(source, Path) else datasets.load_dataset(source)
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
@@ -232,12 +254,12 @@ def dataset_records(
     """Return the records of the rows of a `datasets` set and its pictures, as `read_dataset` does."""
     import datasets
 
-    images, image_column = None, columns[0]
+    images, image_column = None, find_column(rows.features, columns[0])
     if isinstance(rows.features.get(image_column), datasets.Image):
         images = rows.select_columns(image_column)
         images = images if image_column == "image" else images.rename_column(image_column, "image")
         rows = rows.remove_columns(image_column).map(lambda _, i: {image_column: i}, with_indices=True)
-    return _join_rows(rows, columns, name, splits), images
+    return _join_rows(rows, (image_column, *columns[1:]), name, splits), images
 
 
 def _join_rows(
@@ -246,94 +268,22 @@ def _join_rows(
     image_column, caption_column, id_column = columns
     joined: dict[int | str, Record] = {}
     for number, row in enumerate(rows):
+        if number == 0 and isinstance(row, dict):
+            image_column, caption_column = find_column(row, image_column), find_column(row, caption_column)
         if not isinstance(row, dict) or image_column not in row or caption_column not in row:
             raise ValueError(
                 f"'{name}', row {number + 1}, lacks '{image_column}' or '{caption_column}'; "
                 "name the columns with --data.image-column and --data.caption-column"
             )
-        image, captions = row[image_column], row[caption_column]
-        key = row.get(id_column) or (image if isinstance(image, str) else number)
+        image, captions, key = row[image_column], row[caption_column], row.get(id_column)
+        if key is None or key == "":
+            key = image if isinstance(image, str) else number
         split = splits[number] if splits else row.get("split") or "all"
         record = joined.setdefault(key, Record(key, image, [], split))
         record.captions.extend(captions if isinstance(captions, list) else [captions])
     yield from joined.values()
 
 
-class ImageFinder:
-    """Find image files by name under a data root, listing each folder once; names cannot leave the root."""
-
-    def __init__(self, root: Path, folder: Path | None):
-        self.bases = [folder] if folder is not None else [root, root.parent]
-        self.listings: dict[Path, frozenset[str]] = {}
-
-    def __call__(self, name: str, split: str) -> Path | None:
-        """Return the path of image `name`, or None.
-
-        Raises:
-            ValueError: the name is absolute or climbs out of its folder.
-        """
-        relative = PurePosixPath(str(name))
-        if relative.is_absolute() or ".." in relative.parts:
-            raise ValueError(f"image name '{name}' leaves the image folder; names must be relative, without '..'")
-        for base in self.bases:
-            for place in IMAGE_FOLDERS:
-                folder = base / place.format(folder=relative.parent, split=split)
-                if relative.name in self.list(folder):
-                    return folder / relative.name
-        return None
-
-    def list(self, folder: Path) -> frozenset[str]:
-        """Return the names in a folder (none if it does not exist)."""
-        if folder not in self.listings:
-            self.listings[folder] = frozenset(p.name for p in folder.iterdir()) if folder.is_dir() else frozenset()
-        return self.listings[folder]
-
-
-def build_table(
-    records: Iterable[Record], images: "Dataset | None", root: Path, folder: Path | None, on_bad: OnBad, name: str
-) -> "Dataset":
-    """Check the records, count what is wrong, and build the table; `images` holds the pictures that have no path."""
-    import datasets
-
-    report, find, seen = ReadReport(), ImageFinder(root, folder), set()
-    table: dict[str, list] = {"image_id": [], "image": [], "captions": [], "split": []}
-    for record in records:
-        label = str(record.image_id)
-        if record.image_id in seen:
-            report.duplicate_ids.append(label)
-            continue
-        seen.add(record.image_id)
-        captions = [" ".join(c.split()) for c in record.captions if isinstance(c, str) and c.strip()]
-        report.empty_captions += [label] * (len(record.captions) - len(captions))
-        image = record.image
-        if isinstance(image, str):
-            path = find(image, record.split)
-            image = {"path": str(path), "bytes": None} if path else None
-        if image is None:
-            report.missing_images.append(str(record.image))
-        elif not captions:
-            report.images_without_captions.append(label)
-        else:
-            for column, value in zip(table, (record.image_id, image, captions, record.split), strict=True):
-                table[column].append(value)
-    report.images, report.captions = len(table["image"]), sum(map(len, table["captions"]))
-    if report.problems():
-        if on_bad == "refuse":
-            raise ValueError(f"{name}: {report}; fix the data or pass --data.on-bad skip")
-        logger.warning("%s: %s", name, report)
-    if not report.images:
-        if len(report.missing_images) == len(seen) and seen:
-            raise FileNotFoundError(
-                f"{name}: none of the {len(seen)} images was found; name their folder, --data.images"
-            )
-        raise ValueError(f"{name}: no captioned images")
-    if not all(isinstance(i, int) for i in table["image_id"]):
-        table["image_id"] = [str(i) for i in table["image_id"]]
-    if images is None:
-        return datasets.Dataset.from_dict(table).cast_column("image", datasets.Image(decode=False))
-    rows = table.pop("image")
-    images = images.cast_column("image", datasets.Image(decode=False))
-    if rows != list(range(len(images))):
-        images = images.select(rows).flatten_indices()  # a copy on disk, not in memory
-    joined = datasets.concatenate_datasets([images, datasets.Dataset.from_dict(table)], axis=1)
-    return joined.select_columns(["image_id", "image", "captions", "split"])
+def find_column(names: Iterable[str], column: str) -> str:
+    """Return a column, or another usual name of it where that is the one there is."""
+    return next((name for name in (column, *ALSO_CALLED.get(column, ())) if name in names), column)

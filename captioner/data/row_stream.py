@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils.data import DataLoader
 
-from captioner.data.captions import OnBad
+from captioner.data.caption_table import OnBad
 from captioner.data.rows import StreamedRows, tidy_captions
 from captioner.data.stream import SeededStream
 from captioner.images import ImageError

@@ -14,15 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from captioner.data.captions import (
-    ImageFinder,
-    OnBad,
-    build_table,
-    dataset_records,
-    is_hub_id,
-    is_saved_set,
-    read_captions,
-)
+from captioner.data.caption_table import ImageFinder, OnBad, build_table
+from captioner.data.captions import check_hub, dataset_records, find_column, is_hub_id, is_saved_set, read_captions
 from captioner.images import MAX_BYTES, ImageError, ImageSource
 
 if TYPE_CHECKING:
@@ -64,8 +57,8 @@ class StreamedRows:
         images: Path | None = None,
     ):
         self.rows, known = open_split(source, split)
-        self.name, self.split, self.columns = f"'{source}', split '{split}'", split, columns
-        check_columns(self.rows, columns, self.name)
+        self.name, self.split = f"'{source}', split '{split}'", split
+        self.columns = (*check_columns(self.rows, columns, self.name)[:2], columns[2])
         if size is None and known is None:
             raise ValueError(f"{self.name}, does not say how many rows it has; say it with --data.stream-rows")
         self.size = size or known
@@ -143,8 +136,10 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
     saved, parquet = is_saved_set(path), path.is_dir() and any(path.rglob("*.parquet"))
     if path.exists() and not saved and not parquet:
         raise ValueError(f"'{source}' is no `datasets` set and no folder of parquet files; leave --data.streaming out")
-    if not path.exists() and not is_hub_id(source):
-        raise FileNotFoundError(f"no data set at '{source}'")
+    if not path.exists():
+        if not is_hub_id(source):
+            raise FileNotFoundError(f"no data set at '{source}'")
+        check_hub(source)
     try:
         if saved:
             loaded = datasets.load_from_disk(source)
@@ -169,14 +164,15 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
 
 
 def check_columns(rows: "datasets.IterableDataset", columns: tuple[str, str, str], name: str) -> list[str]:
-    """Return which of the columns the first row has.
+    """Return the names the first row has for image and captions and, if there is one, the image id.
 
     Raises:
-        ValueError: there is none, or it has no image or caption column.
+        ValueError: there is no row, or it has no image or caption column.
     """
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"{name}, has no rows")
+    columns = (*(find_column(first, column) for column in columns[:2]), columns[2])
     if missing := [column for column in columns[:2] if column not in first]:
         raise ValueError(
             f"{name}, has no column '{missing[0]}', only {', '.join(first)}; "
@@ -204,8 +200,9 @@ def read_first(
         names = dict(zip(("image_column", "caption_column", "id_column"), columns, strict=True))
         return read_captions(source, split, images=images, on_bad=on_bad, **names)
     name, (rows, _) = f"'{source}', split '{split}'", open_split(source, split)
-    rows = rows.select_columns(check_columns(rows, columns, name))
-    held = [fetched(row, columns[0]) for row in (rows if limit is None else rows.take(limit))]
+    present = check_columns(rows, columns, name)
+    rows = rows.select_columns(present)
+    held = [fetched(row, present[0]) for row in (rows if limit is None else rows.take(limit))]
     table = datasets.Dataset.from_list(held, features=rows.features)
     records, pictures = dataset_records(table, columns, name, [split] * len(table))
     return build_table(records, pictures, Path(source), images, on_bad, name)

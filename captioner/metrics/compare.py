@@ -120,8 +120,10 @@ def paired_test(
 
 
 def _check(samples: int, level: float) -> None:
-    if samples < 2 or not 0 < level < 1:
-        raise ValueError(f"samples must be two or more and level between 0 and 1, not {samples} and {level}")
+    if samples < 2:
+        raise ValueError(f"samples must be two or more, not {samples}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, such as 0.95, not {level}")
 
 
 def _resample(statistic: Statistic, count: int, samples: int, generator: np.random.Generator) -> dict[str, np.ndarray]:

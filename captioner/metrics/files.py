@@ -1,7 +1,7 @@
 """What is scored against what: results as captioners write them, and reference captions; no image is needed.
 
-Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further keys ignored. References are COCO's
-captions JSON or Karpathy's.
+Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further keys ignored, or what
+`captioner caption --output` writes. References are COCO's captions JSON or Karpathy's.
 """
 
 import math
@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from captioner.data.captions import Record, is_karpathy, load_json, read_coco, read_karpathy
+from captioner.data.captions import is_karpathy, keep_split, load_json, load_rows, read_coco, read_karpathy
 from captioner.metrics.scores import name_ids
 
 ImageId = int | str
+
+ID_KEYS = ("image_id", "path", "file_name", "filename", "image")
+"""What names the image of a result, the first of them that is there."""
 
 
 @dataclass
@@ -46,7 +49,7 @@ def read_references(path: Path, split: str | None = None, restval: bool = False)
         raise ValueError(f"'{path}' is a list, as results are; annotations come last: RESULTS [RESULTS_B] ANNOTATIONS")
     found, warnings = ReferenceSet(), []
     if is_karpathy(content):
-        records = _of_split(list(read_karpathy(content, path, restval)), path, split or "test")
+        records = list(keep_split(read_karpathy(content, path, restval), split or "test", path))
     elif split is not None:
         raise ValueError(f"'{path}' is not Karpathy's and has no splits; leave --split out")
     else:
@@ -86,31 +89,38 @@ def read_references(path: Path, split: str | None = None, restval: bool = False)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read COCO results; captions are checked where they are scored.
+    """Read what a captioner wrote; captions are checked where they are scored.
+
+    COCO results (a JSON list), one such object a line (`.jsonl`), or rows of a table (`.csv`). Where there is no
+    `image_id`, the name of the picture's file stands for it (`ID_KEYS`), as in what `captioner caption` writes; rows of
+    pictures that it could not caption are left out.
 
     Returns:
         Rows with the keys `image_id` (int or str) and `caption`.
 
     Raises:
-        ValueError: not a list of objects with both keys, or an image id that is neither a number nor text.
+        ValueError: not rows with both, or an image id that is neither a number nor text.
         OSError: the file cannot be read.
     """
-    content = load_json(path)
+    content = load_rows(path) if path.suffix in (".jsonl", ".csv") else load_json(path)
     form = 'a list of {"image_id": ..., "caption": ...}'
     if not isinstance(content, list):
         raise ValueError(f"'{path}' holds no results: it must be {form}, not {_kind(content)}")
     if not content:
-        raise ValueError(f"'{path}' is an empty list: no captions to score")
-    bad = [n for n, row in enumerate(content) if not (isinstance(row, dict) and {"image_id", "caption"} <= row.keys())]
+        raise ValueError(f"'{path}' is empty: no captions to score")
+    names = [next((key for key in ID_KEYS if isinstance(row, dict) and key in row), None) for row in content]
+    bad = [n for n, name in enumerate(names) if name is None or "caption" not in content[n]]
     if bad:
         raise ValueError(f"'{path}': {_entries(bad)} no image_id or no caption; results are {form}")
-    ids = [_plain_id(row["image_id"]) for row in content]
+    ids = [_plain_id(row[name]) for name, row in zip(names, content, strict=True)]
     bad = [n for n, image_id in enumerate(ids) if image_id is None]
     if bad:
-        what = f"such as {content[bad[0]]['image_id']!r}"[:60]
+        what = f"such as {content[bad[0]][names[bad[0]]]!r}"[:60]
         raise ValueError(f"'{path}': {_entries(bad)} an image_id that is neither a whole number nor text, {what}")
     return [
-        {"image_id": image_id, "caption": clean(row["caption"])} for image_id, row in zip(ids, content, strict=True)
+        {"image_id": image_id, "caption": clean(row["caption"])}
+        for image_id, row in zip(ids, content, strict=True)
+        if not row.get("error")
     ]
 
 
@@ -145,13 +155,6 @@ def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[lis
 def clean(caption: Any) -> Any:
     """Replace halves of surrogate pairs, which JSON can hold and no file or pipe can; other values are left."""
     return caption.encode("utf-8", "replace").decode("utf-8") if isinstance(caption, str) else caption
-
-
-def _of_split(records: list[Record], path: Path, split: str) -> list[Record]:
-    splits = {record.split: None for record in records}
-    if split not in splits:
-        raise ValueError(f"'{path}' has no split '{split}'; name one with --split: {', '.join(map(str, splits))}")
-    return [record for record in records if record.split == split]
 
 
 def _plain_id(value: Any) -> ImageId | None:

@@ -23,7 +23,7 @@ _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
 _WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
 
 
-class JavaError(RuntimeError):
+class JavaError(OSError):
     """A Java program that is missing, failed, or took too long; the message says which and what to do."""
 
 
@@ -103,11 +103,7 @@ def spice(
     Raises:
         JavaError: Java or a model file is missing, the program failed, or the time is up.
     """
-    folder, package = Path(models), _package() / "spice"
-    jars = [folder / f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]
-    absent = [jar.name for jar in jars if not jar.is_file()]
-    if absent:
-        raise JavaError(f"SPICE needs {' and '.join(absent)} in '{folder}'; unpack stanford-corenlp-full-2015-12-09")
+    jars, package = spice_models(models), _package() / "spice"
     items = [
         {"image_id": number, "test": caption, "refs": list(others)}
         for number, (caption, others) in enumerate(zip(predictions, references, strict=True))
@@ -123,6 +119,19 @@ def spice(
         found = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(target.read_text("utf-8"))}
     values = [found.get(number) for number in range(len(items))]
     return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def spice_models(folder: str | os.PathLike) -> list[Path]:
+    """Return the files of SPICE's models.
+
+    Raises:
+        JavaError: one is missing.
+    """
+    jars = [Path(folder) / f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]
+    absent = [jar.name for jar in jars if not jar.is_file()]
+    if absent:
+        raise JavaError(f"SPICE needs {' and '.join(absent)} in '{folder}'; unpack stanford-corenlp-full-2015-12-09")
+    return jars
 
 
 def _package() -> Path:

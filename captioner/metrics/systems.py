@@ -52,8 +52,15 @@ class Evaluation:
 
     @property
     def warnings(self) -> list[str]:
-        """Every system's warnings, each once."""
-        return list(dict.fromkeys(text for system in self.systems for text in system.scores.warnings))
+        """What makes the scores doubtful, each once; led by the name of the system if only one of two is meant."""
+        shared = set.intersection(*(set(system.scores.warnings) for system in self.systems))
+        return list(
+            dict.fromkeys(
+                text if text in shared else f"{system.name}: {text}"
+                for system in self.systems
+                for text in system.scores.warnings
+            )
+        )
 
     def to_dict(self) -> dict:
         """Return plain values for JSON: the system itself, or `systems` and their `differences`."""

@@ -1,8 +1,42 @@
 """Every setting of encoder pretraining, saved beside its results. Imports nothing heavy."""
 
+import ast
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+def read_options(words: list[str]) -> dict[str, Any]:
+    """Read `KEY=VALUE` words; a value that is no Python literal is text.
+
+    Raises:
+        ValueError: a word is not of that form.
+    """
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"'{word}' is not of the form KEY=VALUE")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+Options = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=read_options,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda options: [f"{key}={value}" for key, value in options.items()],
+    ),
+]
+"""A dictionary as it is written on the command line: `depth=6 dynamic_img_size=True`."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +51,8 @@ class TeacherConfig:
     """timm: local safetensors weights; without them timm's pretrained ones are taken from the hub."""
     num_classes: int | None = None
     """Classes of the teacher's classifier; `None` for what it has."""
-    options: dict[str, str] = field(default_factory=dict)
-    """timm: further keyword arguments of `timm.create_model`, such as `pad_type same`."""
+    options: Options = field(default_factory=dict)
+    """timm: further keyword arguments of `timm.create_model`, such as `pad_type=same`."""
 
     image_size: int | None = None
     """Side in pixels at which the teacher sees the view; `None` for the view's own."""
@@ -29,8 +63,9 @@ class TeacherConfig:
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """Order of the teacher's colour channels."""
 
-    nodes: dict[str, str] = field(default_factory=dict)
-    """ONNX: which output is the class `logits` (B, K), the `pooled` feature (B, C), the `grid` feature (B, C, h, w)."""
+    nodes: Options = field(default_factory=dict)
+    """ONNX: which output is the class `logits` (B, K), the `pooled` feature (B, C), the `grid` feature (B, C, h, w);
+    written `logits=NAME`."""
     maps: tuple[str, ...] = ()
     """ONNX: outputs (B, C, h, w) that hold class probabilities per cell; several scales are merged by their maximum."""
     map_classes: str = ":"
@@ -69,8 +104,9 @@ class PretrainConfig:
     """Folder of the checkpoints, the log and the exported encoder."""
     encoder: str = "lookupvit_small_patch16_224"
     """timm name of the student, or `local-dir:FOLDER` to go on from an exported encoder."""
-    encoder_options: dict[str, int | float] = field(default_factory=dict)
-    """Further keyword arguments of the encoder, such as `depth 6` or `drop_path_rate 0.1`."""
+    encoder_options: Options = field(default_factory=dict)
+    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`; with `dynamic_img_size=True` a timm ViT
+    takes views of other sizes, as `early_size` has them."""
     init_from: str | None = None
     """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too)."""
     grids: tuple[int, ...] = (3, 5, 7, 10)

@@ -76,10 +76,13 @@ class RunLog:
         self.bar.set_postfix(self.shown)
 
     def write(self, record: dict) -> None:
-        """Print a record, append it to `log.jsonl`, and send its numbers and texts to the trackers."""
+        """Print a record, lists below it, append it to `log.jsonl`, and send its numbers and texts to the trackers."""
         record = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
         if self.accelerator.is_main_process:
-            tqdm.write("  ".join(f"{key} {value}" for key, value in record.items()))
+            tqdm.write("  ".join(f"{key} {value}" for key, value in record.items() if not isinstance(value, list)))
+            for key, values in record.items():
+                if isinstance(values, list):
+                    tqdm.write("\n".join(f"  {key}: {value}" for value in values))
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         values = {
