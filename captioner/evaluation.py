@@ -22,6 +22,7 @@ from captioner.modeling import CaptionerModel
 from captioner.pipeline import load
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import DataConfig, EvaluateConfig, parse_grid, save_config
+from captioner.whole_files import open_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -120,7 +121,8 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
         accelerator.print(f"{len(results)} captions written to {path}")
         metrics = (*METRICS, "SPICE") if config.spice else METRICS
         scores = score_results(results, table, metrics=metrics, spice_models=config.spice)
-        (config.output / "scores.json").write_text(json.dumps(scores.to_dict(), indent=1))
+        with open_whole(config.output / "scores.json") as file:
+            json.dump(scores.to_dict(), file, indent=1)
         accelerator.print(scores)
     accelerator.end_training()
     return scores
@@ -149,8 +151,7 @@ def read_split(data: DataConfig, split: str) -> "datasets.Dataset":
 
 
 def write_results(results: Sequence[dict], path: Path) -> Path:
-    """Write COCO results JSON under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(list(results), ensure_ascii=False, indent=0))
-    return temporary.rename(path)
+    """Write COCO results JSON, whole or not at all."""
+    with open_whole(path) as file:
+        json.dump(list(results), file, ensure_ascii=False, indent=0)
+    return path

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Literal
@@ -14,9 +12,11 @@ import tyro
 from captioner.data.caption_table import ImageFinder
 from captioner.data.captions import is_karpathy, load_json
 from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
-from captioner.metrics.files import ImageId, ReferenceSet
+from captioner.metrics.compare import signed
+from captioner.metrics.files import ImageId, ReferenceSet, clean
 from captioner.metrics.java import spice_models
 from captioner.metrics.systems import Evaluation, evaluate_systems
+from captioner.whole_files import open_whole
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
         raise ValueError(f"no score to compute; name some of {', '.join(METRICS)} with --metrics")
     if config.spice:
         spice_models(config.spice)
+    if config.images and not config.report:
+        raise ValueError("--images are for the page of --report; name that too")
     if len(config.files) not in (2, 3):
         raise ValueError(f"name RESULTS [RESULTS_B] ANNOTATIONS, two files or three, not {len(config.files)}")
     for path in (*config.files, *([config.train] if config.train else [])):
@@ -130,10 +132,10 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
 
 def short_names(paths: list[Path]) -> list[str]:
     """Name files as shortly as tells them apart."""
-    names = [path.name for path in paths]
+    names = [clean(path.name) for path in paths]
     if len(set(names)) == len(names):
         return names
-    names = [f"{path.resolve().parent.name}/{path.name}" for path in paths]
+    names = [clean(f"{path.resolve().parent.name}/{path.name}") for path in paths]
     return names if len(set(names)) == len(names) else [f"{letter}: {n}" for letter, n in zip("AB", names, strict=True)]
 
 
@@ -182,7 +184,7 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
         if differences is not None and name in differences:
             gain = differences[name]
             least = gain.p <= 1 / (evaluation.samples + 1)  # no smaller one can come of so many samples
-            row += [_signed(gain.difference), f"{_signed(gain.low)} to {_signed(gain.high)}"]
+            row += [signed(gain.difference), f"{signed(gain.low)} to {signed(gain.high)}"]
             row += [f"{'<= ' * least}{gain.p:.3f}"]
         rows.append(row)
     lines += [*_aligned(rows), ""]
@@ -202,11 +204,6 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
     notes = {f"{name} absent: {why}": 0 for system in systems for name, why in system.scores.absent.items()}
     notes |= {f"warning: {text}": 0 for text in evaluation.warnings}
     return "\n".join([*lines, *[""] * bool(notes), *notes])
-
-
-def _signed(value: float) -> str:
-    """Write a difference with its sign, and zero without a minus."""
-    return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -246,16 +243,3 @@ def write_csv(evaluation: Evaluation, file: IO[str]) -> None:
 
 
 WRITERS: dict[str, Callable[[Evaluation, IO[str]], None]] = {".json": write_json, ".csv": write_csv}
-
-
-@contextmanager
-def open_whole(path: Path) -> Iterator[IO[str]]:
-    """Open a file under a temporary name and give it its own once it is whole; nothing is left behind otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

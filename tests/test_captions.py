@@ -101,7 +101,7 @@ def test_usual_names_of_columns_need_no_option(tmp_path):
     write(tmp_path / "metadata.csv", "file_name,caption,split,image_id\nx.png,one,train,0\ny.png,two,val,1\n")
     assert read_captions(tmp_path, "train")[0]["captions"] == ["one"]
     assert read_captions(tmp_path)["image_id"][:] == ["0", "1"]
-    with pytest.raises(ValueError, match="no split 'test', only train, val"):
+    with pytest.raises(ValueError, match="no split 'test'; name one of train, val"):
         read_captions(tmp_path, "test")
 
 

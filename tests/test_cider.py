@@ -114,6 +114,13 @@ def test_statistics_survive_a_file(tmp_path):
     (tmp_path / "text").write_text("no archive")
     with pytest.raises(ValueError, match="no document frequencies"):
         DocumentFrequency.load(tmp_path / "text")
+    damaged = bytearray((tmp_path / "df.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "damaged").write_bytes(damaged)
+    with pytest.raises(ValueError, match="no document frequencies"):
+        DocumentFrequency.load(tmp_path / "damaged")
+    with pytest.raises(FileNotFoundError):
+        DocumentFrequency.load(tmp_path / "gone")
 
 
 def test_scoring_leaves_the_statistics_alone():

@@ -65,6 +65,9 @@ def test_paired_test_aligns_by_id_and_refuses_other_images():
     other = score({1: "a dog"}, {1: ["a dog"]}, metrics=FAST)
     with pytest.raises(ValueError, match="differ in 2 images"):
         paired_test(first, other)
+    others = {image_id: ["something else"] for image_id in REFERENCES}
+    with pytest.raises(ValueError, match="different references"):
+        paired_test(first, score(PREDICTIONS, others, metrics=FAST))
     with pytest.raises(ValueError, match="samples must be two or more"):
         confidence(first, samples=1)
 

@@ -156,7 +156,10 @@ def test_long_strings_end_in_time():
         "'" * 20_000,
         "1" * 100_000,
         "a-" * 20_000,
+        "a'" * 20_000,
+        "\u00e9" * 100_000,
+        "\u4e2d" * 100_000,
     ):
-        start = time.perf_counter()
+        start = time.process_time()
         tokenize_caption(text)
-        assert time.perf_counter() - start < 5, text[:4]
+        assert time.process_time() - start < 5, text[:4]

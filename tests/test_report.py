@@ -147,6 +147,9 @@ def test_histogram_counts_every_value_once():
     assert re.findall(r"<title>(\d+): ([\d.]+)%", endless) == [("3", "50.0"), ("63", "50.0")]
     for constant in (0.0, 1.0, -2.0):
         assert "nan" not in histogram([("a", np.full(3, constant))], "one value")
+    for tenths in range(1, 10):  # round widths, of which floating point may fall short
+        assert "<text" in histogram([("a", np.array([0.0, tenths / 10]))], "round")
+        assert "<text" in histogram([("a", np.array([-tenths / 20, tenths / 20]))], "round", signed=True)
 
 
 def test_interval_lies_on_its_axis():

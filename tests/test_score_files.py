@@ -9,6 +9,7 @@ import pytest
 from test_cli import run
 
 from captioner.metrics import match_ids, read_references, read_results, score
+from captioner.metrics.files import ReferenceSet
 from captioner.score_files import short_names
 
 FAST = ("--metrics", "BLEU", "ROUGE-L", "CIDEr")
@@ -123,7 +124,12 @@ def test_partial_says_what_it_left_out(write, annotations, tmp_path, capsys):
     assert run("score", some, other, annotations, *FAST, "--partial", "--output", output, "--overwrite") == 0
     found = json.loads(output.read_text())
     assert [[row["image_id"] for row in system["images"]] for system in found["systems"]] == [[12], [12]]
-    assert "images only one of the two systems has a caption for, left out: 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "some.json: images scored: 1; without a prediction: 1; without references: 1" in printed
+    assert "images that the other system has no caption for, left out: 1" in printed
+    alone = write("alone.json", results({13: POOR[13]}))
+    assert run("score", some, alone, annotations, *FAST, "--partial") == 1
+    assert "no image with references has a caption of both some.json and alone.json" in capsys.readouterr().err
 
 
 def test_karpathy_annotations_are_scored_on_test_unless_told(write, tmp_path, capsys):
@@ -136,7 +142,7 @@ def test_karpathy_annotations_are_scored_on_test_unless_told(write, tmp_path, ca
     assert run("score", write("train.json", results({13: GOOD[13]})), annotations, *FAST, "--split", "train") == 0
     assert "CIDEr of a single image is always 0" in capsys.readouterr().out
     assert run("score", test, annotations, *FAST, "--split", "dev") == 1
-    assert "has no split 'dev', only test, train" in capsys.readouterr().err
+    assert "has no split 'dev'; name one of test, train" in capsys.readouterr().err
 
 
 def test_share_of_captions_seen_in_training(write, annotations, tmp_path):
@@ -202,6 +208,8 @@ def test_bad_results_are_one_line_and_leave_nothing(write, annotations, tmp_path
         (coco({11: ["a"]}) | {"images": [{"id": 11, "file_name": "a"}] * 2}, "1 image (11) listed more than once"),
         (coco({11: ["a"]}) | {"images": [{"id": [1], "file_name": "a"}]}, "is not COCO captions"),
         ({"images": [{"sentences": [], "split": "test", "imgid": {}, "filename": "a"}]}, "neither a whole number nor"),
+        ({"images": [{"sentences": [], "split": ["a"], "imgid": 1, "filename": "a"}]}, "name one of ['a']"),
+        ({"images": [{"sentences": 5, "split": "test", "imgid": 1, "filename": "a"}]}, "an entry is of another form"),
     ],
 )
 def test_bad_annotations_are_one_line(write, capsys, content, message):
@@ -225,6 +233,8 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
         ((ours, annotations, "--split", "test"), "has no splits; leave --split out"),
         ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path / "gone"), "no image folder at"),
         ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path), "none of the 3 pictures"),
+        ((ours, annotations, "--images", tmp_path), "name that too"),
+        ((ours, annotations, "--java-timeout", "nan"), "is a number of seconds"),
         ((ours, annotations, "--level", "95"), "level must be between 0 and 1"),
         ((ours, annotations, "--samples", "1"), "samples must be two or more"),
         ((ours, annotations, "--spice", tmp_path), "SPICE needs stanford-corenlp-3.6.0.jar and"),
@@ -253,8 +263,19 @@ def test_what_the_caption_command_writes_is_scored(write, annotations, capsys):
     failed = {"path": "13.jpg", "caption": None, "logprob": None, "error": "truncated"}
     path = write("ours.jsonl", "\n".join(map(json.dumps, [*rows[:2], failed])))
     assert run("score", path, annotations, "--metrics", "CIDEr") == 1
-    assert "no prediction for 1 image (13)" in capsys.readouterr().err
+    assert "1 image (13) without a prediction" in capsys.readouterr().err
     assert run("score", path, annotations, "--metrics", "CIDEr", "--partial") == 0
+    capsys.readouterr()
+    assert run("score", write("none.jsonl", json.dumps(failed)), annotations, *FAST) == 1
+    assert "only errors, such as: truncated" in capsys.readouterr().err
+    annotated = [row | {"error": 0.1} for row in rows]
+    assert run("score", write("ours.json", annotated), annotations, "--metrics", "CIDEr") == 0
+
+
+def test_a_name_of_several_files_is_nobodys():
+    references = ReferenceSet({n: ["a"] for n in (1, 2, 3)}, {1: "1.jpg", 2: "y/1.jpg", 3: "z/3.jpg"})
+    rows = [{"image_id": name, "caption": "a"} for name in ("1.jpg", "y/1.jpg", "w/1.jpg", "x/3.jpg")]
+    assert [row["image_id"] for row in match_ids(rows, references)[0]] == [1, 2, "w/1.jpg", 3]
 
 
 def test_a_warning_says_whose_it_is(write, annotations, capsys):

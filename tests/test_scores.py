@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,12 +115,17 @@ def test_equals_pycocoevalcap_on_our_models_captions(shared):
 @needs_java
 @pytest.mark.java
 @pytest.mark.slow
-def test_our_models_captions_through_all_of_pycocoevalcap(shared):
+def test_captions_through_all_of_pycocoevalcap(shared):
     """Its Java tokenizer, its scorers, its METEOR: nothing of ours but the captions."""
+    predictions, references = our_captions(shared)
+    assert_equals_all_of_pycocoevalcap(predictions, references)
+    assert_equals_all_of_pycocoevalcap(broken(predictions), references)
+
+
+def assert_equals_all_of_pycocoevalcap(predictions, references):
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    predictions, references = our_captions(shared)
     scores = score(predictions, references)
     predicted = PTBTokenizer().tokenize({n: [{"caption": text}] for n, text in predictions.items()})
     referred = PTBTokenizer().tokenize({n: [{"caption": text} for text in g] for n, g in references.items()})
@@ -186,6 +192,7 @@ def fake_java(folder, monkeypatch, script):
         ("echo boom >&2; exit 3", "exit code 3: boom"),
         ("cat > /dev/null; echo 1 2 3", "answered 1 lines for 3"),
         ("head -c 1000000 /dev/zero >&2; cat > /dev/null", "answered 0 lines"),
+        ("cat > /dev/null; yes 'x x x x x x x x x x x x x x x x x x x x x x x' | head -3", "no numbers"),
     ],
 )
 def test_a_java_that_hangs_or_fails_stops_nothing(tmp_path, monkeypatch, script, message):
@@ -194,6 +201,16 @@ def test_a_java_that_hangs_or_fails_stops_nothing(tmp_path, monkeypatch, script,
     assert scores["METEOR"] is None
     assert message in scores.absent["METEOR"]
     assert scores["CIDEr"] > 0
+
+
+def test_a_java_that_is_a_script_is_stopped_with_what_it_started(tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, f"sleep 60 & echo $! > {tmp_path}/child; wait")
+    score(PREDICTIONS, REFERENCES, metrics=("METEOR",), java_timeout=1)
+    child, patience = Path("/proc", (tmp_path / "child").read_text().strip()), 100
+    while child.exists() and "Z (zombie)" not in (child / "status").read_text():
+        time.sleep(0.1)
+        patience -= 1
+        assert patience
 
 
 def test_spice_only_on_request_and_only_with_its_models(tmp_path):
@@ -215,6 +232,11 @@ def test_spice_reads_the_programs_answer(tmp_path, monkeypatch):
     assert math.isnan(scores.per_image["SPICE"][2])
     assert scores["SPICE"] == 0.375
     assert scores.to_dict()["images"][2]["SPICE"] is None
+    assert "images that SPICE gave no score, left out of its mean: 1" in scores.warnings
+    for answer, reason in (("no json", "no scores"), ('[{"image_id": 0}]', "no scores"), ("[]", "no caption a score")):
+        (tmp_path / "answer.json").write_text(answer)
+        absent = score(PREDICTIONS, REFERENCES, metrics=("SPICE",), spice_models=tmp_path).absent["SPICE"]
+        assert reason in absent
 
 
 def test_keyed_by_id_not_by_place():
@@ -245,6 +267,11 @@ def test_keyed_by_id_not_by_place():
         ({1: "a"}, {1: ["a", 5]}, "reference that is no text"),
         ({1: "a"}, {1: ["a", ""]}, "empty reference"),
         ({}, {}, "no image id has both"),
+        (None, {1: ["a"]}, "predictions are a mapping or COCO results, not NoneType"),
+        ({1: "a"}, [["a"]], "references are a mapping of image ids to captions, not list"),
+        ({1: "a"}, {1: None}, "without a list of references"),
+        ({1: "a"}, {1: math.nan}, "without a list of references"),
+        ([{"image_id": (1, [2]), "caption": "a"}], {1: ["a"]}, "an id that cannot be looked up"),
     ],
 )
 def test_bad_input_is_named_in_one_line(predictions, references, message):
@@ -276,6 +303,13 @@ def test_warnings_where_a_score_means_little():
     assert "predictions without words: 1" in warnings
 
 
+def test_a_caption_of_many_words_fits_in_memory():
+    words = [f"w{n}" for n in range(100_000)]
+    scores = score({1: " ".join(words)}, {1: ["w3 w9 w1", "w5"]}, metrics=("ROUGE-L",), tokenized=True)
+    precision, recall = 2 / len(words), 1.0
+    assert scores["ROUGE-L"] == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
+
+
 def test_explain_names_the_references():
     scores = score(PREDICTIONS, REFERENCES, metrics=FAST)
     found = {match.ngram: match for match in scores.explain(1)}
@@ -297,6 +331,8 @@ def test_says_which_tokenizer():
 
 def test_to_dict_is_json():
     whole = json.loads(json.dumps(score(PREDICTIONS, REFERENCES, metrics=FAST).to_dict()))
+    numbers = score({np.int64(7): "a dog"}, {np.int64(7): ["a dog runs"]}, metrics=FAST)
+    assert json.loads(json.dumps(numbers.to_dict()))["images"][0]["image_id"] == 7
     assert whole["images"][2]["image_id"] == "x"
     assert set(whole["corpus"]) == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
 
@@ -305,7 +341,3 @@ def test_import_is_light():
     script = "import sys, captioner.metrics; print('torch' in sys.modules, 'pycocoevalcap' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
-
-
-def test_java_reasons():
-    assert java.missing_java() is None or "install" in java.missing_java()

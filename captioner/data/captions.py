@@ -95,7 +95,8 @@ def keep_split(records: Iterable[Record], split: str, path: Path) -> Iterator[Re
         if record.split == split:
             yield record
     if split not in splits:
-        found = f", only {', '.join(splits)}" if set(splits) - {"all"} else ": its rows have no column 'split'"
+        named = set(splits) - {"all"}
+        found = f"; name one of {', '.join(splits)}" if named else ": its rows have no column 'split'"
         raise ValueError(f"'{path}' has no split '{split}'{found}")
 
 
@@ -187,20 +188,24 @@ def read_coco(content: Any, path: Path, split: str | None) -> Iterator[Record]:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         for image in content["images"]:
             yield Record(image["id"], image["file_name"], captions.get(image["id"], []), split)
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"'{path}' is not COCO captions: an entry lacks {error}") from None
+    except TypeError as error:
+        raise ValueError(f"'{path}' is not COCO captions: an entry is of another form ({error})") from None
 
 
 def read_karpathy(content: dict, path: Path, restval: bool = False) -> Iterator[Record]:
     """Yield the records of Karpathy's JSON, COCO and Flickr flavours; `restval` counts as train when asked to."""
     try:
         for image in content["images"]:
-            split = "train" if restval and image["split"] == "restval" else image["split"]
+            split = "train" if restval and image["split"] == "restval" else str(image["split"])
             name = PurePosixPath(image.get("filepath", ""), image["filename"])
             image_id = image["cocoid"] if "cocoid" in image else image["imgid"]
             yield Record(image_id, str(name), [sentence["raw"] for sentence in image["sentences"]], split)
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"'{path}' is not Karpathy captions: an entry lacks {error}") from None
+    except TypeError as error:
+        raise ValueError(f"'{path}' is not Karpathy captions: an entry is of another form ({error})") from None
 
 
 def read_rows(path: Path, columns: tuple[str, str, str]) -> Iterator[Record]:
@@ -278,7 +283,7 @@ def _join_rows(
         image, captions, key = row[image_column], row[caption_column], row.get(id_column)
         if key is None or key == "":
             key = image if isinstance(image, str) else number
-        split = splits[number] if splits else row.get("split") or "all"
+        split = splits[number] if splits else str(row.get("split") or "all")
         record = joined.setdefault(key, Record(key, image, [], split))
         record.captions.extend(captions if isinstance(captions, list) else [captions])
     yield from joined.values()

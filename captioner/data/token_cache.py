@@ -253,21 +253,3 @@ def read_manifest(folder: Path) -> dict:
 def manifest_digest(manifest: dict) -> str:
     """Return the digest that every shard of a cache carries."""
     return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under another name, then rename it: it is there whole or not at all.
-
-    Raises:
-        OSError: the disk is full or not writable; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the name without the content
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

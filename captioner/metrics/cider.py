@@ -63,16 +63,22 @@ class DocumentFrequency:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or is damaged.
+            OSError: there is none, or it cannot be read.
         """
+        try:
+            return cls._load(path)
+        except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError):
+            raise ValueError(f"'{path}' holds no document frequencies; write it with DocumentFrequency.save") from None
+
+    @classmethod
+    def _load(cls, path: str | os.PathLike) -> Self:
         self = cls.__new__(cls)
         self.grams = NGrams()
         expected = {"words", "counts", "num_images", *(f"{c}{n}" for c in ("keys", "numbers") for n in range(MAX_N))}
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"'{path}' holds no document frequencies; write it with DocumentFrequency.save")
-        with np.load(path, allow_pickle=False) as columns:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as columns:
             if set(columns) != expected:
-                raise ValueError(f"'{path}' holds no document frequencies; write it with DocumentFrequency.save")
+                raise ValueError("other columns")
             words = columns["words"].tobytes().decode()
             self.grams.words = {word: number for number, word in enumerate(words.split("\n"))} if words else {}
             self.grams.keys = [columns[f"keys{order}"] for order in range(MAX_N)]

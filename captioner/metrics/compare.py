@@ -38,6 +38,11 @@ class Difference(NamedTuple):
     """Chance of a difference as large if each image's two captions had been swapped by the toss of a coin."""
 
 
+def signed(value: float) -> str:
+    """Write a difference with its sign, and one that rounds to zero without a minus."""
+    return f"{round(value, 4) + 0.0:+.4f}"
+
+
 def confidence(scores: Scores, samples: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, Interval]:
     """Bootstrap confidence intervals of the corpus scores (Efron, 1979; percentiles).
 
@@ -79,7 +84,7 @@ def paired_test(
         For each score both have.
 
     Raises:
-        ValueError: the two were scored on different images or with different tokens.
+        ValueError: the two were scored on different images, with different tokens or against different references.
     """
     _check(samples, level)
     if set(first.image_ids) != set(second.image_ids):
@@ -90,6 +95,8 @@ def paired_test(
     if first.tokenizer != second.tokenizer:
         raise ValueError("the two systems were tokenized differently; score both the same way")
     second = _in_order(second, first.image_ids)
+    if first.references != second.references:
+        raise ValueError("the two systems were scored against different references; score both against the same")
     names = [name for name in first.per_image if name in second.per_image]
     count, generator = len(first.image_ids), np.random.default_rng(seed)
 
@@ -146,7 +153,10 @@ def _in_order(scores: Scores, image_ids: list) -> Scores:
     order = [place[image_id] for image_id in image_ids]
     per_image = {name: values[order] for name, values in scores.per_image.items()}
     statistics = {name: rows[order] for name, rows in scores.statistics.items()}
-    return Scores(scores.corpus, per_image, list(image_ids), scores.tokenizer, statistics=statistics)
+    references = [scores.references[place] for place in order]
+    return Scores(
+        scores.corpus, per_image, list(image_ids), scores.tokenizer, statistics=statistics, references=references
+    )
 
 
 def _joined(first: Scores, second: Scores, names: list[str]) -> Scores:

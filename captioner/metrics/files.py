@@ -5,6 +5,7 @@ Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further 
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -117,10 +118,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if bad:
         what = f"such as {content[bad[0]][names[bad[0]]]!r}"[:60]
         raise ValueError(f"'{path}': {_entries(bad)} an image_id that is neither a whole number nor text, {what}")
+    failed = [not row["caption"] and isinstance(row.get("error"), str) and bool(row["error"]) for row in content]
+    if all(failed):
+        raise ValueError(f"'{path}' holds no captions, only errors, such as: {content[0]['error'][:200]}")
     return [
         {"image_id": image_id, "caption": clean(row["caption"])}
-        for image_id, row in zip(ids, content, strict=True)
-        if not row.get("error")
+        for image_id, row, left_out in zip(ids, content, failed, strict=True)
+        if not left_out
     ]
 
 
@@ -136,20 +140,36 @@ def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[lis
     known = references.captions
     if any(row["image_id"] in known for row in rows):
         return rows, None
-    names: dict[str, ImageId] = {}
-    for image_id, file in references.files.items():
-        name = PurePosixPath(file)
-        names |= dict.fromkeys((file, name.name, name.stem), image_id)
     ways = {
         "by number, which they write as text": lambda i: int(i) if isinstance(i, str) and _is_number(i) else i,
         "as text, which they write as numbers": str,
-        "by the names of image files": lambda i: names.get(str(i), names.get(PurePosixPath(str(i)).name, i)),
+        "by the names of image files": _finder(references.files),
     }
     for how, translate in ways.items():
         matched = [row | {"image_id": translate(row["image_id"])} for row in rows]
         if any(row["image_id"] in known for row in matched):
             return matched, f"ids of the results were matched {how}"
     return rows, None
+
+
+def _finder(files: Mapping[ImageId, str]) -> Callable[[ImageId], ImageId]:
+    """Return what finds an image by the name of its file: in full, then without folder, then without ending.
+
+    A name that several images have finds none; what is not found is returned as it is.
+    """
+    forms = (str, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem)
+    owners: list[dict[str, list[ImageId]]] = [{} for _ in forms]
+    for image_id, file in files.items():
+        for form, images in zip(forms, owners, strict=True):
+            images.setdefault(form(file), []).append(image_id)
+
+    def find(image_id: ImageId) -> ImageId:
+        for form, images in zip(forms, owners, strict=True):
+            if found := images.get(form(str(image_id))):
+                return found[0] if len(found) == 1 else image_id
+        return image_id
+
+    return find
 
 
 def clean(caption: Any) -> Any:

@@ -4,10 +4,12 @@ One process a call: all input is handed over at once, standard error is read alo
 kills the process, and it is waited for in every case. Nothing is downloaded and nothing is written beside the jars.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -57,7 +59,10 @@ def meteor_statistics(
     rows = [line.split() for line in output.splitlines() if line.strip()]
     if len(rows) != len(lines) or any(len(row) != 23 for row in rows):
         raise JavaError(f"METEOR answered {len(rows)} lines for {len(lines)} captions; leave METEOR out")
-    statistics = np.array(rows, np.float64)
+    try:
+        statistics = np.array(rows, np.float64)
+    except ValueError as error:
+        raise JavaError(f"METEOR answered what are no numbers ({error}); leave METEOR out") from None
     # A caption matched whole in one piece has no fragments, also within a sum.
     whole = (statistics[:, 21] == statistics[:, 0]) & (statistics[:, 22] == statistics[:, 1]) & (statistics[:, 20] == 1)
     statistics[whole, 20] = 0
@@ -116,9 +121,12 @@ def spice(
         _run(command, [], timeout, "SPICE")
         if not target.is_file():
             raise JavaError("SPICE wrote no scores; leave SPICE out")
-        found = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(target.read_text("utf-8"))}
-    values = [found.get(number) for number in range(len(items))]
-    return np.array([np.nan if value is None else value for value in values], np.float64)
+        try:
+            found = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(target.read_text("utf-8"))}
+            values = [found.get(number) for number in range(len(items))]
+            return np.array([np.nan if value is None else value for value in values], np.float64)
+        except (ValueError, KeyError, TypeError) as error:
+            raise JavaError(f"SPICE wrote what are no scores ({error}); leave SPICE out") from None
 
 
 def spice_models(folder: str | os.PathLike) -> list[Path]:
@@ -152,27 +160,37 @@ def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> s
         raise JavaError(reason)
     fixed = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8"]
     environment = os.environ | {"LC_ALL": "C.UTF-8"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        done = subprocess.run(
-            ["java", *fixed, *arguments],
-            input="".join(line + "\n" for line in lines).encode(errors="replace"),  # half a surrogate pair
-            capture_output=True,
-            timeout=timeout,
-            env=environment,
-            check=False,
-        )
+        process = subprocess.Popen(["java", *fixed, *arguments], env=environment, start_new_session=True, **pipes)
+    except OSError as error:
+        raise JavaError(f"java cannot be started: {error}") from None
+    text = "".join(line + "\n" for line in lines).encode(errors="replace")  # half a surrogate pair
+    try:
+        output, errors = process.communicate(text, timeout)
     except subprocess.TimeoutExpired:
+        _stop(process)
         raise JavaError(
             f"{name} took longer than {timeout:.0f} s and was stopped; raise java_timeout (--java-timeout)"
         ) from None
-    except OSError as error:
-        raise JavaError(f"java cannot be started: {error}") from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+    except BaseException:
+        _stop(process)
+        raise
+    if process.returncode:
+        lines = errors.decode(errors="replace").strip().splitlines() or ["no message"]
         # The last line of a stack trace says nothing.
         reason = next((line for line in lines if "Exception" in line or "Error" in line), lines[-1])
-        raise JavaError(f"{name} failed with exit code {done.returncode}: {reason[:200]}")
-    return done.stdout.decode(errors="replace")
+        raise JavaError(f"{name} failed with exit code {process.returncode}: {reason[:200]}")
+    return output.decode(errors="replace")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Kill a program and those it started, as a `java` that is a script does."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.communicate()
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

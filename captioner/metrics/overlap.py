@@ -13,6 +13,10 @@ from captioner.metrics.ngrams import MAX_N, Counts, ReferenceIndex
 BETA = 1.2
 """Weight of recall against precision in ROUGE-L."""
 
+LONG = 1000
+"""Words of a caption above which the words of its references are turned into bits: a word's take as many as there are
+words, which would fill the memory."""
+
 
 def bleu_statistics(index: ReferenceIndex, images: np.ndarray, counts: Counts) -> np.ndarray:
     """Count what BLEU is made of; sums over captions give the corpus.
@@ -60,17 +64,26 @@ def bleu(statistics: np.ndarray) -> np.ndarray:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L of one tokenized caption, 0 to 1; tokens are what stands between single spaces."""
     tokens = prediction.split(" ")
-    places: dict[str, int] = {}
-    for place, token in enumerate(tokens):
-        places[token] = places.get(token, 0) | 1 << place
+    places = _places(tokens) if len(tokens) <= LONG else None
     precision = recall = 0.0
     for reference in references:
         others = reference.split(" ")
-        common = _longest_common_subsequence(places, len(tokens), others)
+        if places is not None:
+            common = _longest_common_subsequence(places, len(tokens), others)
+        else:  # the same the other way round: bits for the words of the shorter
+            common = _longest_common_subsequence(_places(others), len(others), tokens)
         precision, recall = max(precision, common / len(tokens)), max(recall, common / len(others))
     if not precision or not recall:
         return 0.0
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+
+
+def _places(tokens: list[str]) -> dict[str, int]:
+    """Return the positions of each token as bits."""
+    places: dict[str, int] = {}
+    for place, token in enumerate(tokens):
+        places[token] = places.get(token, 0) | 1 << place
+    return places
 
 
 def _longest_common_subsequence(places: dict[str, int], length: int, others: list[str]) -> int:

@@ -42,7 +42,9 @@ _ALONE = re.compile(
     rf"""["'(]*[A-Za-z{LETTER}{MARK}]+(?:[-'/][A-Za-z{LETTER}{MARK}]+)*(?:[,?!."'][")]*|[")]*[,;:?!."']?)|[-,.?!"'()]|"""
 )
 # Of those, what reads on after its period: one letter, and abbreviations that count only before a number or "Ltd".
-_READS_ON = re.compile(r"(?:.*[^A-Za-z].*)?(?:[A-Za-z]|(?i:ca|figs?|prop|nos?|art|pp|op|pt[ey]|co))\.")
+_READS_ON = re.compile(
+    r"[A-Za-z]*[^A-Za-z].*[A-Za-z]\.|(?:[A-Za-z]|(?i:ca|figs?|prop|nos?|art|pp|op|pt[ey]|co))\."  # in linear time
+)
 
 
 class _Words(dict):

@@ -7,8 +7,9 @@ on request where its models are. Fractions, not percent.
 import math
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ class Scores:
         """Return plain values for JSON: corpus and per-image scores, and all that qualifies them."""
         images = [
             {"image_id": image_id, **{name: _plain(values[place]) for name, values in self.per_image.items()}}
-            for place, image_id in enumerate(self.image_ids)
+            for place, image_id in enumerate(map(_plain_id, self.image_ids))
         ]
         return {
             "corpus": {name: None if value is None else _plain(value) for name, value in self.corpus.items()},
@@ -144,6 +145,8 @@ def score(
     Raises:
         ValueError: ids missing, extra or given twice, captions that are not text or empty, an unknown metric.
     """
+    if not 0 < java_timeout < math.inf:
+        raise ValueError(f"java_timeout (--java-timeout) is a number of seconds, not {java_timeout}")
     unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
     if unknown:
         raise ValueError(f"no metric '{unknown[0]}'; choose from {', '.join((*METRICS, 'SPICE'))}")
@@ -169,7 +172,10 @@ def score(
         try:
             if spice_models is None:
                 raise java.JavaError("name the folder of its models by spice_models (--spice); nothing is downloaded")
-            scores.per_image["SPICE"] = java.spice(scores.predictions, scores.references, spice_models, java_timeout)
+            found = java.spice(scores.predictions, scores.references, spice_models, java_timeout)
+            if np.isnan(found).all():
+                raise java.JavaError("the program gave no caption a score")
+            scores.per_image["SPICE"] = found
         except java.JavaError as error:
             scores.absent["SPICE"] = str(error)
 
@@ -207,11 +213,13 @@ def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
     """Turn COCO results into a mapping."""
     if isinstance(predictions, Mapping):
         return predictions
+    if not isinstance(predictions, Iterable):
+        raise ValueError(f"predictions are a mapping or COCO results, not {type(predictions).__name__}")
     rows = list(predictions)
     bad = [row for row in rows if not isinstance(row, Mapping) or not {"image_id", "caption"} <= set(row)]
     if bad:
         raise ValueError(f"{len(bad)} results lack 'image_id' or 'caption', such as {str(bad[0])[:80]}")
-    odd = [row["image_id"] for row in rows if not isinstance(row["image_id"], Hashable)]
+    odd = [row["image_id"] for row in rows if not _is_hashable(row["image_id"])]
     if odd:
         raise ValueError(f"{name_ids(odd)} with an id that cannot be looked up; ids are numbers or text")
     times = Counter(row["image_id"] for row in rows)
@@ -222,6 +230,8 @@ def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
 
 
 def _common_ids(captions: Mapping, references: References, partial: bool) -> tuple[list[Hashable], dict[str, int]]:
+    if not isinstance(references, Mapping):
+        raise ValueError(f"references are a mapping of image ids to captions, not {type(references).__name__}")
     missing = [image_id for image_id in references if image_id not in captions]
     extra = [image_id for image_id in captions if image_id not in references]
     if (missing or extra) and not partial:
@@ -231,7 +241,7 @@ def _common_ids(captions: Mapping, references: References, partial: bool) -> tup
             type(image_id).__name__ for image_id in references
         }
         hint = f" (ids are of different kinds: {', '.join(sorted(kinds))})" if kinds else ""
-        raise ValueError(f"{'; '.join(parts)}{hint}; partial=True (--partial) scores what both have")
+        raise ValueError(f"{'; '.join(parts)}{hint}; --partial (in Python, partial=True) scores what both have")
     common = [image_id for image_id in references if image_id in captions]
     if not common:
         raise ValueError("no image id has both a prediction and references")
@@ -245,8 +255,9 @@ def _check_text(captions: Mapping, references: References, image_ids: list[Hasha
         raise ValueError(f"{name_ids(odd)} with a prediction that is no text but {what}")
     empty = [image_id for image_id in image_ids if not captions[image_id].strip()]
     if empty and not allow_empty:
-        raise ValueError(f"{name_ids(empty)} with an empty prediction; allow_empty=True (--allow-empty) gives it zeros")
-    odd = [image_id for image_id in image_ids if isinstance(references[image_id], str) or not len(references[image_id])]
+        remedy = "--allow-empty (in Python, allow_empty=True) gives it zeros"
+        raise ValueError(f"{name_ids(empty)} with an empty prediction; {remedy}")
+    odd = [image_id for image_id in image_ids if not _is_group(references[image_id])]
     if odd:
         raise ValueError(f"{name_ids(odd)} without a list of references")
     odd = [image_id for image_id in image_ids if not all(isinstance(caption, str) for caption in references[image_id])]
@@ -261,9 +272,7 @@ def _doubts(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequ
     """Say where a score means less than it seems to."""
     doubts = []
     if counts["missing"] or counts["extra"]:
-        doubts.append(
-            "images scored: {scored}; without a prediction: {missing}; without references: {extra}".format(**counts)
-        )
+        doubts.append(describe_counts(counts))
     if len(scores.image_ids) == 1 and own_frequency and "CIDEr" in scores.corpus:
         doubts.append("CIDEr of a single image is always 0: every n-gram stands in all documents, so none has weight")
     few = sum(len(others) < 5 for others in scores.references)
@@ -273,10 +282,18 @@ def _doubts(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequ
     copied = sum(tokens in others for tokens, others in pairs)
     if copied > len(scores.predictions) / 2:
         doubts.append(f"predictions equal to one of their own references: {copied}; do the references hold them?")
+    unscored = int(np.isnan(scores.per_image.get("SPICE", np.zeros(1))).sum())
+    if unscored:
+        doubts.append(f"images that SPICE gave no score, left out of its mean: {unscored}")
     silent = sum(not tokens for tokens in scores.predictions)
     if silent:
         doubts.append(f"predictions without words: {silent}")
     return doubts
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Say how many images a partial score is of, and how many it leaves out."""
+    return "images scored: {scored}; without a prediction: {missing}; without references: {extra}".format(**counts)
 
 
 def name_ids(image_ids: Iterable[Hashable], first: int = 3) -> str:
@@ -284,6 +301,23 @@ def name_ids(image_ids: Iterable[Hashable], first: int = 3) -> str:
     image_ids = list(image_ids)
     shown = ", ".join(f"{image_id!r}"[:60] for image_id in image_ids[:first])
     return f"{len(image_ids)} image{'s' * (len(image_ids) > 1)} ({shown}{', ...' * (len(image_ids) > first)})"
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_group(captions: Any) -> bool:
+    return isinstance(captions, Collection) and not isinstance(captions, str | bytes) and len(captions) > 0
+
+
+def _plain_id(image_id: Hashable) -> Hashable:
+    """Turn numpy's numbers into Python's."""
+    return image_id.item() if hasattr(image_id, "item") else image_id
 
 
 def _plain(value: float) -> float | None:

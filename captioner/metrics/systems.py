@@ -1,13 +1,13 @@
 """One or two captioners measured on the same images: scores, how sure they are, what the captions are like."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from captioner.metrics.compare import Difference, Interval, confidence, paired_test
 from captioner.metrics.files import ImageId, ReferenceSet
 from captioner.metrics.ptb import tokenize
-from captioner.metrics.scores import Scores, score
+from captioner.metrics.scores import Scores, describe_counts, score
 from captioner.metrics.statistics import CaptionStatistics, caption_statistics
 
 
@@ -98,22 +98,19 @@ def evaluate_systems(
         ValueError: what `score` refuses, led by the system's name.
     """
     captions = {name: {row["image_id"]: row["caption"] for row in rows} for name, rows in results.items()}
-    lone: set[ImageId] = set()
+    shared = references.captions.keys()
     if partial and len(results) > 1:
-        first, second = captions.values()
-        lone = (first.keys() ^ second.keys()) & references.captions.keys()
+        shared = shared & set.intersection(*(set(rows) for rows in captions.values()))
+        if not shared:
+            raise ValueError(f"no image with references has a caption of both {' and '.join(captions)}")
     known = None if training is None else set(tokenize(training))
     systems = []
     for name, rows in results.items():
         try:
-            scores = score(
-                [row for row in rows if row["image_id"] not in lone], references.captions, partial=partial, **options
-            )
+            scores = score_shared(rows, references.captions, shared, partial=partial, **options)
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from None
         scores.warnings += references.warnings
-        if lone:
-            scores.warnings.append(f"images only one of the two systems has a caption for, left out: {len(lone)}")
         statistics = caption_statistics(scores.predictions, known, tokenized=True)
         systems.append(System(name, captions[name], scores, confidence(scores, samples, level, seed), statistics))
     others = [caption for group in systems[0].scores.references for caption in group]
@@ -121,3 +118,24 @@ def evaluate_systems(
     if len(systems) > 1:
         differences = paired_test(systems[0].scores, systems[1].scores, samples, level, seed)
     return Evaluation(tuple(systems), differences, caption_statistics(others, tokenized=True), level, samples)
+
+
+def score_shared(
+    rows: Sequence[Mapping], references: Mapping[ImageId, list[str]], shared: Collection[ImageId], **options
+) -> Scores:
+    """Score the rows of the images that all systems share; what that leaves out is counted as of this system alone."""
+    if len(shared) == len(references):
+        return score(rows, references, **options)
+    scores = score(
+        [row for row in rows if row["image_id"] in shared],
+        {image_id: group for image_id, group in references.items() if image_id in shared},
+        **options,
+    )
+    named = {row["image_id"] for row in rows}
+    missing, extra = len(references.keys() - named), len(named - references.keys())
+    scores.partial = {"scored": len(shared), "missing": missing, "extra": extra}
+    if missing or extra:
+        scores.warnings.insert(0, describe_counts(scores.partial))
+    if lone := len((named & references.keys()) - set(shared)):
+        scores.warnings.append(f"images that the other system has no caption for, left out: {lone}")
+    return scores

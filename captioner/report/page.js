@@ -105,7 +105,7 @@ function details(place) {
     });
     const all = make("p", "written");
     data.systems.forEach((system) => {
-      const scores = metrics.map((name) => `${name} ${number(system.scores[name][place])}`).join(", ");
+      const scores = metrics.map((name) => `${name} ${number((system.scores[name] || [])[place])}`).join(", ");
       all.append(make("span", "", two ? `${system.name}: ${scores}` : scores), make("br"));
     });
     box.append(all);

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from captioner.images import ImageError, open_image
-from captioner.metrics.compare import Difference
+from captioner.metrics.compare import Difference, signed
 from captioner.metrics.files import ImageId
 from captioner.metrics.statistics import CaptionStatistics
 from captioner.metrics.systems import Evaluation
@@ -115,6 +115,7 @@ def _data(evaluation: Evaluation, pictures: bool) -> dict:
         for system in evaluation.systems
     ]
     references = evaluation.systems[0].scores.references
+    ids = [image_id if isinstance(image_id, str) or abs(image_id) < 2**53 else str(image_id) for image_id in ids]
     return {"ids": ids, "systems": systems, "references": references, "block": BLOCK, "pictures": pictures}
 
 
@@ -164,8 +165,9 @@ def _scores(evaluation: Evaluation) -> str:
             reach = max(abs(gain.low), abs(gain.high), 1e-9)
             drawn = interval(gain.difference, gain.low, gain.high, -reach, reach, "of-gain", width)
             cells += (
-                f"<td class='score'>{_signed(gain.difference)}</td><td class='ranges'><div>{drawn}"
-                f"<span>{_signed(gain.low)} to {_signed(gain.high)}</span></div></td><td>{_verdict(gain)}</td>"
+                f"<td class='score'>{signed(gain.difference)}</td><td class='ranges'><div>{drawn}"
+                f"<span>{signed(gain.low)} to {signed(gain.high)}</span></div></td>"
+                f"<td>{_verdict(gain, evaluation.level)}</td>"
             )
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     note = "Fractions, not percent; intervals by bootstrap over images"
@@ -175,12 +177,8 @@ def _scores(evaluation: Evaluation) -> str:
     return _section("scores", "Scores", _table(head, rows, "scores") + f'<p class="note">{note}</p>')
 
 
-def _signed(value: float) -> str:
-    return f"{value + 0.0:+.4f}".replace("-0.0000", "+0.0000")
-
-
-def _verdict(gain: Difference) -> str:
-    if gain.p >= 0.05:
+def _verdict(gain: Difference, level: float) -> str:
+    if gain.p >= 1 - level:
         return f"no clear difference <small>p {gain.p:.3f}</small>"
     n = int(gain.difference > 0)
     return f'<span class="name name-{n}"><b class="letter">{"AB"[n]}</b> better</span> <small>p {gain.p:.3f}</small>'

@@ -88,7 +88,7 @@ def _edges(values: np.ndarray, whole: bool, signed: bool) -> np.ndarray:
 def _ticks(low: float, high: float, whole: bool) -> np.ndarray:
     """Round numbers from `low` to `high`, three to six of them."""
     step = 10 ** np.floor(np.log10((high - low) / 3))
-    step *= next(factor for factor in (5, 2, 1) if (high - low) / (step * factor) >= 3)
+    step *= next(factor for factor in (5, 2, 1) if (high - low) / (step * factor) >= 3 - 1e-9)
     step = max(step, 1.0) if whole else step
     return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
 

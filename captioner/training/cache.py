@@ -37,7 +37,6 @@ from captioner.data.token_cache import (
     picture_names,
     picture_size,
     read_manifest,
-    write_whole,
 )
 from captioner.encoders import Grid, TokenEncoder, create_encoder, encoder_config
 from captioner.evaluation import read_split
@@ -45,6 +44,7 @@ from captioner.images import ImageError, open_image
 from captioner.pipeline import load
 from captioner.processing import image_settings
 from captioner.training.config import CacheConfig, parse_grid
+from captioner.whole_files import open_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -172,7 +172,8 @@ def prepare_folder(folder: Path, manifest: dict) -> None:
     if not (folder / MANIFEST).exists():
         if any(folder.iterdir()):
             raise ValueError(f"'{folder}' is neither empty nor a token cache; choose another folder with --output")
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        with open_whole(folder / MANIFEST) as file:
+            json.dump(manifest, file, indent=1)
     elif (found := read_manifest(folder)) != manifest:
         TokenCache(folder).check({key: manifest[key] for key in SOURCE})
         keys = [key for key in manifest if manifest[key] != found.get(key)]
@@ -306,7 +307,8 @@ def write_shard(path: Path, data: bytes) -> None:
         OSError: the disk is full or not writable, with what to do.
     """
     try:
-        write_whole(path, data)
+        with open_whole(path, "wb") as file:
+            file.write(data)
     except OSError as error:
         raise OSError(
             f"cannot write '{path}': {os.strerror(error.errno)}; the finished shards are kept: make room and run the "

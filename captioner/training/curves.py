@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from captioner.whole_files import open_whole
+
 PANELS = (("loss", ("loss", "loss_val")), ("CIDEr", ("CIDEr",)), ("reward", ("reward", "reward_greedy")))
 """Title of each panel and the fields of `log.jsonl` in it; panels without values are left out."""
 
@@ -30,9 +32,8 @@ def write_curves(records: Sequence[dict], path: Path) -> None:
     height = HEIGHT * max(1, len(panels))
     size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{"".join(panels)}</svg>\n'
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(svg)
-    temporary.rename(path)
+    with open_whole(path) as file:
+        file.write(svg)
 
 
 def draw_panel(title: str, series: dict[str, list[tuple[int, float]]], offset: int) -> str:

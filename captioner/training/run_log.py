@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from captioner.whole_files import open_whole
+
 
 class RunLog:
     """The log of a run, which a checkpoint can hold: resumed, it goes on as if the run had never stopped.
@@ -41,9 +43,8 @@ class RunLog:
         self.bar.update(step - self.bar.n)
         if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)[: state["lines"]]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(lines))
-            temporary.rename(self.path)
+            with open_whole(self.path, "wb") as file:
+                file.writelines(lines)
 
     def step(self, step: int, measured: dict[str, float | torch.Tensor], learning_rate: float) -> None:
         """Take in what was measured in a step (`loss`, what is counted, ...); write a record when it is time.
