@@ -19,13 +19,15 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from captioner import recipes
-from captioner.encoders import TokenEncoder, create_encoder
+from captioner.encoders import create_encoder
 from captioner.evaluation import evaluate
 from captioner.metrics import confidence
 from captioner.report.tradeoff import Point, draw_tradeoff
 from captioner.training.cache import fill_cache
 from captioner.training.config import CacheConfig, DataConfig, EncoderConfig, EvaluateConfig, TrainConfig, parse_grid
 from captioner.training.decoder import train
+from captioner.training.encoder_config import PretrainConfig
+from captioner.training.probe import probe_encoder
 
 SCORES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
@@ -54,6 +56,12 @@ class Settings:
     """Compressed grids of LookupViT."""
     views: int = 4
     """Views of each training picture in the cache."""
+    mixed_precision: str = "no"
+    """Precision in which pictures are encoded for the cache and decoders are trained: no, bf16 or fp16."""
+    probe_train: str | None = None
+    """Labelled pictures for a linear probe of every encoder and grid (see `captioner pretrain --help`)."""
+    probe_val: str | None = None
+    """Labelled pictures on which the probe is scored."""
     batch: int = 32
     """Pictures per forward when encoders are timed."""
 
@@ -64,17 +72,19 @@ class Row:
 
     encoder: str
     grid: str
-    gflops: float
-    images_per_s: float
-    tokens: int
-    bytes: int
+    folder: str
     scores: dict[str, float]
     cider_low: float
     cider_high: float
+    probe: float | None
+    gflops: float = 0.0
+    images_per_s: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
 
 
 def measure(settings: Settings, name: str, folder: Path, grid: str | None) -> Row:
-    """Train and score one encoder at one grid."""
+    """Train and score one encoder at one grid, or read what a run before found."""
     work = settings.work / f"{name}_{grid or 'all'}"
     done = work / "row.json"
     if done.is_file():
@@ -82,35 +92,56 @@ def measure(settings: Settings, name: str, folder: Path, grid: str | None) -> Ro
     data = DataConfig(root=settings.root)
     encoder = EncoderConfig(encoder=f"local-dir:{folder}", grid=grid, image_size=settings.image_size)
     cached = {"output": work / "tokens", "data": data, "model": encoder}
-    fill_cache(CacheConfig(**cached, splits=("train",), views=settings.views))
+    splits = ("train", "val", "test")
+    fill_cache(CacheConfig(**cached, splits=splits, views=settings.views, mixed_precision=settings.mixed_precision))
     config: TrainConfig = recipes.TRAIN[settings.recipe]()
     data = replace(data, tokens=work / "tokens")
     model = replace(config.model, **asdict(encoder))
     config = replace(config, output=work / "run", data=data, model=model, epochs=settings.epochs or config.epochs)
-    best = train(config)
-    scores = evaluate(EvaluateConfig(model=str(best), data=DataConfig(root=settings.root), output=work / "test"))
+    best = train(replace(config, mixed_precision=settings.mixed_precision))
+    scores = evaluate(EvaluateConfig(model=str(best), data=data, output=work / "test"))
     interval = confidence(scores)["CIDEr"]
-    gflops, speed, tokens = cost(create_encoder(f"local-dir:{folder}").eval(), grid, settings)
-    width = create_encoder(f"local-dir:{folder}").embed_dim
     kept = {key: scores[key] for key in SCORES if key in scores.corpus}
-    row = Row(name, grid or "all", gflops, speed, tokens, 2 * tokens * width, kept, interval.low, interval.high)
+    row = Row(name, grid or "all", str(folder), kept, interval.low, interval.high, probe(settings, folder, grid))
     done.write_text(json.dumps(asdict(row), indent=1))
     return row
 
 
-@torch.inference_mode()
-def cost(encoder: TokenEncoder, grid: str | None, settings: Settings) -> tuple[float, float, int]:
-    """Return GFLOPs for one picture, pictures a second in batches, and tokens per picture."""
+def probe(settings: Settings, folder: Path, grid: str | None) -> float | None:
+    """Classify pictures by a linear layer on the frozen tokens (see `captioner.training.probe`); None without any."""
+    if settings.probe_train is None or settings.probe_val is None:
+        return None
+    encoder = create_encoder(f"local-dir:{folder}")
     side = settings.image_size or encoder.default_cfg["input_size"][-1]
-    wanted, pixels = parse_grid(grid), torch.randn(settings.batch, 3, side, side)
-    with FlopCounterMode(display=False) as counter:
-        tokens = encoder.encode(pixels[:1], wanted)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        encoder.encode(pixels, wanted)
-        seconds.append(time.perf_counter() - start)
-    return counter.get_total_flops() / 1e9, settings.batch / median(seconds[1:]), tokens.shape[1]
+    config = PretrainConfig(
+        grids=(parse_grid(grid)[0] if grid else side // 16,),
+        image_size=side,
+        store=settings.work / "pictures",
+        store_size=64,
+        probe_train=settings.probe_train,
+        probe_val=settings.probe_val,
+    )
+    return probe_encoder(encoder.freeze(), config, torch.device("cpu"))[0]["probe_top1"]
+
+
+@torch.inference_mode()
+def measure_costs(rows: list[Row], settings: Settings) -> None:
+    """Fill in GFLOPs for one picture, tokens, bytes and pictures a second; rounds go through all rows in turn."""
+    encoders = [create_encoder(f"local-dir:{row.folder}").freeze() for row in rows]
+    side = settings.image_size or encoders[0].default_cfg["input_size"][-1]
+    pixels, seconds = torch.randn(settings.batch, 3, side, side), [[] for _ in rows]
+    for turn in range(7):
+        for row, encoder, taken in zip(rows, encoders, seconds, strict=True):
+            grid = None if row.grid == "all" else parse_grid(row.grid)
+            if turn == 0:
+                with FlopCounterMode(display=False) as counter:
+                    row.tokens = encoder.encode(pixels[:1], grid).shape[1]
+                row.gflops, row.bytes = counter.get_total_flops() / 1e9, 2 * row.tokens * encoder.embed_dim
+            start = time.perf_counter()
+            encoder.encode(pixels, grid)
+            taken.append(time.perf_counter() - start)
+    for row, taken in zip(rows, seconds, strict=True):
+        row.images_per_s = settings.batch / median(taken[1:])
 
 
 def write_table(rows: list[Row], settings: Settings) -> None:
@@ -119,11 +150,12 @@ def write_table(rows: list[Row], settings: Settings) -> None:
     content = {"settings": asdict(settings), "rows": [asdict(row) for row in rows]}
     (settings.output / "comparison.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     names = [name for name in SCORES if name in rows[0].scores]
-    head = ["encoder", "grid", "GFLOPs", "images/s", "tokens", "KB/image", *names, "CIDEr, 95% interval"]
+    head = ["encoder", "grid", "GFLOPs", "images/s", "tokens", "KB/image", "probe", *names, "CIDEr, 95% interval"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [row.encoder, row.grid, f"{row.gflops:.3f}", f"{row.images_per_s:.0f}", str(row.tokens)]
-        cells += [f"{row.bytes / 1000:.1f}", *(f"{row.scores[name]:.3f}" for name in names)]
+        cells += [f"{row.bytes / 1000:.1f}", "-" if row.probe is None else f"{row.probe:.3f}"]
+        cells += [*(f"{row.scores[name]:.3f}" for name in names)]
         lines.append("| " + " | ".join([*cells, f"{row.cider_low:.3f} to {row.cider_high:.3f}"]) + " |")
     (settings.output / "comparison.md").write_text("\n".join(lines) + "\n")
     points = [
@@ -139,6 +171,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     rows = [measure(settings, "ViT", settings.vit, None)] if settings.vit else []
     rows += [measure(settings, "LookupViT", settings.lookupvit, grid) for grid in settings.grids]
+    measure_costs(rows, settings)
     write_table(rows, settings)
 
 
