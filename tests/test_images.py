@@ -87,8 +87,11 @@ def test_broken_files_are_refused_with_their_name(tmp_path):
             open_image(path)
     with pytest.raises(ImageError, match="missing.jpg' does not exist"):
         open_image(tmp_path / "missing.jpg")
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(ImageError, match="is not a file"):
         open_image(tmp_path)
+    for nothing in (None, 5, {"path": None, "bytes": None}):
+        with pytest.raises(ImageError, match="no picture but"):
+            open_image(nothing)
 
 
 def test_large_files_are_refused_unread(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )  # timm leaves parameters without gradient out
-    trainable, parts = trainable_parameters(model), digests(model, processor)
+    trainable, parts = trainable_parameters(model), part_digests(model, processor)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_save_state_pre_hook(leave_frozen_out)
     set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
@@ -243,7 +243,7 @@ def learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: 
     return get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), total, last_epoch=step - 1)
 
 
-def digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
+def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
     """Return what stands for the parts of a run that no checkpoint holds: frozen encoder, preprocessing, tokenizer."""
     encoder = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
     vocabulary = sorted(processor.tokenizer.get_vocab().items())
