@@ -69,6 +69,14 @@ def test_every_image_gets_its_samples(make_model, make_objective, fusion):
         assert text == objective.processor.tokenizer.decode(ids[1:], skip_special_tokens=True)
 
 
+def test_beams_may_stand_for_samples(make_model, make_objective):
+    model, objective = make_model(), make_objective(samples=4, search="beam")
+    made = objective.prepare(model, batch_of(model))
+    rows = made["input_ids"].tolist()
+    assert len({tuple(row) for row in rows[:4]}) == len({tuple(row) for row in rows[4:]}) == 4
+    assert objective.prepare(model, batch_of(model))["input_ids"].tolist() == rows
+
+
 def test_samples_are_labelled_up_to_their_end(make_objective):
     sequences = torch.tensor([[9, 8, 7, 6], [9, 8, 2, 0], [2, 0, 0, 0], [9, 2, 2, 2]])  # 2 ends, 0 or 2 pads
     objective = make_objective()

@@ -107,6 +107,8 @@ class ScstConfig:
 
     samples: int = 5
     """Captions sampled for each image."""
+    search: Literal["sample", "beam"] = "sample"
+    """How they are found: drawn from the model's probabilities, or as the beams of one search."""
     baseline: Literal["mean", "greedy"] = "mean"
     """What a sample is compared with: the mean of the image's other samples, or its greedy caption."""
     bleu_weight: float = 0.0

@@ -10,7 +10,9 @@ Three things decide what is learned, and are as in Luo's reference implementatio
 - **References are tokenized as evaluation does** (PTB, lower-cased, without punctuation), so that the reward is the
   score; n-gram statistics are those of the training split, counted once.
 - **Sampling is from the model itself**: temperature 1, nothing cut, dropout off in sampling and in learning (there it
-  is on), so that the gradient is that of the captions' own probabilities.
+  is on), so that the gradient is that of the captions' own probabilities. With `search="beam"` the captions are the
+  beams of a search instead (Cornia et al., 2020, https://arxiv.org/abs/1912.08226): what is learned from is then close
+  to what captioning writes, where samples are much worse.
 
 Letters: B images, K samples of each, M image tokens, D encoder width, T text tokens.
 """
@@ -105,18 +107,21 @@ class SelfCritical:
         captioner = self.accelerator.unwrap_model(model)
         captioner.eval()
         start = self.start.expand(len(batch["rows"]), -1)
-        settings = {"input_ids": start, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+        settings = {"input_ids": start, "max_new_tokens": self.max_new_tokens}
+        count = self.config.samples
         with self.accelerator.autocast(), whole_weights(model):
             tokens = batch["image_tokens"] if "image_tokens" in batch else captioner.encode(batch["pixel_values"])
             settings["image_tokens"] = tokens
-            pure = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-            sampled = captioner.generate(**settings, **pure, num_return_sequences=self.config.samples)  # (B*K, T)
+            way = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            if self.config.search == "beam":
+                way = {"do_sample": False, "num_beams": count}
+            sampled = captioner.generate(**settings, **way, num_return_sequences=count)  # (B*K, T)
             found = dict(zip(("captions", "ended"), self.read(sampled), strict=True))
             if self.config.baseline == "greedy":
-                greedy = self.read(captioner.generate(**settings, do_sample=False))
+                greedy = self.read(captioner.generate(**settings, do_sample=False, num_beams=1))
                 found |= dict(zip(("greedy_captions", "greedy_ended"), greedy, strict=True))
         captioner.train()
-        images = np.repeat(batch["rows"].cpu().numpy(), self.config.samples)  # (B*K,)
+        images = np.repeat(batch["rows"].cpu().numpy(), count)  # (B*K,)
         return {"image_tokens": tokens, "images": images, **found, **self.text(sampled)}
 
     def read(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
