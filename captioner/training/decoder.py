@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +18,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
 
 from captioner.data.collate import open_pictures
 from captioner.data.token_cache import open_cache
@@ -40,16 +37,15 @@ from captioner.training.data import open_data
 from captioner.training.export import save_best
 from captioner.training.interruption import Interruption
 from captioner.training.precision import pick_precision
+from captioner.training.processes import PATIENT
 from captioner.training.run_log import RunLog
 from captioner.training.samples import write_samples
+from captioner.training.schedule import learning_rates
 from captioner.training.scst import SelfCritical, silence_dropout
 from captioner.training.sharding import check_sharding, whole_weights
 from captioner.training.validation import validate
 
 logger = logging.getLogger(__name__)
-
-PATIENT = timedelta(hours=2)
-"""How long processes wait for one another: the main one reads data and writes models alone."""
 
 
 class Objective(Protocol):
@@ -235,16 +231,6 @@ def train_step(
     values = torch.tensor([float(value) for value in totals.values()], device=accelerator.device)
     summed = dict(zip(totals, accelerator.reduce(values, "sum").tolist(), strict=True))
     return {**summed, "tokens": tokens.item()}
-
-
-def learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> LambdaLR:
-    """Schedule the learning rate from a step on: a function of the step and of this run's settings alone.
-
-    It is therefore not restored from a checkpoint, whose learning rate or length may be what has to change.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = config.learning_rate
-    return get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), total, last_epoch=step - 1)
 
 
 def fixed_settings(config: TrainConfig, per_step: int) -> dict:
