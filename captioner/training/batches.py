@@ -29,7 +29,7 @@ class Batches:
         shapes: shapes of each teacher's outputs.
 
     Raises:
-        ValueError: no pictures, or none with the classes or words to learn.
+        ValueError: no picture can be opened, or none with the classes or words to learn.
         OSError: the disk is full.
     """
 
@@ -47,8 +47,6 @@ class Batches:
             stamp = f"{stamp_images(pictures)} {table['image_id'][:]}"
             sources.append(Source(name, [(image, None) for image in pictures], stamp))
         sources += [open_source(name) for name in config.images]
-        if not sources:
-            raise ValueError("nothing to train on: name pictures with --images, or captions with --captions")
         with accelerator.main_process_first():  # the others find them decoded
             self.store = store_pictures(sources, config.store_size, folder, config.workers).to(self.device)
         if config.label_weight > 0 and not self.store.classes:

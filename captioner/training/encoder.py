@@ -59,6 +59,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def run(config: PretrainConfig, interruption: Interruption) -> Path:
     """Set up, then train: step, save where due, at the end export and probe; see `pretrain`."""
+    if not config.images and config.captions is None:
+        raise ValueError("nothing to train on: name pictures with --images, or captions with --captions")
     patience = InitProcessGroupKwargs(timeout=PATIENT)
     accelerator = Accelerator(mixed_precision=pick_precision(config.mixed_precision), kwargs_handlers=[patience])
     per_step, checkpoints = config.batch_size * accelerator.num_processes, config.output / "checkpoints"
