@@ -86,25 +86,42 @@ class Row:
 def measure(settings: Settings, name: str, folder: Path, grid: str | None) -> Row:
     """Train and score one encoder at one grid, or read what a run before found."""
     work = settings.work / f"{name}_{grid or 'all'}"
-    done = work / "row.json"
+    done, made_by = work / "row.json", {"folder": str(folder), **decided_by(settings)}
     if done.is_file():
-        return Row(**json.loads(done.read_text()))
+        found = json.loads(done.read_text())
+        if found["made_by"] != made_by:
+            raise ValueError(f"'{done}' was made with other settings, {found['made_by']}; name another --work")
+        return Row(**found["row"])
     data = DataConfig(root=settings.root)
-    encoder = EncoderConfig(encoder=f"local-dir:{folder}", grid=grid, image_size=settings.image_size)
-    cached = {"output": work / "tokens", "data": data, "model": encoder}
-    splits = ("train", "val", "test")
-    fill_cache(CacheConfig(**cached, splits=splits, views=settings.views, mixed_precision=settings.mixed_precision))
+    encoder = EncoderConfig(encoder=f"local-dir:{folder}", image_size=settings.image_size)
+    fill_cache(
+        CacheConfig(
+            output=work / "tokens",
+            data=data,
+            model=encoder,
+            splits=("train", "val", "test"),
+            grids=(grid,) if grid else (),
+            views=settings.views,
+            mixed_precision=settings.mixed_precision,
+        )
+    )
     config: TrainConfig = recipes.TRAIN[settings.recipe]()
     data = replace(data, tokens=work / "tokens")
-    model = replace(config.model, **asdict(encoder))
+    model = replace(config.model, **asdict(encoder), grid=grid)
     config = replace(config, output=work / "run", data=data, model=model, epochs=settings.epochs or config.epochs)
     best = train(replace(config, mixed_precision=settings.mixed_precision))
     scores = evaluate(EvaluateConfig(model=str(best), data=data, output=work / "test"))
     interval = confidence(scores)["CIDEr"]
     kept = {key: scores[key] for key in SCORES if key in scores.corpus}
     row = Row(name, grid or "all", str(folder), kept, interval.low, interval.high, probe(settings, folder, grid))
-    done.write_text(json.dumps(asdict(row), indent=1))
+    done.write_text(json.dumps({"made_by": made_by, "row": asdict(row)}, indent=1))
     return row
+
+
+def decided_by(settings: Settings) -> dict:
+    """Return the settings that decide a row's scores."""
+    names = ("root", "recipe", "epochs", "image_size", "views", "mixed_precision", "probe_train", "probe_val")
+    return {name: getattr(settings, name) for name in names}
 
 
 def probe(settings: Settings, folder: Path, grid: str | None) -> float | None:

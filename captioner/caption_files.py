@@ -2,7 +2,9 @@
 
 import csv
 import glob
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,7 +63,7 @@ def caption_files(config: CaptionConfig) -> int:
     done = read_done(config)
     check_writable(config.output)
     found, empty = find_pictures(config.inputs)
-    pictures = [(name, source) for name, source in found if name not in done]
+    pictures = [(name, source) for name, source in found if not {name, escape(name)} & done]
     for reason in empty:
         print(f"captioner caption: skipped: {reason}", file=sys.stderr)
     if not pictures:
@@ -143,7 +145,8 @@ def read_done(config: CaptionConfig) -> set[str]:
     """Check the output file and return the pictures it has captions for, when the job goes on with it.
 
     Raises:
-        ValueError: the ending is unknown, or the file exists and neither `resume` nor `overwrite` is set.
+        ValueError: the ending is unknown, or the file exists and neither `resume` nor `overwrite` is set, or something
+            else is in it.
     """
     path = config.output
     if path is None:
@@ -154,13 +157,20 @@ def read_done(config: CaptionConfig) -> set[str]:
         return set()
     if not config.resume:
         raise ValueError(f"'{path}' exists; pass --resume to go on with it or --overwrite to replace it")
-    with path.open(encoding="utf-8", newline="") as file:
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    text = content[:whole].decode(errors="surrogateescape")
+    try:
         if path.suffix == ".jsonl":
-            lines = [line for line in file if line.endswith("\n")]
-            return {row["path"] for row in map(json.loads, lines) if row["error"] is None}
-        if path.suffix == ".csv":
-            return {row["path"] for row in csv.DictReader(file) if row["caption"]}
-        return {line.partition("\t")[0] for line in file if line.endswith("\n")}
+            done = {row["path"] for row in map(json.loads, text.split("\n")[:-1]) if row["error"] is None}
+        elif path.suffix == ".csv":
+            done = {row["path"] for row in csv.DictReader(io.StringIO(text, newline="")) if row["caption"]}
+        else:
+            done = {line.split("\t")[-2] for line in text.split("\n")[:-1]}
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise ValueError(f"'{path}' is not what captioner caption writes; name another file with --output") from None
+    os.truncate(path, whole)  # a killed run may have left half a line, to which the next would be joined
+    return done
 
 
 def check_writable(path: Path | None) -> None:
@@ -181,13 +191,17 @@ def check_writable(path: Path | None) -> None:
         path.unlink()
 
 
+def escape(path: str) -> str:
+    """Write the tabs and line breaks of a path so that a line stays a line."""
+    return path.replace("\t", "\\t").replace("\n", "\\n")
+
+
 def line_writer(file) -> Callable[[dict], None]:
     """Write `path<TAB>caption` lines; pictures without a caption are left out."""
 
     def write(row: dict) -> None:
         if row["error"] is None:
-            path = row["path"].replace("\t", "\\t").replace("\n", "\\n")
-            file.write(f"{path}\t{row['caption']}\n")
+            file.write(f"{escape(row['path'])}\t{row['caption']}\n")
 
     return write
 

@@ -20,6 +20,7 @@ from captioner.metrics import METRICS, Scores, score
 from captioner.metrics.java import spice_models
 from captioner.modeling import CaptionerModel
 from captioner.pipeline import load
+from captioner.processes import start_processes
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import DataConfig, EvaluateConfig, parse_grid, save_config
 from captioner.whole_files import open_whole
@@ -96,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
     """
     if config.spice:
         spice_models(config.spice)
-    accelerator = Accelerator()
+    accelerator = start_processes()
     table = read_split(config.data, config.split)
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))

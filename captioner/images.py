@@ -46,7 +46,9 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         return to_rgb(source)
     if isinstance(source, Mapping):
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if not isinstance(source, bytes | str | os.PathLike):
+        raise ImageError(f"no picture but {type(source).__name__}: {source!r}"[:200])
     name = "image in memory" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
     try:
         if not isinstance(source, bytes) and not Path(source).is_file() and Path(source).exists():
@@ -72,7 +74,7 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"{name} is not a picture of a supported format") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name} is too large: over {MAX_PIXELS // 10**6} megapixels is refused") from None
-    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, TypeError, ValueError) as error:
+    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         # Pillow's decoders raise all of these on broken data
         if isinstance(error, ImageError):
             raise

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from captioner.encoders import Grid, create_encoder
+from captioner.encoders import Grid, build_encoder
 
 FUSIONS = ("prefix", "cross_attention")
 IGNORED = -100
@@ -121,9 +121,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CaptionerConfig):
         super().__init__(config)
         with torch.device("cpu"):  # timm computes at construction; transformers would have it on no device at all
-            self.encoder = create_encoder(
-                config.encoder_config["name"], **config.encoder_config.get("kwargs", {})
-            ).freeze()
+            self.encoder = build_encoder(config.encoder_config).freeze()
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
         if config.fusion == "prefix":  # some decoders, OPT-350m for one, embed words in another width than their own

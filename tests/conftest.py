@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from PIL import Image
+from score_data import coco
 from training_runs import COLOURS
 from transformers import GenerationConfig, GPT2Config
 
@@ -132,3 +133,18 @@ def captioned(tmp_path_factory):
             content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
         (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def annotations(write):
+    return write("captions_val.json", coco())

@@ -95,6 +95,32 @@ def test_rows_of_a_picture_are_joined(tmp_path, kind):
         read_captions(tmp_path, "val", image_column="file")
 
 
+def test_a_file_of_one_split_is_not_taken_for_another(root):
+    path = root / "annotations" / "captions_train2017.json"
+    assert len(read_captions(path, "train")) == 2
+    with pytest.raises(ValueError, match="holds the split 'train' by its name, not 'val'"):
+        read_captions(path, "val")
+
+
+def test_captions_of_images_that_are_not_listed_are_counted(root, caplog):
+    edit(root, lambda content: content["annotations"].append({"image_id": 77, "caption": "a ghost"}))
+    assert len(read_captions(root, "train")) == 2
+    assert "1 missing images (77)" in caplog.text
+    with pytest.raises(ValueError, match=r"missing images \(77\)"):
+        read_captions(root, "train", on_bad="refuse")
+
+
+def test_odd_values_of_rows_are_told(tmp_path, caplog):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    good = {"image": "x.png", "caption": "one"}
+    write(tmp_path / "captions.jsonl", "\n".join(map(json.dumps, [good, {"image": 5, "caption": "two"}])))
+    assert len(read_captions(tmp_path)) == 1
+    assert "1 missing images (5)" in caplog.text
+    write(tmp_path / "captions.jsonl", json.dumps(good | {"image_id": [1]}))
+    with pytest.raises(ValueError, match="row 1: the image id .* is neither a whole number nor text"):
+        read_captions(tmp_path)
+
+
 def test_usual_names_of_columns_need_no_option(tmp_path):
     for name in "xy":
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")

@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from accelerate import Accelerator
 from training_runs import ROOT, debug, losses, stop_at
 
 import captioner
+from captioner.data.token_cache import encoder_fingerprint
+from captioner.encoders import create_encoder
 from captioner.training import decoder
 from captioner.training.checkpoint import digests, find_damage, list_checkpoints, recover_folder, replace_folder
 from captioner.training.decoder import train
@@ -162,6 +165,17 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_best_model(unbroken, t
     assert not (tmp_path / ".best").exists()
 
 
+def test_a_model_saved_in_bfloat16_keeps_its_token_cache(unbroken, tmp_path):
+    loaded = captioner.load(unbroken.output / "best", "cpu")
+    save_best(Accelerator(cpu=True), loaded.model, loaded.processor, tmp_path / "half", "bfloat16")
+    again = captioner.load(tmp_path / "half", "cpu")
+    prints = [
+        encoder_fingerprint(m.model.encoder, m.model.config.encoder_config, m.processor.image) for m in (loaded, again)
+    ]
+    assert prints[0] == prints[1]
+    assert not again.model.projector.fc1.weight.equal(loaded.model.projector.fc1.weight)
+
+
 def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path):
     config = replace(unbroken, output=tmp_path, epochs=1)
     train(config)
@@ -182,6 +196,43 @@ def test_what_to_resume_from_can_be_said(unbroken, tmp_path):
     (tmp_path / "log.jsonl").unlink()
     train(replace(config, resume=str(tmp_path / "checkpoints" / "step_00000004")))
     assert list(losses(tmp_path)) == [6, 8]
+
+
+def test_fewer_epochs_end_a_resumed_run(unbroken, tmp_path):
+    config = replace(unbroken, output=tmp_path, epochs=2)
+    train(config)
+    before = losses(tmp_path)
+    train(replace(config, epochs=1))
+    assert losses(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_said_to_be(unbroken, tmp_path):
+    config = replace(unbroken, output=tmp_path, epochs=2)
+    train(config)
+    asked = tmp_path / "checkpoints" / "step_00000004"
+    truncate(asked / "model.safetensors")
+    with pytest.raises(ValueError, match=r"00000004' is damaged, .*; --resume auto takes the newest whole one"):
+        train(replace(config, resume=str(asked)))
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer_or_encoder(captioned, unbroken, tmp_path, monkeypatch):
+    config = replace(unbroken, output=tmp_path / "run", epochs=1)
+    train(config)
+    shutil.copytree(captioned, tmp_path / "other")
+    path = tmp_path / "other" / "annotations" / "captions_train.json"
+    path.write_text(path.read_text().replace("plain", "most unusual"))
+    with pytest.raises(ValueError, match="was saved with tokenizer"):
+        train(replace(config, data=replace(config.data, root=str(tmp_path / "other"))))
+    with monkeypatch.context() as patched:
+        patched.setattr("captioner.training.build.create_encoder", lambda name: shifted(create_encoder(name)))
+        with pytest.raises(ValueError, match="was saved with encoder"):
+            train(config)
+
+
+def shifted(encoder):
+    for parameter in encoder.parameters():
+        parameter.data += 0.5
+    return encoder
 
 
 @pytest.mark.parametrize(

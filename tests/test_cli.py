@@ -129,6 +129,24 @@ def test_an_output_is_never_lost_and_can_be_gone_on_with(saved_model, pictures, 
     assert output.read_text() == whole
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_a_line_cut_by_a_kill_is_written_again(saved_model, pictures, tmp_path, ending):
+    output = tmp_path / f"out.{ending}"
+    assert run("caption", pictures, "--model", saved_model, "--output", output) == 0
+    whole = output.read_text()
+    output.write_text(whole[: whole.rindex("c.webp") + 3])
+    assert run("caption", pictures, "--model", saved_model, "--output", output, "--resume") == 0
+    assert output.read_text() == whole
+
+
+def test_a_file_of_another_kind_is_not_gone_on_with(pictures, tmp_path, capsys):
+    for name, content in (("a.jsonl", '{"x": 1}\n'), ("b.csv", "x,y\n1,2\n"), ("c.txt", "a note\nof mine")):
+        (tmp_path / name).write_text(content)
+        assert run("caption", pictures, "--output", tmp_path / name, "--resume") == 1
+        assert f"{name}' is not what captioner caption writes" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == content
+
+
 def test_standard_input_holds_paths_or_a_picture(saved_model, pictures, monkeypatch, capsys):
     for data, names in (
         (f"{pictures}/c.webp\n{pictures}/a.jpg\n".encode(), [f"{pictures}/c.webp", f"{pictures}/a.jpg"]),

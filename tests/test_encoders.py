@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from captioner.encoders import PooledEncoder, TokenEncoder, create_encoder
+from captioner.encoders import PooledEncoder, TokenEncoder, build_encoder, create_encoder
 
 STOCK = ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"]
 OURS = timm.list_models("lookupvit*")
@@ -46,6 +46,39 @@ def test_channels_last_and_channels_first_maps_are_laid_out_alike():
             features, tokens = encoder.forward_features(images), encoder.forward_tokens(images)
         at = features[0, 2, 4] if name.startswith("swin") else features[0, :, 2, 4]
         torch.testing.assert_close(tokens[0, 2 * 7 + 4], at)
+
+
+def test_counting_tokens_leaves_running_statistics_alone():
+    encoder = create_encoder("resnet18")
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    assert encoder.num_tokens() == 49
+    assert encoder.training
+    assert all(value.equal(before[key]) for key, value in encoder.state_dict().items())
+
+
+def test_a_stock_vit_takes_any_size_divisible_by_the_patch():
+    encoder = create_encoder("vit_tiny_patch16_224", depth=1).eval()
+    with torch.no_grad():
+        assert encoder.forward_tokens(torch.zeros(1, 3, 112, 160), (5, 5)).shape == (1, 26, 192)
+
+
+def test_a_configuration_reaches_nothing_elsewhere(tmp_path):
+    for name, kwargs in (
+        (f"local-dir:{tmp_path}", {}),
+        ("hf-hub:owner/name", {}),
+        ("resnet18", {"checkpoint_path": "weights.pth"}),
+        ("resnet18", {"pretrained": True}),
+        ("resnet18", {"pretrained_cfg_overlay": {"file": "weights.pth"}}),
+    ):
+        with pytest.raises(ValueError, match="may not ask for"):
+            build_encoder({"name": name, "kwargs": kwargs})
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    torch.save(create_encoder("resnet18").model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        create_encoder(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize("name", ["lookupvit_tiny_patch16_224", "resnet18"])

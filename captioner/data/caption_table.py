@@ -103,8 +103,10 @@ def build_table(
         if isinstance(image, str):
             path = find(image, record.split)
             image = {"path": str(path), "bytes": None} if path else None
+        elif images is None and not isinstance(image, dict):
+            image = None  # a number, say, where a name should be
         if image is None:
-            report.missing_images.append(str(record.image))
+            report.missing_images.append(label if record.image is None else str(record.image))
         elif not captions:
             report.images_without_captions.append(label)
         else:

@@ -119,7 +119,7 @@ def check_hub(source: str) -> None:
         huggingface_hub.HfApi().dataset_info(source, timeout=10)
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise ValueError(f"'{source}' is no file, no folder, and no data set on the hub") from None
-    except Exception as error:  # the errors of whichever HTTP client the hub's library uses
+    except (OSError, huggingface_hub.errors.HfHubHTTPError.__base__) as error:  # that of the HTTP client
         raise ValueError(
             f"'{source}' is no file and no folder, and the hub does not answer ({str(error).splitlines()[0]}); "
             "HF_HUB_OFFLINE=1 takes a data set that was downloaded before"
@@ -176,18 +176,29 @@ def is_karpathy(content: Any) -> bool:
 
 
 def read_coco(content: Any, path: Path, split: str | None) -> Iterator[Record]:
-    """Yield the records of COCO captions JSON; the split, which the format does not hold, is the one asked for."""
+    """Yield the records of COCO captions JSON, those of captions whose image is not listed last, with no image.
+
+    The split, which the format does not hold, is the one asked for, or that of the file's name.
+    """
     if not (isinstance(content, dict) and isinstance(content.get("images"), list)):
         raise ValueError(f"'{path}' is neither COCO nor Karpathy captions: it has no list 'images'")
     if not isinstance(content.get("annotations"), list):
         raise ValueError(f"'{path}' has no list 'annotations'; COCO test files hold no captions")
-    split = split or next((name for name in ("train", "val", "test") if name in path.stem), "all")
+    found = [name for name in ("train", "val", "test") if name in path.stem]
+    named = found[0] if len(found) == 1 else None
+    if split in ("train", "val", "test") and named not in (None, split):
+        raise ValueError(
+            f"'{path}' holds the split '{named}' by its name, not '{split}'; name the folder of all splits"
+        )
+    split = split or named or "all"
     try:
         captions: dict[int | str, list[str]] = {}
         for annotation in content["annotations"]:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         for image in content["images"]:
-            yield Record(image["id"], image["file_name"], captions.get(image["id"], []), split)
+            yield Record(image["id"], image["file_name"], captions.pop(image["id"], []), split)
+        for image_id, texts in captions.items():
+            yield Record(image_id, None, texts, split)
     except KeyError as error:
         raise ValueError(f"'{path}' is not COCO captions: an entry lacks {error}") from None
     except TypeError as error:
@@ -283,6 +294,10 @@ def _join_rows(
         image, captions, key = row[image_column], row[caption_column], row.get(id_column)
         if key is None or key == "":
             key = image if isinstance(image, str) else number
+        if not isinstance(key, int | str):
+            raise ValueError(
+                f"'{name}', row {number + 1}: the image id {key!r} is neither a whole number nor text"[:300]
+            )
         split = splits[number] if splits else str(row.get("split") or "all")
         record = joined.setdefault(key, Record(key, image, [], split))
         record.captions.extend(captions if isinstance(captions, list) else [captions])

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from timm.models import is_model_in_modules
 from torch import nn
 
 Grid = tuple[int, int]
+
+EXPORTED = ("hf-hub:", "local-dir:")
+"""How names of encoders begin that are not timm's own."""
 
 
 class TokenEncoder(nn.Module):
@@ -70,15 +76,42 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
     """
     from captioner.encoders.pooling import PooledEncoder
 
-    exported = name.startswith(("hf-hub:", "local-dir:"))
-    if not exported and not timm.is_model(name.split(".")[0]):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+    exported = name.startswith(EXPORTED)
+    architecture = exported_config(name)["architecture"] if exported else name.split(".")[0]
+    if not timm.is_model(architecture):
+        close = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:5])
         raise ValueError(f"no encoder named '{name}' in timm" + (f"; did you mean one of: {close}?" if close else ""))
+    settings = {"num_classes": 0, "pretrained": exported or "." in name}
+    if is_model_in_modules(architecture, ["vision_transformer"]):
+        settings["dynamic_img_size"] = True  # any size divisible by the patch, as the contract has it
     try:
-        model = timm.create_model(name, **{"num_classes": 0, "pretrained": exported or "." in name, **kwargs})
-    except (RuntimeError, OSError) as error:
+        model = timm.create_model(name, **{**settings, **kwargs})
+    except TypeError as error:
+        raise ValueError(f"the encoder '{name}' has no such option: {error}") from None
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"no weights of the encoder '{name}': {str(error).splitlines()[0]}") from None
     return model if isinstance(model, TokenEncoder) else PooledEncoder(model)
+
+
+def exported_config(name: str) -> dict:
+    """Read what timm wrote beside the weights of `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+
+    Raises:
+        ValueError: there is no such encoder, or its weights are not safetensors.
+    """
+    kind, _, place = name.partition(":")
+    folder = Path(place)
+    try:
+        if kind == "hf-hub":
+            return json.loads(Path(hf_hub_download(place, "config.json")).read_text())
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no encoder at '{name}': {str(error).splitlines()[0]}") from None
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"no weights of the encoder '{name}': it has no model.safetensors")
+    if "architecture" not in config:
+        raise ValueError(f"'{folder / 'config.json'}' describes no timm model; export one with captioner pretrain")
+    return config
 
 
 def encoder_config(name: str, encoder: TokenEncoder) -> dict:
@@ -89,7 +122,24 @@ def encoder_config(name: str, encoder: TokenEncoder) -> dict:
         encoder: what it built.
     """
     kwargs = {}
-    if name.startswith("local-dir:"):
-        exported = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text())
-        kwargs = {k: v for k, v in exported.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
+    if name.startswith(EXPORTED):
+        kwargs = exported_config(name).get("model_args", {})
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("num_classes", "global_pool")}
     return {"name": encoder.default_cfg["architecture"], "kwargs": kwargs}
+
+
+def build_encoder(description: dict) -> TokenEncoder:
+    """Build the encoder that a configuration describes, without weights: these are the captioner's own.
+
+    Args:
+        description: `{"name": timm name, "kwargs": {...}}`.
+
+    Raises:
+        ValueError: it names what lies elsewhere, or what timm does not know; a configuration may be hostile.
+    """
+    name, kwargs = description["name"], description.get("kwargs", {})
+    elsewhere = [name] * name.startswith(EXPORTED)
+    elsewhere += [key for key in kwargs if key.startswith(("pretrained", "checkpoint")) or key == "cache_dir"]
+    if elsewhere:
+        raise ValueError(f"a captioner's configuration may not ask for '{elsewhere[0]}' of its encoder")
+    return create_encoder(name.split(".")[0], **kwargs, pretrained=False)

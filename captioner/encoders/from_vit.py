@@ -8,6 +8,7 @@ projection, so that the lookup stream begins unchanged.
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from captioner.encoders.base import TokenEncoder
@@ -56,7 +57,7 @@ def create_timm(what: str, name: str, **options) -> nn.Module:
         raise ValueError(f"no {what} named '{name}' in timm")
     try:
         return timm.create_model(name, **options)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"no weights of the {what} '{name}': {str(error).splitlines()[0]}") from None
     except TypeError as error:
         raise ValueError(f"the {what} '{name}' does not take its options: {str(error).splitlines()[0]}") from None

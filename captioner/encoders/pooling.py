@@ -71,8 +71,12 @@ class PooledEncoder(TokenEncoder):
             return self.num_prefix_tokens + grid[0] * grid[1]
         reference = next(self.parameters())
         blank = torch.zeros(1, *self.default_cfg["input_size"], dtype=reference.dtype, device=reference.device)
+        training = self.training
+        self.eval()  # else a CNN's running statistics would take the blank image in
         with torch.no_grad():
-            return self.encode(blank).shape[1]
+            tokens = self.encode(blank)
+        self.train(training)
+        return tokens.shape[1]
 
 
 def pool_map(feature_map: torch.Tensor, grid: Grid | None) -> torch.Tensor:

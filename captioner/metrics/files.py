@@ -55,9 +55,8 @@ def read_references(path: Path, split: str | None = None, restval: bool = False)
         raise ValueError(f"'{path}' is not Karpathy's and has no splits; leave --split out")
     else:
         records = list(read_coco(content, path, None))
-        listed = {record.image_id for record in records}
-        stray = {row["image_id"] for row in content["annotations"]} - listed
-        if stray:
+        if stray := [record.image_id for record in records if record.image is None]:
+            records = records[: -len(stray)]
             warnings.append(f"captions of images that '{path.name}' does not list: left out {name_ids(stray)}")
 
     twice, odd, empty, silent = [], [], 0, []

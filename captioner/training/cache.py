@@ -42,6 +42,7 @@ from captioner.encoders import Grid, TokenEncoder, create_encoder, encoder_confi
 from captioner.evaluation import read_split
 from captioner.images import ImageError, open_image
 from captioner.pipeline import load
+from captioner.processes import start_processes
 from captioner.processing import image_settings
 from captioner.training.config import CacheConfig, parse_grid
 from captioner.whole_files import open_whole
@@ -79,7 +80,7 @@ def fill_cache(config: CacheConfig) -> Path:
         ValueError: no data, no such encoder or grid, or the folder holds the tokens of another one.
         OSError: the disk has not the room, or was filled midway; finished shards are kept.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = start_processes(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     encoder, source = open_encoder(config, accelerator)
     grids = {grid_name(encoder, grid): grid for grid in map(parse_grid, config.grids or (None,))}

@@ -160,6 +160,10 @@ def resume(
     for path in candidates:
         damage = broadcast_object_list([find_damage(path) if accelerator.is_main_process else None])[0]
         if damage is not None:
+            if choice != "auto":
+                raise ValueError(
+                    f"the checkpoint '{path}' is damaged, {damage}; --resume auto takes the newest whole one"
+                )
             logger.warning("checkpoint '%s' is damaged, %s; trying the one before", path, damage)
             continue
         progress = load_checkpoint(accelerator, path, strict, settings)

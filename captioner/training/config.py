@@ -46,7 +46,9 @@ class DataConfig:
     def __post_init__(self):
         if self.streaming and self.tokens is not None:
             raise ValueError("a token cache holds a set whole; leave out --data.streaming, or --data.tokens")
-        for name in ("stream_buffer", "stream_rows"):
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative, but is {self.workers}")
+        for name in ("captions_per_image", "stream_buffer", "stream_rows"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, not {value}")
 
@@ -184,7 +186,7 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = ("epochs", "batch_size", "accumulation", "learning_rate", "evaluate_every", "num_beams")
-        for name in (*positive, "log_every", "keep_checkpoints", "save_steps"):
+        for name in (*positive, "evaluate_images", "max_new_tokens", "log_every", "keep_checkpoints", "save_steps"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.data.streaming and self.stage == "scst":
@@ -219,6 +221,11 @@ class EvaluateConfig:
     """Caption the first so many images only."""
     spice: Path | None = None
     """Folder with SPICE's models; without it SPICE is left out."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_beams", "max_new_tokens", "limit"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Letters: B images, K captions of each, T text tokens.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 from captioner.data.collate import open_pictures
-from captioner.data.token_cache import open_cache
-from captioner.modeling import IGNORED, caption_loss
+from captioner.data.token_cache import encoder_fingerprint, open_cache
+from captioner.modeling import IGNORED, CaptionerModel, caption_loss
+from captioner.processes import start_processes
+from captioner.processing import CaptionerProcessor
 from captioner.training.build import starting_point, trainable_parameters
 from captioner.training.checkpoint import (
     check_finite,
@@ -37,7 +40,6 @@ from captioner.training.data import open_data
 from captioner.training.export import save_best
 from captioner.training.interruption import Interruption
 from captioner.training.precision import pick_precision
-from captioner.training.processes import PATIENT
 from captioner.training.run_log import RunLog
 from captioner.training.samples import write_samples
 from captioner.training.schedule import learning_rates
@@ -90,14 +92,11 @@ def train(config: TrainConfig) -> Path:
 def run(config: TrainConfig, interruption: Interruption) -> Path:
     """Set up, then train: evaluate where due, step, save where due; see `train`."""
     folder, checkpoints = config.folder, config.folder / "checkpoints"
-    accelerator = Accelerator(
+    accelerator = start_processes(
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         mixed_precision=pick_precision(config.mixed_precision),
         log_with=list(config.trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=PATIENT),
-        ],
     )
     check_sharding(accelerator)
     set_seed(config.seed)
@@ -123,13 +122,13 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )  # timm leaves parameters without gradient out
-    trainable = trainable_parameters(model)
+    trainable, parts = trainable_parameters(model), part_digests(model, processor)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_save_state_pre_hook(leave_frozen_out)
     set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
 
     log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
-    settings = fixed_settings(config, per_step) | data.settings()
+    settings = fixed_settings(config, per_step) | data.settings() | parts
     progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
     resumed = resume(accelerator, checkpoints, config.resume, settings, strict=False)
     if resumed is not None:
@@ -158,7 +157,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     saved = time.monotonic()
     while True:
         step = progress["step"]
-        if (step % evaluate_steps == 0 or step == total) and progress["evaluated"] != step:
+        if (step % evaluate_steps == 0 or step >= total) and progress["evaluated"] != step:
             save()
             with interruption.at_once(), whole_weights(model):
                 record, results = validate(accelerator, model, processor, held_out, held_out_pictures, config)
@@ -174,7 +173,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
                 write_curves(log.records(), folder / "curves.svg")
             save()
             saved = time.monotonic()
-        if step == total or (config.patience is not None and progress["stale"] >= config.patience):
+        if step >= total or (config.patience is not None and progress["stale"] >= config.patience):
             break
 
         measured = train_step(accelerator, model, batches, objective, config)
@@ -231,6 +230,16 @@ def train_step(
     values = torch.tensor([float(value) for value in totals.values()], device=accelerator.device)
     summed = dict(zip(totals, accelerator.reduce(values, "sum").tolist(), strict=True))
     return {**summed, "tokens": tokens.item()}
+
+
+def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
+    """Return what stands for the parts of a run that no checkpoint holds: frozen encoder, preprocessing, tokenizer."""
+    encoder = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
+    vocabulary = sorted(processor.tokenizer.get_vocab().items())
+    parts = {"encoder": encoder, "tokenizer": vocabulary}
+    return {
+        f"{name} (digest)": hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
+    }
 
 
 def fixed_settings(config: TrainConfig, per_step: int) -> dict:

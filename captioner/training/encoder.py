@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
@@ -19,6 +18,7 @@ from timm.utils import ModelEmaV3
 from captioner.encoders import TokenEncoder, create_encoder, encoder_config
 from captioner.encoders.from_vit import init_from_vit
 from captioner.encoders.lookupvit import LookupViT
+from captioner.processes import start_processes
 from captioner.training.batches import Batches
 from captioner.training.checkpoint import check_finite, not_finite, resume, save_checkpoint
 from captioner.training.config import save_config
@@ -27,7 +27,6 @@ from captioner.training.encoder_config import PretrainConfig
 from captioner.training.interruption import Interruption
 from captioner.training.precision import pick_precision
 from captioner.training.probe import open_pictures, probe_encoder
-from captioner.training.processes import PATIENT
 from captioner.training.run_log import RunLog
 from captioner.training.schedule import learning_rates
 from captioner.training.teachers import create_teacher
@@ -61,13 +60,14 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     """Set up, then train: step, save where due, at the end export and probe; see `pretrain`."""
     if not config.images and config.captions is None:
         raise ValueError("nothing to train on: name pictures with --images, or captions with --captions")
-    patience = InitProcessGroupKwargs(timeout=PATIENT)
-    accelerator = Accelerator(mixed_precision=pick_precision(config.mixed_precision), kwargs_handlers=[patience])
+    accelerator = start_processes(mixed_precision=pick_precision(config.mixed_precision))
     per_step, checkpoints = config.batch_size * accelerator.num_processes, config.output / "checkpoints"
     set_seed(config.seed)
     with interruption.at_once():  # decoding may take hours
         teachers = [create_teacher(teacher).to(accelerator.device) for teacher in config.teachers]
-        encoder = create_student(config)
+        encoder = create_encoder(config.encoder, **config.encoder_options)
+        if config.init_from is not None:
+            init_from_vit(encoder, config.init_from)
         patch = check_grids(config, encoder)
         if config.probe_train:
             with accelerator.main_process_first():  # the others find them decoded
@@ -153,22 +153,6 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     return config.output
 
 
-def create_student(config: PretrainConfig) -> TokenEncoder:
-    """Build the encoder to train.
-
-    Raises:
-        ValueError: there is no such encoder, or its options or the ViT to start from do not fit it.
-    """
-    try:
-        encoder = create_encoder(config.encoder, **config.encoder_options)
-    except TypeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"'{config.encoder}' does not take its --encoder-options: {reason}") from None
-    if config.init_from is not None:
-        init_from_vit(encoder, config.init_from)
-    return encoder
-
-
 def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
     """Return the patch side in pixels of a LookupViT; 1 for an encoder that does not choose a grid.
 
@@ -203,7 +187,7 @@ def try_views(config: PretrainConfig, encoder: TokenEncoder) -> None:
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"'{config.encoder}' does not take views of {size} px ({str(error).splitlines()[0]}); "
-                f"give --encoder-options img_size={config.image_size} dynamic_img_size=True, or another --image-size"
+                "change --image-size or --early-size, or give --encoder-options such as img_size"
             ) from None
     if config.probe_train:
         try:

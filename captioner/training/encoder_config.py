@@ -110,8 +110,7 @@ class PretrainConfig:
     encoder: str = "lookupvit_small_patch16_224"
     """timm name of the student, or `local-dir:FOLDER` to go on from an exported encoder."""
     encoder_options: Options = field(default_factory=dict)
-    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`; with `dynamic_img_size=True` a timm ViT
-    takes views of other sizes, as `early_size` has them."""
+    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`."""
     init_from: str | None = None
     """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too)."""
     grids: tuple[int, ...] = (3, 5, 7, 10)

@@ -29,7 +29,11 @@ def save_best(
         captioner = accelerator.unwrap_model(model)
         state = merged_weights(captioner, state)
         cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
-        state = {k: cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype))) for k, v in state.items()}
+        for key, value in state.items():
+            # A token cache knows its encoder by float16 weights, which bfloat16 would change.
+            kept = "float16" if dtype == "bfloat16" and key.startswith("encoder.") else dtype
+            kept = getattr(torch, kept) if value.is_floating_point() else value.dtype
+            state[key] = cast.setdefault(value.data_ptr(), value.to(kept))
         temporary = folder.with_name(f".{folder.name}")
         try:
             captioner.save_pretrained(temporary, state_dict=state)
