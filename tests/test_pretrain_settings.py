@@ -1,5 +1,6 @@
 import math
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from training_runs import COLOURS, launch, losses
 
 from captioner import recipes
-from captioner.data.pictures import open_source, store_pictures
+from captioner.data.pictures import open_source, stamp_images, store_pictures
 from captioner.encoders import create_encoder
 from captioner.encoders.from_vit import init_from_vit
 from captioner.training import encoder as encoder_training
@@ -153,6 +154,17 @@ def test_changed_pictures_are_decoded_again_and_the_same_ones_have_the_same_stam
     assert store_pictures([open_source(str(folder))], 8, tmp_path / "store").squares[0, 2, 0, 0] == 255
 
 
+def test_captioned_images_are_known_by_content(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    stamps = {stamp_images([{"path": str(path), "bytes": None}])}
+    os.utime(path, (0, 0))  # as a file written at another time
+    stamps |= {stamp_images([{"path": str(path), "bytes": None}]), stamp_images([{"path": "gone.png", "bytes": None}])}
+    stamps |= {stamp_images([{"path": "a.png", "bytes": content}]) for content in (b"one", b"two")}
+    assert len(stamps) == 5
+    assert stamp_images([{"path": "b.png", "bytes": b"two"}]) in stamps
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -218,3 +230,22 @@ def test_processes_wait_two_hours_for_one_another(captioned, tmp_path, monkeypat
     monkeypatch.setattr(encoder_training, "start_processes", lambda **kwargs: started.append(1) or start(**kwargs))
     pretrain(debug(tmp_path, captions=str(captioned), steps=0))
     assert started
+
+
+def test_a_signal_ends_a_slow_run_at_its_next_step(captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder_training, "SLOW", 0.0)
+    batch, seen = encoder_training.Batches.batch, []
+
+    def killed_in_third(self, position):
+        seen.append(position)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, position)
+
+    monkeypatch.setattr(encoder_training.Batches, "batch", killed_in_third)
+    config = debug(tmp_path, captions=str(captioned), steps=8)
+    with pytest.raises(SystemExit, match="143"):
+        pretrain(config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    pretrain(config)
+    assert list(losses(tmp_path)) == list(range(1, 9))
