@@ -151,8 +151,10 @@ def pretrain_debug() -> PretrainConfig:
     )
 
 
-IMAGENET_TEACHER = TeacherConfig("mobilenetv2_100", num_classes=1001, options={"pad_type": "same"})
-"""MobileNetV2 with a background class, as TensorFlow's are."""
+IMAGENET_TEACHER = TeacherConfig(
+    "mobilenetv2_100", num_classes=1001, options={"pad_type": "same"}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+"""MobileNetV2 with a background class and an input of -1 to 1, as TensorFlow's are."""
 
 COCO_TEACHER = TeacherConfig(
     "yolox_nano.onnx",

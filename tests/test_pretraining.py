@@ -15,6 +15,7 @@ from captioner.data.pictures import open_source, store_pictures
 from captioner.data.views import ViewOrder, cut_views, draw_views, whole_views
 from captioner.encoders import create_encoder
 from captioner.encoders.from_vit import init_from_vit
+from captioner.training import encoder as encoder_training
 from captioner.training.encoder import pretrain
 from captioner.training.encoder_config import TeacherConfig
 from captioner.training.targets import TargetStore
@@ -96,25 +97,34 @@ def test_mixed_labels_leave_unlabelled_pictures_out(captioned, classes, tmp_path
         replace(config, mixup=0.2)
 
 
-def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog):
+def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(encoder_training, "SLOW", float("inf"))  # the clock is looked at every tenth step
     config = debug(tmp_path / "whole", teacher, captions=str(captioned), steps=22, save_minutes=0, ema=0.9)
     config = replace(config, early_share=0.5, early_size=48, encoder_options={"depth": 2, "drop_path_rate": 0.3})
     pretrain(config)
     broken = replace(config, output=tmp_path / "broken")
     pretrain(replace(broken, max_minutes=0))
-    assert list(losses(broken.output)) == list(range(1, 11))  # the clock is looked at every tenth step
+    assert list(losses(broken.output)) == [1]
     assert not (broken.output / "model.safetensors").exists()
     pretrain(broken)
     newest = broken.output / "checkpoints" / "step_00000022" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     (broken.output / "model.safetensors").unlink()
-    pretrain(broken)  # from step 20: the newest checkpoint is damaged
+    pretrain(broken)  # from step 12: the newest checkpoint is damaged
     assert "model.safetensors has" in caplog.text
     assert losses(broken.output) == losses(config.output)
     exported = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert exported[0] == exported[1]
     with pytest.raises(ValueError, match="was saved with seed 0, this run has 1"):
         pretrain(replace(broken, seed=1))
+    with pytest.raises(ValueError, match="was saved with image_size 64, this run has 48"):
+        pretrain(replace(broken, image_size=48, early_size=32))
+    with pytest.raises(ValueError, match="was saved with weights of teachers.0 {.*'grid_weight': 2.0"):
+        pretrain(replace(broken, teachers=(replace(teacher, grid_weight=3.0),)))
+    with pytest.raises(ValueError, match="was saved with teachers.0 'resnet10t .*', this run has 'resnet10t"):
+        pretrain(replace(broken, teachers=(replace(teacher, mean=(0.5,) * 3),)))
+    with pytest.raises(ValueError, match="was saved with pictures '8 of digest .*', this run has '8 of digest"):
+        pretrain(replace(broken, store_size=48))
 
 
 def test_an_exported_encoder_is_gone_on_with(captioned, tmp_path):
@@ -253,12 +263,13 @@ def test_targets_are_asked_for_once_and_refused_when_stale(tmp_path):
         return {"pooled": places[:, None].float()}
 
     rows = np.array([0, 1, 2])
-    first = TargetStore(tmp_path, "a", 4, 2)
+    shapes = {"pooled": (1,)}
+    first = TargetStore(tmp_path, "a", 4, 2, shapes)
     assert first.get(rows, rows * 0, compute)["pooled"].flatten().tolist() == [0, 1, 2]
-    reopened = TargetStore(tmp_path, "a", 4, 2)
+    reopened = TargetStore(tmp_path, "a", 4, 2, shapes)
     assert reopened.get(np.array([2, 3]), np.array([0, 0]), compute)["pooled"].flatten().tolist() == [2, 1]
     assert asked == [[0, 1, 2], [1]]
-    TargetStore(tmp_path, "another teacher", 4, 2).get(rows, rows * 0, compute)
+    TargetStore(tmp_path, "another teacher", 4, 2, shapes).get(rows, rows * 0, compute)
     assert asked[2] == [0, 1, 2]
 
 

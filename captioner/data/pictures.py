@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,7 @@ def open_source(name: str) -> Source:
     files = sorted(glob.glob(name))
     if not files:
         raise FileNotFoundError(f"no images at '{name}': neither a folder nor a file")
-    stamp = " ".join(f"{Path(file).name}:{Path(file).stat().st_size}" for file in files)
+    stamp = stamp_files(files)
     kinds = {Path(file).suffix for file in files}
     if kinds == {".parquet"}:
         return Source(name, read_parquet(name, files), stamp)
@@ -72,8 +73,29 @@ def open_folder(root: Path) -> Source:
     parts = [path.relative_to(root).parts for path in found]
     classes = [p[0] if len(p) > 1 else None for p in parts]
     labels = classes if None not in classes and len(set(classes)) > 1 else [None] * len(found)
-    stamp = f"{len(found)} {hashlib.sha256(repr(parts).encode()).hexdigest()}"
-    return Source(str(root), list(zip(found, labels, strict=True)), stamp)
+    return Source(str(root), list(zip(found, labels, strict=True)), stamp_files(found))
+
+
+def stamp_files(files: Iterable[str | Path]) -> str:
+    """Digest names, sizes and times of change of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            known = os.stat(file)
+        except OSError:
+            digest.update(f"{file} gone\n".encode())
+        else:
+            digest.update(f"{file} {known.st_size} {known.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def stamp_images(images: Iterable[Mapping]) -> str:
+    """Digest the images of a `datasets` column, not decoded: bytes as they are, files as `stamp_files` does."""
+    digest = hashlib.sha256()
+    for image in images:
+        content = image["bytes"]
+        digest.update(stamp_files([image["path"]]).encode() if content is None else hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def read_parquet(name: str, files: list[str]) -> Iterable[tuple[Mapping, str | None]]:
@@ -115,7 +137,7 @@ class PictureStore:
     """Decoded squares of several sources, and their classes.
 
     Attributes:
-        stamp: changes when the pictures do.
+        stamp: digest of the squares and their classes, wherever they came from.
         squares: uint8 (n, 3, R, R), memory-mapped or on the device.
         labels: int64 (n,), -1 where a picture has no class.
         classes: class names; sources that share a name share the class.
@@ -125,7 +147,7 @@ class PictureStore:
 
     def __init__(self, folder: Path):
         meta = json.loads((folder / "pictures.json").read_text())
-        self.stamp, self.side, self.classes = meta["stamp"], meta["side"], meta["classes"]
+        self.stamp, self.side, self.classes = meta["content"], meta["side"], meta["classes"]
         self.ranges = [range(start, stop) for start, stop in meta["ranges"]]
         self.labels = torch.tensor(meta["labels"])
         broken = np.zeros(len(self.labels), bool)
@@ -163,11 +185,14 @@ def store_pictures(sources: list[Source], side: int, folder: Path, workers: int 
         OSError: the disk is full.
     """
     stamp = hashlib.sha256(repr([(s.name, s.stamp, side) for s in sources]).encode()).hexdigest()
-    meta = folder / "pictures.json"
-    if meta.is_file() and json.loads(meta.read_text())["stamp"] == stamp:
+    meta, data = folder / "pictures.json", folder / "pictures.u8"
+    known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {"stamp": None}
+    if known["stamp"] == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
         return PictureStore(folder)
     folder.mkdir(parents=True, exist_ok=True)
     meta.unlink(missing_ok=True)
+    data.unlink(missing_ok=True)  # a run that still has the old file mapped keeps it
+    content = hashlib.sha256()
     ranges, labels, broken, classes = [], [], [], {}
 
     def decode(item: tuple[ImageSource, str | None]) -> tuple[np.ndarray, str | None]:
@@ -179,7 +204,7 @@ def store_pictures(sources: list[Source], side: int, folder: Path, workers: int 
             return np.zeros((0,), np.uint8), item[1]
 
     bar = tqdm(desc="decoding pictures", unit=" pictures", mininterval=2)
-    with (folder / "pictures.u8").open("wb") as file, ThreadPoolExecutor(workers) as pool:
+    with data.open("wb") as file, ThreadPoolExecutor(workers) as pool:
         for source in sources:
             start, items = len(labels), iter(source.items)
             while chunk := list(islice(items, CHUNK)):
@@ -188,7 +213,9 @@ def store_pictures(sources: list[Source], side: int, folder: Path, workers: int 
                         broken.append(len(labels))
                         square = np.zeros((3, side, side), np.uint8)
                     labels.append(-1 if label is None else classes.setdefault(label, len(classes)))
-                    file.write(np.ascontiguousarray(square))
+                    square = np.ascontiguousarray(square)
+                    content.update(square)
+                    file.write(square)
                     bar.update()
             ranges.append((start, len(labels)))
     bar.close()
@@ -196,8 +223,9 @@ def store_pictures(sources: list[Source], side: int, folder: Path, workers: int 
         raise ValueError(f"no picture in {', '.join(source.name for source in sources)} can be opened")
     if broken:
         logger.warning("%d of %d pictures could not be opened and are left out", len(broken), len(labels))
-    content = {"stamp": stamp, "side": side, "classes": list(classes), "ranges": ranges}
+    found = {"side": side, "classes": list(classes), "ranges": ranges, "labels": labels, "broken": broken}
+    content.update(json.dumps(found).encode())
     temporary = folder / ".pictures.json"
-    temporary.write_text(json.dumps(content | {"labels": labels, "broken": broken}))
+    temporary.write_text(json.dumps({"stamp": stamp, "content": content.hexdigest(), **found}))
     temporary.rename(meta)
     return PictureStore(folder)

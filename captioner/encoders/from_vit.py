@@ -8,6 +8,7 @@ projection, so that the lookup stream begins unchanged.
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from captioner.encoders.base import TokenEncoder
@@ -24,14 +25,13 @@ def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
         vit: timm name of a ViT, whose pretrained weights are taken, or a timm ViT itself.
 
     Raises:
-        ValueError: the encoder is no LookupViT, or width, heads, patch or depth of the ViT do not fit it.
+        ValueError: the encoder is no LookupViT, the ViT's weights cannot be had, or its width, heads, patch or depth do
+            not fit the encoder.
     """
     if not isinstance(encoder, LookupViT):
         raise ValueError(f"only a LookupViT can start from a ViT, not {type(encoder).__name__}")
     if isinstance(vit, str):
-        if not vit.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(vit.split(".")[0]):
-            raise ValueError(f"no ViT named '{vit}' in timm")
-        vit = timm.create_model(vit, pretrained=True, num_classes=0)
+        vit = create_timm("ViT", vit, pretrained=True, num_classes=0)
     check_fit(encoder, vit)
     with torch.no_grad():
         encoder.patch_embed.proj.load_state_dict(vit.patch_embed.proj.state_dict(), strict=False)
@@ -40,6 +40,27 @@ def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
         for i, block in enumerate(encoder.blocks):
             copy_block(block, vit.blocks[round(i * last / max(len(encoder.blocks) - 1, 1))])
         encoder.norm.load_state_dict(vit.norm.state_dict())
+
+
+def create_timm(what: str, name: str, **options) -> nn.Module:
+    """Build a timm model, saying in one line why it cannot be had.
+
+    Args:
+        what: what the model is to the user, as the message calls it.
+        name: timm name, with a tag or without, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        options: handed to `timm.create_model`.
+
+    Raises:
+        ValueError: there is no such model, its weights cannot be had, or it does not take the options.
+    """
+    if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"no {what} named '{name}' in timm")
+    try:
+        return timm.create_model(name, **options)
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(f"no weights of the {what} '{name}': {str(error).splitlines()[0]}") from None
+    except TypeError as error:
+        raise ValueError(f"the {what} '{name}' does not take its options: {str(error).splitlines()[0]}") from None
 
 
 def check_fit(encoder: LookupViT, vit: nn.Module) -> None:

@@ -19,8 +19,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
 
 from captioner.data.collate import open_pictures
 from captioner.data.token_cache import encoder_fingerprint, open_cache
@@ -44,6 +42,7 @@ from captioner.training.interruption import Interruption
 from captioner.training.precision import pick_precision
 from captioner.training.run_log import RunLog
 from captioner.training.samples import write_samples
+from captioner.training.schedule import learning_rates
 from captioner.training.scst import SelfCritical, silence_dropout
 from captioner.training.sharding import check_sharding, whole_weights
 from captioner.training.validation import validate
@@ -231,16 +230,6 @@ def train_step(
     values = torch.tensor([float(value) for value in totals.values()], device=accelerator.device)
     summed = dict(zip(totals, accelerator.reduce(values, "sum").tolist(), strict=True))
     return {**summed, "tokens": tokens.item()}
-
-
-def learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> LambdaLR:
-    """Schedule the learning rate from a step on: a function of the step and of this run's settings alone.
-
-    It is therefore not restored from a checkpoint, whose learning rate or length may be what has to change.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = config.learning_rate
-    return get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), total, last_epoch=step - 1)
 
 
 def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:

@@ -6,7 +6,6 @@ Letters: B batch, g compressed grid side, D student width, C teacher channels, K
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 from captioner.encoders import TokenEncoder
@@ -84,6 +83,9 @@ class Student(nn.Module):
         shapes: for each teacher, the shape of each of its outputs without the batch.
         num_classes: classes of the labels K; 0 for none.
         word_prior: mean target of each caption word (V,), if there are captions.
+
+    Raises:
+        ValueError: there is nothing to learn from.
     """
 
     def __init__(
@@ -110,6 +112,10 @@ class Student(nn.Module):
             self.word_head = nn.Linear(dim, len(word_prior))
             prior = torch.from_numpy(word_prior).clamp(1e-4, 1 - 1e-4)
             self.word_head.bias.data.copy_(torch.logit(prior))
+        if self.label_head is None and self.word_head is None and not any(heads.heads for heads in self.teachers):
+            raise ValueError(
+                "nothing to learn from: give --teachers, or a --label-weight, or --captions, above 0 weight"
+            )
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that timm's optimiser leaves undecayed: positions, the class token."""
@@ -145,8 +151,8 @@ class Student(nn.Module):
                 parts[name if number == 0 else f"{name}_{number + 1}"] = loss
         if self.label_head is not None:
             known = labels.sum(1) > 0.5
-            loss = SoftTargetCrossEntropy()(self.label_head(summary[known]).float(), labels[known])
-            parts["labels"] = loss if known.any() else summary.sum() * 0
+            loss = -(labels * self.label_head(summary).float().log_softmax(-1)).sum()  # a row of zeros adds nothing
+            parts["labels"] = loss / known.sum().clamp(min=1)
             total = total + self.config.label_weight * parts["labels"]
         if self.word_head is not None:
             known = ~words[:, 0].isnan()

@@ -56,10 +56,10 @@ class TeacherConfig:
 
     image_size: int | None = None
     """Side in pixels at which the teacher sees the view; `None` for the view's own."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Mean of the teacher's input, for pixels in [0, 1]."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Standard deviation of the teacher's input, for pixels in [0, 1]; 1/255 each makes an input of 0 to 255."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the teacher's input, for pixels in [0, 1]; `None` for what timm or transformers know of it, else 0.5."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the teacher's input, likewise; 1/255 each makes an input of 0 to 255."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """Order of the teacher's colour channels."""
 
@@ -96,6 +96,11 @@ class TeacherConfig:
             raise ValueError(f"say which outputs of '{self.name}' to learn from, with nodes or maps")
 
 
+AT_LEAST_ONE = ("image_size", "early_size", "store_size", "views", "captions_repeat", "num_words", "batch_size")
+AT_LEAST_ONE += ("workers", "probe_pictures", "log_every")
+SHARES = ("early_share", "min_crop", "label_smoothing", "warmup", "ema")
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """Make an encoder, from labels, from teachers and from the words of captions, over several compressed grids."""
@@ -105,8 +110,7 @@ class PretrainConfig:
     encoder: str = "lookupvit_small_patch16_224"
     """timm name of the student, or `local-dir:FOLDER` to go on from an exported encoder."""
     encoder_options: Options = field(default_factory=dict)
-    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`; with `dynamic_img_size=True` a timm ViT
-    takes views of other sizes, as `early_size` has them."""
+    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`."""
     init_from: str | None = None
     """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too)."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
@@ -192,8 +196,18 @@ class PretrainConfig:
     """Stop after this many minutes with a checkpoint (a further run goes on); `None` runs to the end."""
 
     def __post_init__(self):
-        if min(self.grids) < 1:
+        if not self.grids or min(self.grids) < 1:
             raise ValueError(f"grids are positive, not {self.grids}")
+        for name in AT_LEAST_ONE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} is a share of 1, not {getattr(self, name)}")
+        if bool(self.probe_train) != bool(self.probe_val):
+            raise ValueError("a probe needs pictures to learn from and others to try it on: --probe-train, --probe-val")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix mix pairs: --batch-size must be even, not {self.batch_size}")
         if (self.mixup or self.cutmix) and self.views is not None:
             raise ValueError("mixup and cutmix make a new view every time: leave --views unset, or both at 0")
         if (self.mixup or self.cutmix) and self.label_weight <= 0:

@@ -17,8 +17,25 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of the nearest-neighbour vote (Wu et al., CVPR 2018, as DINO uses it)."""
 
 
+def open_pictures(config: PretrainConfig) -> list[PictureStore]:
+    """Open the pictures to fit the probe on and those to try it on, decoding them where that is still to do.
+
+    Raises:
+        ValueError: the two have no classes, or not the same ones.
+        OSError: there are no such pictures, or the disk is full.
+    """
+    folder = config.store or config.output / "store"
+    stores = [
+        store_pictures([open_source(name)], config.store_size, folder / part, config.workers)
+        for part, name in (("probe_train", config.probe_train), ("probe_val", config.probe_val))
+    ]
+    if not all(store.classes for store in stores) or set(stores[1].classes) - set(stores[0].classes):
+        raise ValueError("the probe's pictures have no classes, or the validation has others: check --probe-train/-val")
+    return stores
+
+
 def probe_encoder(encoder: TokenEncoder, config: PretrainConfig, device: torch.device) -> list[dict]:
-    """Probe an encoder at each of the config's grids.
+    """Probe an encoder at each of the config's grids; one process does this.
 
     Returns:
         A record for each grid: `grid`, `probe_top1` (linear) and `knn_top1`, shares of the validation pictures.
@@ -26,13 +43,7 @@ def probe_encoder(encoder: TokenEncoder, config: PretrainConfig, device: torch.d
     Raises:
         ValueError: the two sets of pictures have no classes, or not the same ones.
     """
-    folder = config.store or config.output / "store"
-    stores = [
-        store_pictures([open_source(name)], config.store_size, folder / part, config.workers)
-        for part, name in (("probe_train", config.probe_train), ("probe_val", config.probe_val))
-    ]
-    if not stores[0].classes or set(stores[1].classes) - set(stores[0].classes):
-        raise ValueError("the probe's pictures have no classes, or the validation has others: check --probe-train/-val")
+    stores = open_pictures(config)
     renumber = torch.tensor([stores[0].classes.index(name) for name in stores[1].classes])
     rows = [pick_rows(store, count) for store, count in zip(stores, (config.probe_pictures, None), strict=True)]
     labels = [store.labels[r].to(device) for store, r in zip(stores, rows, strict=True)]
@@ -65,13 +76,17 @@ def pick_rows(store: PictureStore, count: int | None) -> torch.Tensor:
 def pooled_features(
     encoder: TokenEncoder, store: PictureStore, rows: torch.Tensor, grid: int, size: int, device: torch.device
 ) -> torch.Tensor:
-    """Encode whole pictures and join class token (the first) and mean of the others: (n, 2 D)."""
+    """Encode whole pictures and join class token (the first) and mean of the others: (n, 2 D).
+
+    Of an encoder without a class token, the mean is all there is: (n, D).
+    """
     mean, std = (torch.tensor(encoder.default_cfg[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
     features = []
     for part in rows.split(256):
         pixels = cut_views(store.batch(part, device), whole_views(len(part)), size)
         tokens = encoder.forward_tokens((pixels - mean) / std, (grid, grid)).float()
-        features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+        alone = getattr(encoder, "num_prefix_tokens", 1) == 0
+        features.append(tokens.mean(1) if alone else torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
     return torch.cat(features)
 
 

@@ -3,15 +3,27 @@
 Letters: B batch, S side of a view, K teacher classes, C teacher channels, (h, w) the teacher's map.
 """
 
-import timm
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from captioner.encoders.from_vit import create_timm
 from captioner.training.encoder_config import TeacherConfig
 from captioner.training.targets import Targets
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("logit_weight", "pooled_weight", "grid_weight", "map_weight", "temperature")
+"""Settings of a teacher that its outputs do not depend on."""
 
 
 class Teacher(nn.Module):
@@ -23,9 +35,28 @@ class Teacher(nn.Module):
 
     def __init__(self, config: TeacherConfig):
         super().__init__()
-        self.config = config
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1))
+        self.config, self.source = config, ""
+
+    def set_range(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+        """Take the input's mean and deviation from the config, else those given, which the network was trained with."""
+        mean, std = self.config.mean or mean, self.config.std or std
+        if mean is None or std is None:
+            logger.warning(
+                "'%s' does not say the mean and std of its input: taking 0.5; or give both", self.config.name
+            )
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values or (0.5,) * 3, dtype=torch.float32).view(3, 1, 1))
+
+    @cached_property
+    def stamp(self) -> str:
+        """Name and digest of all that its outputs depend on: weights and settings, wherever its files are."""
+        settings = replace(self.config, name="", checkpoint=None, mean=None, std=None, **dict.fromkeys(WEIGHTS, 0.0))
+        name = Path(self.config.name).name
+        digest = hashlib.sha256(f"{name} {settings} {self.source}".encode())
+        for key, value in self.state_dict().items():  # mean and std are in it
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return f"{name} {digest.hexdigest()[:16]}"
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode."""
@@ -52,12 +83,12 @@ class TimmTeacher(Teacher):
 
     def __init__(self, config: TeacherConfig):
         super().__init__(config)
-        if not timm.is_model(config.name.split(".")[0]):
-            raise ValueError(f"no teacher named '{config.name}' in timm")
         options = dict(config.options) | ({} if config.num_classes is None else {"num_classes": config.num_classes})
-        self.model = timm.create_model(config.name, pretrained=config.checkpoint is None, **options)
+        self.model = create_timm("teacher", config.name, pretrained=config.checkpoint is None, **options)
         if config.checkpoint is not None:
             self.load(config.checkpoint)
+        known = self.model.pretrained_cfg
+        self.set_range(known.get("mean"), known.get("std"))
 
     def load(self, path) -> None:
         """Load local weights; where batch norm was folded into the convolutions, it stays the identity."""
@@ -100,13 +131,20 @@ class TransformersTeacher(Teacher):
 
     def __init__(self, config: TeacherConfig):
         super().__init__(config)
-        from transformers import AutoModel
+        from transformers import AutoImageProcessor, AutoModel
 
         try:
             model = AutoModel.from_pretrained(config.name, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"no teacher at '{config.name}': {str(error).splitlines()[0]}") from None
         self.model = getattr(model, "vision_model", model)  # of an image-text model, the image half
+        try:
+            prepares = AutoImageProcessor.from_pretrained(config.name)
+        except (OSError, ValueError):  # it has none
+            return self.set_range()
+        if not getattr(prepares, "do_normalize", True):
+            return self.set_range((0.0,) * 3, (1.0,) * 3)
+        self.set_range(getattr(prepares, "image_mean", None), getattr(prepares, "image_std", None))
 
     def look(self, pixels: torch.Tensor) -> Targets:
         """Return the feature map, and the pooled feature where the model has one (else the map's mean)."""
@@ -140,6 +178,8 @@ class OnnxTeacher(Teacher):
         if absent := [name for name in (*config.nodes.values(), *config.maps) if name not in self.outputs]:
             raise ValueError(f"'{config.name}' has no output '{absent[0]}', only {', '.join(self.outputs)}")
         self.model = convert(graph)
+        self.source = hashlib.sha256(Path(config.name).read_bytes()).hexdigest()
+        self.set_range()
         first, _, end = config.map_classes.partition(":")
         self.classes = slice(int(first) if first else None, int(end) if end else None)
 
