@@ -203,7 +203,6 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
         encoder_options={"depth": 6},
         teachers=(IMAGENET_TEACHER, replace(COCO_TEACHER, image_size=320)),
         captions_repeat=2,
-        word_weight=0.0,  # a small encoder learns the captions of 6,000 pictures by heart, which misleads the decoder
         grids=(3, 5, 5, 5, 7, 10),
         early_size=112,
         early_share=0.8,

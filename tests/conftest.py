@@ -135,6 +135,17 @@ def captioned(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory):
+    """A folder of plain pictures, one subfolder a colour, four pictures each."""
+    root = tmp_path_factory.mktemp("classes")
+    for name, rgb in COLOURS.items():
+        (root / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (48, 40), tuple(min(255, c + 5 * number) for c in rgb)).save(root / name / f"{number}.png")
+    return root
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(name, content):

