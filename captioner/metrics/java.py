@@ -169,13 +169,12 @@ def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> s
     try:
         output, errors = process.communicate(text, timeout)
     except subprocess.TimeoutExpired:
-        _stop(process)
         raise JavaError(
             f"{name} took longer than {timeout:.0f} s and was stopped; raise java_timeout (--java-timeout)"
         ) from None
-    except BaseException:
-        _stop(process)
-        raise
+    finally:
+        if process.returncode is None:  # the time is up, or the run was interrupted
+            _stop(process)
     if process.returncode:
         lines = errors.decode(errors="replace").strip().splitlines() or ["no message"]
         # The last line of a stack trace says nothing.
