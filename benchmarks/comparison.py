@@ -2,17 +2,18 @@
 
     python benchmarks/comparison.py --root flickr8k --lookupvit runs/lookupvit --vit runs/vit --output results
 
-Both encoders are exported by `captioner pretrain`, ideally by the same recipe. For the ViT, and for LookupViT at each
-grid from its one set of weights: pictures are encoded once into a token cache, the decoder recipe is trained on it, the
-test split is captioned and scored. What is done already is not done again, so a run that was cut goes on. Writes
-`comparison.json`, `comparison.md` and `comparison.svg`.
+Both encoders are exported by `captioner pretrain`, ideally by the same recipe. For each, pictures are encoded once into
+a token cache and a decoder is trained on it: on all tokens of the ViT; on LookupViT's at a grid drawn for each step.
+Then the test split is captioned and scored, with LookupViT at each of its grids, from one set of weights of encoder and
+decoder alike. What is done already is not done again, so a run that was cut goes on. Writes `comparison.json`,
+`comparison.md` and `comparison.svg`.
 """
 
 import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import median, mode
 
 import torch
 import tyro
@@ -37,7 +38,7 @@ class Settings:
     """Settings of the run."""
 
     root: str
-    """Captioned images with the splits train, val and test."""
+    """Captioned images with the splits train, val and the one to score on."""
     lookupvit: Path
     """Folder of the exported LookupViT."""
     vit: Path | None = None
@@ -50,10 +51,14 @@ class Settings:
     """Decoder recipe."""
     epochs: float | None = None
     """Epochs in place of the recipe's."""
+    evaluate_images: int | None = None
+    """Validation images that choose the best decoder; `None` for the recipe's."""
+    split: str = "test"
+    """Split to score on."""
     image_size: int | None = None
     """Side of the picture in pixels; `None` for the encoder's own."""
-    grids: tuple[str, ...] = ("3x3", "5x5", "7x7", "10x10")
-    """Compressed grids of LookupViT."""
+    grids: tuple[str, ...] = ("3x3", "5x5", "5x5", "5x5", "7x7", "10x10")
+    """Compressed grids of LookupViT: each step of its decoder draws one, each is a line of the table."""
     views: int = 4
     """Views of each training picture in the cache."""
     mixed_precision: str = "no"
@@ -83,62 +88,78 @@ class Row:
     bytes: int = 0
 
 
-def measure(settings: Settings, name: str, folder: Path, grid: str | None) -> Row:
-    """Train and score one encoder at one grid, or read what a run before found."""
-    work = settings.work / f"{name}_{grid or 'all'}"
-    done, made_by = work / "row.json", {"folder": str(folder), **decided_by(settings)}
+def measure(settings: Settings, name: str, folder: Path, grids: tuple[str, ...] = ()) -> list[Row]:
+    """Train a decoder on one encoder and score it at each grid, or read what a run before found."""
+    work = settings.work / name
+    done, made_by = work / "rows.json", {"folder": str(folder), **decided_by(settings)}
     if done.is_file():
         found = json.loads(done.read_text())
         if found["made_by"] != made_by:
             raise ValueError(f"'{done}' was made with other settings, {found['made_by']}; name another --work")
-        return Row(**found["row"])
-    data = DataConfig(root=settings.root)
+        return [Row(**row) for row in found["rows"]]
+    config: TrainConfig = recipes.TRAIN[settings.recipe]()
     encoder = EncoderConfig(encoder=f"local-dir:{folder}", image_size=settings.image_size)
+    data = DataConfig(root=settings.root)
     fill_cache(
         CacheConfig(
             output=work / "tokens",
             data=data,
             model=encoder,
-            splits=("train", "val", "test"),
-            grids=(grid,) if grid else (),
+            splits=tuple(dict.fromkeys([data.train_split, data.val_split, settings.split])),
+            grids=tuple(dict.fromkeys(grids)),
             views=settings.views,
             mixed_precision=settings.mixed_precision,
         )
     )
-    config: TrainConfig = recipes.TRAIN[settings.recipe]()
     data = replace(data, tokens=work / "tokens")
-    model = replace(config.model, **asdict(encoder), grid=grid)
-    config = replace(config, output=work / "run", data=data, model=model, epochs=settings.epochs or config.epochs)
-    best = train(replace(config, mixed_precision=settings.mixed_precision))
-    scores = evaluate(EvaluateConfig(model=str(best), data=data, output=work / "test"))
-    interval = confidence(scores)["CIDEr"]
-    kept = {key: scores[key] for key in SCORES if key in scores.corpus}
-    row = Row(name, grid or "all", str(folder), kept, interval.low, interval.high, probe(settings, folder, grid))
-    done.write_text(json.dumps({"made_by": made_by, "row": asdict(row)}, indent=1))
-    return row
+    best = train(
+        replace(
+            config,
+            output=work / "run",
+            data=data,
+            model=replace(config.model, **asdict(encoder), grid=mode(grids) if grids else None),
+            grids=grids,
+            epochs=settings.epochs or config.epochs,
+            evaluate_images=settings.evaluate_images or config.evaluate_images,
+            mixed_precision=settings.mixed_precision,
+        )
+    )
+    probes = probe(settings, folder, grids)
+    rows = []
+    for grid in sorted(set(grids), key=parse_grid) or [None]:
+        output = work / f"{settings.split}_{grid or 'all'}"
+        scores = evaluate(EvaluateConfig(str(best), data, settings.split, output, grid=grid))
+        interval = confidence(scores)["CIDEr"]
+        kept = {key: scores[key] for key in SCORES if key in scores.corpus}
+        rows.append(Row(name, grid or "all", str(folder), kept, interval.low, interval.high, probes.get(grid)))
+    done.write_text(json.dumps({"made_by": made_by, "rows": [asdict(row) for row in rows]}, indent=1))
+    return rows
 
 
 def decided_by(settings: Settings) -> dict:
-    """Return the settings that decide a row's scores."""
-    names = ("root", "recipe", "epochs", "image_size", "views", "mixed_precision", "probe_train", "probe_val")
-    return {name: getattr(settings, name) for name in names}
+    """Return the settings that decide a line's scores, as JSON has them."""
+    names = ("root", "recipe", "epochs", "evaluate_images", "split", "image_size", "views", "mixed_precision")
+    names += ("grids", "probe_train", "probe_val")
+    return {name: list(v) if isinstance(v := getattr(settings, name), tuple) else v for name in names}
 
 
-def probe(settings: Settings, folder: Path, grid: str | None) -> float | None:
-    """Classify pictures by a linear layer on the frozen tokens (see `captioner.training.probe`); None without any."""
+def probe(settings: Settings, folder: Path, grids: tuple[str, ...]) -> dict[str | None, float]:
+    """Classify pictures by a linear layer on the frozen tokens (see `captioner.training.probe`), for each grid."""
     if settings.probe_train is None or settings.probe_val is None:
-        return None
+        return {}
     encoder = create_encoder(f"local-dir:{folder}")
     side = settings.image_size or encoder.default_cfg["input_size"][-1]
+    sides = {parse_grid(grid)[0]: grid for grid in grids} or {side // 16: None}  # a ViT is probed on its own grid
     config = PretrainConfig(
-        grids=(parse_grid(grid)[0] if grid else side // 16,),
+        grids=tuple(sides),
         image_size=side,
         store=settings.work / "pictures",
         store_size=64,
         probe_train=settings.probe_train,
         probe_val=settings.probe_val,
     )
-    return probe_encoder(encoder.freeze(), config, torch.device("cpu"))[0]["probe_top1"]
+    found = probe_encoder(encoder.freeze(), config, torch.device("cpu"))
+    return {sides[record["grid"]]: record["probe_top1"] for record in found}
 
 
 @torch.inference_mode()
@@ -178,7 +199,7 @@ def write_table(rows: list[Row], settings: Settings) -> None:
     points = [
         Point(row.encoder, row.grid, row.gflops, row.scores["CIDEr"], row.cider_low, row.cider_high) for row in rows
     ]
-    plot = draw_tradeoff(points, "encoder GFLOPs per picture", "CIDEr, test split")
+    plot = draw_tradeoff(points, "encoder GFLOPs per picture", f"CIDEr, {settings.split} split")
     (settings.output / "comparison.svg").write_text(plot)
     print("\n".join(lines))
 
@@ -186,8 +207,8 @@ def write_table(rows: list[Row], settings: Settings) -> None:
 def main() -> None:
     """Measure every encoder and grid."""
     settings = tyro.cli(Settings, description=__doc__)
-    rows = [measure(settings, "ViT", settings.vit, None)] if settings.vit else []
-    rows += [measure(settings, "LookupViT", settings.lookupvit, grid) for grid in settings.grids]
+    rows = measure(settings, "ViT", settings.vit) if settings.vit else []
+    rows += measure(settings, "LookupViT", settings.lookupvit, settings.grids)
     measure_costs(rows, settings)
     write_table(rows, settings)
 

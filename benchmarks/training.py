@@ -1,9 +1,9 @@
 """Decoder training: from the token cache, encoding online, and by transformers' own means, in one run.
 
-    python benchmarks/training.py --root flickr8k [--batch 32] [--steps 6] [--rounds 3] [--device cpu]
+    python benchmarks/training.py --root flickr8k [--mixed-precision bf16] [--batch 32] [--steps 6] [--rounds 3]
 
 All train the same decoder from scratch (GPT-2's architecture, width, depth, vocabulary) on a frozen encoder of ViT-S
-size at 224 px, in float32, on the same pictures and captions, opened by the same code in the training process:
+size at 224 px, in one precision, on the same pictures and captions, opened by the same code in the training process:
 
 - ours: `captioner train`'s own stream and step, with LookupViT-S at 5x5; K captions of a picture share its encoding.
 - the peer: `VisionEncoderDecoderModel` (`ViTModel`, frozen, and `GPT2LMHeadModel` with cross-attention) under
@@ -67,6 +67,8 @@ class Settings:
     """Times that every variant runs."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
+    mixed_precision: str = "no"
+    """Precision of every forward, the peer's too: no or bf16."""
 
 
 class Ours:
@@ -90,7 +92,7 @@ class Ours:
     def step(self) -> float:
         """Train one step; returns its loss."""
         objective = CrossEntropy(self.config.label_smoothing)
-        loss = train_step(self.accelerator, self.model, self.batches, objective, self.config)["loss"]
+        loss = train_step(self.accelerator, self.model, self.batches, objective, self.config, step=0)["loss"]
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -164,6 +166,7 @@ class Peer:
                 weight_decay=self.config.weight_decay,
                 max_grad_norm=self.config.clip,
                 use_cpu=self.settings.device == "cpu",
+                bf16=self.settings.mixed_precision == "bf16",
                 remove_unused_columns=False,
                 save_strategy="no",
                 report_to=[],
@@ -183,7 +186,8 @@ def build(settings: Settings, folder: Path) -> dict[str, Ours | Peer]:
     DatasetDict({"train": table.select(range(settings.pictures))}).save_to_disk(folder / "pictures")
     data = DataConfig(root=str(folder / "pictures"), workers=0)
     fill_cache(CacheConfig(output=folder / "tokens", data=data, splits=("train",)))
-    accelerator, recipe = Accelerator(cpu=settings.device == "cpu"), flickr8k()
+    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision)
+    recipe = flickr8k()
     recipe = replace(recipe, batch_size=settings.batch, model=replace(recipe.model, grid="5x5", image_size=224))
     variants: dict[str, Ours | Peer] = {}
     for count in settings.captions:
@@ -211,7 +215,8 @@ def main() -> None:
                 taken[name] += list(variant.times(settings.steps + 1))[1:]
     rates = {name: variants[name].captions / median(times) for name, times in taken.items()}
     peer = rates[list(rates)[-1]]
-    machine = f"{settings.device}, {platform.machine()}, {torch.get_num_threads()} threads"
+    precision = "float32" if settings.mixed_precision == "no" else settings.mixed_precision
+    machine = f"{settings.device}, {platform.machine()}, {torch.get_num_threads()} threads, {precision}"
     print(f"\ntorch {torch.__version__}, {machine}, {settings.batch} pictures a step, encoders frozen")
     print(f"\n{'':<48}{'M trained':>10}{'captions/s':>12}{'of the peer':>12}{'of online':>11}")
     for name, rate in rates.items():

@@ -186,6 +186,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
+        grid: Grid | None = None,
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> CaptionerOutput:
@@ -197,6 +198,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             attention_mask: 1 for text, 0 for padding (B*K, T).
             labels: text to predict (B*K, T), usually `input_ids` with `IGNORED` for padding and prompt.
             image_tokens: encoded images (B, M, D), in place of pixels.
+            grid: compressed grid asked of the encoder; `None` for the configured one.
             label_smoothing: share of the probability spread over the vocabulary in the loss.
             kwargs: handed to the decoder.
 
@@ -205,7 +207,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None:
             raise ValueError("no text: give input_ids that begin with the start token")
-        prefix = self.prefix(pixel_values, image_tokens)  # (B, M, E)
+        prefix = self.prefix(pixel_values, image_tokens, grid)  # (B, M, E)
         if len(input_ids) % len(prefix):
             raise ValueError(f"{len(input_ids)} captions do not divide among {len(prefix)} images")
         count = len(input_ids) // len(prefix)

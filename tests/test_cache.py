@@ -32,8 +32,8 @@ def read_all(folder) -> dict[str, torch.Tensor]:
     """Read every picture's tokens (V, M, D), by grid and name."""
     found = {}
     for grid in json.loads((folder / "cache.json").read_text())["grids"]:
-        cache = TokenCache(folder, grid=grid)
-        tokens = torch.cat(cache.shards)
+        cache = TokenCache(folder, grids=[grid])
+        tokens = torch.cat(cache.shards[grid])
         found |= {f"{grid} {name}": tokens[row] for name, row in cache.rows.items()}
     return found
 

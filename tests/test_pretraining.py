@@ -74,6 +74,7 @@ def test_labels_are_learned_and_probed(classes, tmp_path):
     probes = {record["grid"]: record["probe_top1"] for record in records if "probe_top1" in record}
     assert set(probes) == {2, 3}
     assert min(probes.values()) > 0.9
+    assert min(record["label_top1"] for record in records if "label_top1" in record) > 0.5  # of four classes
 
 
 def test_mixed_labels_leave_unlabelled_pictures_out(captioned, classes, tmp_path):

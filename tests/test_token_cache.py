@@ -13,9 +13,10 @@ from captioner.data.captions import read_captions
 from captioner.data.collate import CaptionStream
 from captioner.data.token_cache import open_cache
 from captioner.evaluation import evaluate
+from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 from captioner.training.cache import fill_cache
-from captioner.training.config import DataConfig, EncoderConfig, EvaluateConfig
+from captioner.training.config import DataConfig, EncoderConfig, EvaluateConfig, parse_grid
 from captioner.training.decoder import train
 
 ROOT = Path(__file__).parents[1]
@@ -57,12 +58,20 @@ def debug(root, output, tokens=None, **kwargs):
     return replace(config, output=output, data=data, model=replace(config.model, image_size=64), epochs=1, **kwargs)
 
 
-def test_training_from_the_cache_equals_training_from_pictures(cache_config, noise, tmp_path, monkeypatch):
-    config = cache_config(tmp_path / "tokens", grids=("3x3",))
+@pytest.mark.parametrize("grids", [(), ("2x2", "3x3")])
+def test_training_from_the_cache_equals_training_from_pictures(cache_config, noise, tmp_path, monkeypatch, grids):
+    config, seen, encode = cache_config(tmp_path / "tokens", grids=("2x2", "3x3")), [], CaptionerModel.encode
+
+    def watched(self, pixel_values, grid=None):
+        seen.append(grid)
+        return encode(self, pixel_values, grid)
+
+    monkeypatch.setattr(CaptionerModel, "encode", watched)
     fill_cache(replace(config, model=EncoderConfig("lookupvit_tiny_patch16_224", image_size=64)))
-    train(debug(noise, tmp_path / "online"))
+    train(debug(noise, tmp_path / "online", grids=grids))
+    assert set(seen) == {None, *map(parse_grid, grids)}  # None, the model's own, is what validation asks for
     forbid_pictures(monkeypatch)
-    train(debug(noise, tmp_path / "cached", tmp_path / "tokens"))
+    train(debug(noise, tmp_path / "cached", tmp_path / "tokens", grids=grids))
     online, cached = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("online", "cached")

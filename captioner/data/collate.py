@@ -57,18 +57,23 @@ Pictures = PictureFiles | CachedPictures
 
 
 def open_pictures(
-    table: "datasets.Dataset", processor: CaptionerProcessor, cache: TokenCache | None = None, required: bool = True
+    table: "datasets.Dataset",
+    processor: CaptionerProcessor,
+    cache: TokenCache | None = None,
+    required: bool = True,
+    grids: Sequence[str] = (),
 ) -> Pictures:
     """Open the pictures of a table from a cache if there is one, else from their files.
 
     Args:
         required: whether a cache that lacks some of them is an error, or their files are taken, with a warning.
+        grids: grids at which a cache is read, if not at one.
 
     Raises:
         ValueError: the cache lacks pictures, or they are not the files that were encoded.
     """
     if cache is not None and (required or not cache.missing(table)):
-        return cache.pictures(table)
+        return cache.pictures(table, grids)
     if cache is not None:
         logger.warning("'%s' lacks pictures of the split '%s': they are encoded anew", cache.folder, table[0]["split"])
     return PictureFiles(table, processor)
@@ -129,8 +134,8 @@ class CaptionStream(SeededStream):
         """Batch B items.
 
         Returns:
-            `pixel_values` (B, 3, H, W) or `image_tokens` (B, M, D), the `rows` of the pictures in the table (B,), and
-            the text tensors of `Texts.batch` (B*K, T).
+            `pixel_values` (B, 3, H, W) or `image_tokens` (B, M, D), of several grids by their names, the `rows` of the
+            pictures in the table (B,), and the text tensors of `Texts.batch` (B*K, T).
         """
         pictures = self.pictures.batch([item["picture"] for item in items], [item["view"] for item in items])
         pictures["rows"] = torch.tensor([item["row"] for item in items])

@@ -82,44 +82,45 @@ def picture_size(image: dict) -> int:
 
 
 class TokenCache:
-    """A token cache on disk; opening it reads the headers of its files, and maps the tokens of one grid.
+    """A token cache on disk; opening it reads the headers of its files, and maps the tokens of the grids named.
 
     Args:
         folder: what `captioner cache` wrote.
         source: the `encoder_fingerprint` that the cache must come from; `None` takes any.
-        grid: name of the grid to read; `None` maps no tokens.
+        grids: names of the grids to read.
 
     Raises:
         FileNotFoundError: no cache is there.
-        ValueError: it comes from another encoder, lacks the grid, is damaged, or is no cache at all.
+        ValueError: it comes from another encoder, lacks a grid, is damaged, or is no cache at all.
     """
 
-    def __init__(self, folder: Path, source: dict | None = None, grid: str | None = None):
+    def __init__(self, folder: Path, source: dict | None = None, grids: Sequence[str] = ()):
         self.folder, self.manifest = folder, read_manifest(folder)
         if source is not None:
             self.check(source)
-        if grid is not None and grid not in self.manifest["grids"]:
+        if lacking := [grid for grid in grids if grid not in self.manifest["grids"]]:
             raise ValueError(
-                f"the token cache '{folder}' holds the grids {', '.join(self.manifest['grids'])}, not {grid}; ask for "
-                f"one of them, or make another cache: captioner cache --grids {grid} --output OTHER-FOLDER ..."
+                f"the token cache '{folder}' holds the grids {', '.join(self.manifest['grids'])}, not "
+                f"{', '.join(lacking)}; ask for those it holds, or make another cache: captioner cache --grids "
+                f"{' '.join(grids)} --output OTHER-FOLDER ..."
             )
         self.rows: dict[str, int] = {}
         self.sizes: list[int] = []
         self.broken: dict[str, tuple[int, str]] = {}
-        self.shards: list[torch.Tensor] = []
+        self.shards: dict[str, list[torch.Tensor]] = {grid: [] for grid in grids}
+        self.starts = [0]
         expected = manifest_digest(self.manifest)
         for path in sorted(folder.glob(SHARDS)):
-            self._open_shard(path, expected, grid)
-        self.starts = np.cumsum([0, *map(len, self.shards)])
+            self._open_shard(path, expected)
 
-    def _open_shard(self, path: Path, expected: str, grid: str | None) -> None:
+    def _open_shard(self, path: Path, expected: str) -> None:
         remedy = "delete that file and run the same `captioner cache` again, which makes only what it held"
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
                 made_by = header["made_by"]
                 images, broken = json.loads(header["images"]), json.loads(header["broken"])
-                tokens = file.get_tensor(grid) if grid is not None and images else None
+                tokens = {grid: file.get_tensor(grid) for grid in self.shards} if images else {}
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"'{path}' is truncated or damaged ({error}); {remedy}") from None
         if made_by != expected:
@@ -128,8 +129,10 @@ class TokenCache:
             self.rows[name] = len(self.sizes)
             self.sizes.append(size)
         self.broken |= {name: (size, error) for name, size, error in broken}
-        if tokens is not None:
-            self.shards.append(tokens)
+        if images:
+            self.starts.append(len(self.sizes))
+        for grid, shard in tokens.items():
+            self.shards[grid].append(shard)
 
     def check(self, source: dict) -> None:
         """Refuse a cache that another encoder or another preprocessing made.
@@ -158,8 +161,8 @@ class TokenCache:
         """Count the pictures of a table that are neither encoded nor known to be unreadable."""
         return sum(name not in self.rows and name not in self.broken for name in picture_names(table))
 
-    def pictures(self, table: "Dataset") -> "CachedPictures":
-        """Find the pictures of a table.
+    def pictures(self, table: "Dataset", grids: Sequence[str] = ()) -> "CachedPictures":
+        """Find the pictures of a table, to be read at several `grids`; without any, at the first that is mapped.
 
         Raises:
             ValueError: some are not in the cache, or are not the files that were encoded.
@@ -177,17 +180,21 @@ class TokenCache:
                     f"'{image['path'] or names[number]}' has {size} bytes, but {self.sizes[row]} when it was encoded "
                     f"into '{self.folder}': the pictures have changed; make another token cache"
                 )
-        return CachedPictures(self, names)
+        return CachedPictures(self, names, grids)
 
 
 class CachedPictures:
-    """The pictures of a caption table as the model takes them, from a token cache: `image_tokens` (B, M, D)."""
+    """The pictures of a caption table as the model takes them, from a token cache.
 
-    def __init__(self, cache: TokenCache, names: Sequence[str]):
-        self.shards, self.views = cache.shards, cache.manifest["views"]
+    Batches have `image_tokens` (B, M, D); of several `grids`, one such tensor for each, by name.
+    """
+
+    def __init__(self, cache: TokenCache, names: Sequence[str], grids: Sequence[str] = ()):
+        self.shards, self.grids, self.views = cache.shards, tuple(grids), cache.manifest["views"]
         rows = np.array([cache.rows.get(name, -1) for name in names])
-        shard = np.searchsorted(cache.starts, rows, side="right") - 1
-        self.shard, self.row = shard.tolist(), (rows - cache.starts[shard]).tolist()
+        starts = np.array(cache.starts)
+        shard = np.searchsorted(starts, rows, side="right") - 1
+        self.shard, self.row = shard.tolist(), (rows - starts[shard]).tolist()
         self.errors = {number: cache.broken[names[number]][1] for number in np.flatnonzero(rows < 0).tolist()}
 
     def __len__(self) -> int:
@@ -207,28 +214,44 @@ class CachedPictures:
             raise ImageError(self.errors[number])
         return number
 
-    def batch(self, opened: Sequence[int], views: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    def batch(self, opened: Sequence[int], views: Sequence[int] | None = None) -> dict:
         """Gather the tokens of B pictures, each in the view given, else in the plain one."""
-        first = self.shards[self.shard[opened[0]]]
+        views = views or [0] * len(opened)
+        if self.grids:
+            return {"image_tokens": {grid: self.gather(self.shards[grid], opened, views) for grid in self.grids}}
+        return {"image_tokens": self.gather(next(iter(self.shards.values())), opened, views)}
+
+    def gather(self, shards: list[torch.Tensor], opened: Sequence[int], views: Sequence[int]) -> torch.Tensor:
+        """Gather the tokens (B, M, D) of B pictures at one grid."""
+        first = shards[self.shard[opened[0]]]
         tokens = torch.empty(len(opened), *first.shape[2:], dtype=first.dtype)  # (B, M, D)
-        for i, number in enumerate(opened):
-            tokens[i] = self.shards[self.shard[number]][self.row[number], views[i] if views else 0]
-        return {"image_tokens": tokens}
+        for i, (number, view) in enumerate(zip(opened, views, strict=True)):
+            tokens[i] = shards[self.shard[number]][self.row[number], view]
+        return tokens
 
 
 def open_cache(
-    folder: Path | None, model: CaptionerModel, processor: CaptionerProcessor, grid: Grid | None = None
+    folder: Path | None,
+    model: CaptionerModel,
+    processor: CaptionerProcessor,
+    grid: Grid | None = None,
+    more: Sequence[str] = (),
 ) -> TokenCache | None:
-    """Open the cache of a model's image tokens at its own grid, or another; None without a folder.
+    """Open the cache of a model's image tokens; None without a folder.
+
+    Args:
+        grid: the grid at which pictures are read; `None` for the model's own.
+        more: names of further grids, for pictures that are read at several.
 
     Raises:
         FileNotFoundError: no cache is there.
-        ValueError: it is not of this model, lacks the grid, or is damaged.
+        ValueError: it is not of this model, lacks a grid, or is damaged.
     """
     if folder is None:
         return None
     source = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
-    return TokenCache(folder, source, grid_name(model.encoder, grid or model.config.grid))
+    first = grid_name(model.encoder, grid or model.config.grid)
+    return TokenCache(folder, source, tuple(dict.fromkeys([first, *more])))
 
 
 def read_manifest(folder: Path) -> dict:

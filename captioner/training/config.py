@@ -136,6 +136,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     scst: ScstConfig = field(default_factory=ScstConfig)
 
+    grids: tuple[str, ...] = ()
+    """Compressed grids such as `3x3 5x5 5x5 10x10`, of which each step draws one, so that one decoder serves all;
+    without any, the model's own. A token cache must hold them."""
     epochs: float = 12.0
     """Passes over the training images."""
     batch_size: int = 32
@@ -193,6 +196,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.data.streaming and self.stage == "scst":
             raise ValueError("stage scst needs the references of all images at hand; leave --data.streaming out")
+        for grid in self.grids:
+            parse_grid(grid)
 
     @property
     def folder(self) -> Path:

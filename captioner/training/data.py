@@ -1,5 +1,6 @@
 """What a run learns from, as its loop takes it: a caption table, or the rows of a stream (`--data.streaming`)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from captioner.data.collate import CaptionStream, open_pictures
@@ -37,14 +38,19 @@ class TableData:
         return {"data.streaming": None}
 
     def stream(
-        self, processor: CaptionerProcessor, captions_per_image: int, seed: int, cache: TokenCache | None
+        self,
+        processor: CaptionerProcessor,
+        captions_per_image: int,
+        seed: int,
+        cache: TokenCache | None,
+        grids: Sequence[str] = (),
     ) -> CaptionStream:
-        """Open the endless stream of training items, from a token cache if there is one.
+        """Open the endless stream of training items, from a token cache if there is one, at several grids if asked.
 
         Raises:
             ValueError: the cache lacks pictures, or they are not the files that were encoded.
         """
-        pictures = open_pictures(self.table, processor, cache)
+        pictures = open_pictures(self.table, processor, cache, grids=grids)
         return CaptionStream(self.table, processor, captions_per_image, seed, pictures)
 
 
@@ -71,7 +77,12 @@ class RowData:
         }
 
     def stream(
-        self, processor: CaptionerProcessor, captions_per_image: int, seed: int, cache: TokenCache | None
+        self,
+        processor: CaptionerProcessor,
+        captions_per_image: int,
+        seed: int,
+        cache: TokenCache | None,
+        grids: Sequence[str] = (),
     ) -> RowStream:
         """Open the endless stream of training items."""
         assert cache is None, "DataConfig refuses both"

@@ -146,7 +146,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         rebuilt = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
         export_encoder(final, rebuilt, config.output)
     if config.probe_train and accelerator.is_main_process:
-        for record in probe_encoder(final, config, accelerator.device):
+        head = accelerator.unwrap_model(student).label_head
+        for record in probe_encoder(final, config, accelerator.device, head, batches.store.classes):
             log.write({"step": step, **record})
     accelerator.wait_for_everyone()
     accelerator.end_training()

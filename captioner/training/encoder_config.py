@@ -182,7 +182,7 @@ class PretrainConfig:
     probe_train: str | None = None
     """Labelled pictures (as `images`) on which, at the end, a linear probe is fitted for each grid."""
     probe_val: str | None = None
-    """Labelled pictures whose share classified right by the probe is reported."""
+    """Labelled pictures whose share classified right is reported: by the probe, by neighbours, by the label head."""
     probe_pictures: int = 10_000
     """Pictures the probe is fitted on, at most."""
     log_every: int = 50

@@ -3,6 +3,8 @@
 Letters: n pictures, D token width, K classes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,11 +36,22 @@ def open_pictures(config: PretrainConfig) -> list[PictureStore]:
     return stores
 
 
-def probe_encoder(encoder: TokenEncoder, config: PretrainConfig, device: torch.device) -> list[dict]:
+def probe_encoder(
+    encoder: TokenEncoder,
+    config: PretrainConfig,
+    device: torch.device,
+    head: nn.Linear | None = None,
+    classes: Sequence[str] = (),
+) -> list[dict]:
     """Probe an encoder at each of the config's grids; one process does this.
 
+    Args:
+        head: the classifier (D -> K) that was trained with the encoder on class labels.
+        classes: names of its K classes; it is tried if the validation pictures have no others.
+
     Returns:
-        A record for each grid: `grid`, `probe_top1` (linear) and `knn_top1`, shares of the validation pictures.
+        A record for each grid: `grid`, `probe_top1` (linear) and `knn_top1`, and `label_top1` of the head; shares of
+        the validation pictures.
 
     Raises:
         ValueError: the two sets of pictures have no classes, or not the same ones.
@@ -48,6 +61,10 @@ def probe_encoder(encoder: TokenEncoder, config: PretrainConfig, device: torch.d
     rows = [pick_rows(store, count) for store, count in zip(stores, (config.probe_pictures, None), strict=True)]
     labels = [store.labels[r].to(device) for store, r in zip(stores, rows, strict=True)]
     labels[1] = renumber.to(device)[labels[1]]
+    head_labels = None
+    if head is not None and set(stores[1].classes) <= set(classes):
+        renumber = torch.tensor([classes.index(name) for name in stores[1].classes])
+        head_labels = renumber[stores[1].labels[rows[1]]].to(device)
     encoder.eval()
     records = []
     for grid in sorted(set(config.grids)):
@@ -55,12 +72,17 @@ def probe_encoder(encoder: TokenEncoder, config: PretrainConfig, device: torch.d
             pooled_features(encoder, store, r, grid, config.image_size, device)
             for store, r in zip(stores, rows, strict=True)
         )
+        record = {"grid": grid}
+        if head_labels is not None:
+            with torch.no_grad():
+                guess = head(val[:, : head.in_features]).argmax(1)
+            record["label_top1"] = (guess == head_labels).float().mean().item()
         mean, std = train.mean(0), train.std(0) + 1e-6
         train, val = (train - mean) / std, (val - mean) / std
         logits = fit_linear(train, labels[0], len(stores[0].classes))(val)
         top1 = (logits.argmax(1) == labels[1]).float().mean().item()
         knn = (vote(train, labels[0], val, len(stores[0].classes)) == labels[1]).float().mean().item()
-        records.append({"grid": grid, "probe_top1": top1, "knn_top1": knn})
+        records.append({**record, "probe_top1": top1, "knn_top1": knn})
     return records
 
 

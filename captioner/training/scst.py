@@ -110,7 +110,9 @@ class SelfCritical:
         settings = {"input_ids": start, "max_new_tokens": self.max_new_tokens}
         count = self.config.samples
         with self.accelerator.autocast(), whole_weights(model):
-            tokens = batch["image_tokens"] if "image_tokens" in batch else captioner.encode(batch["pixel_values"])
+            tokens = batch.get("image_tokens")
+            if tokens is None:
+                tokens = captioner.encode(batch["pixel_values"], batch.get("grid"))
             settings["image_tokens"] = tokens
             way = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             if self.config.search == "beam":
