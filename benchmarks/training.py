@@ -82,7 +82,9 @@ class Ours:
         cache = open_cache(config.data.tokens, model, self.processor)
         found = open_pictures(table, self.processor, cache)
         stream = CaptionStream(table, self.processor, config.data.captions_per_image, config.seed, found)
-        optimizer = create_optimizer_v2(model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = create_optimizer_v2(
+            model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
         self.table, self.captioner = table, model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         loader = stream.loader(0, 2**20, config.batch_size, 0, collate_fn=stream.collate)

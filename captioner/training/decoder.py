@@ -121,7 +121,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     total = math.ceil(config.epochs * steps_per_epoch)
     evaluate_steps = max(1, round(config.evaluate_every * steps_per_epoch))
     optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+        model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
     )  # timm leaves parameters without gradient out
     trainable, parts = trainable_parameters(model), part_digests(model, processor)
     model, optimizer = accelerator.prepare(model, optimizer)
