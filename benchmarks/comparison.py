@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, mode
+from typing import Literal
 
 import torch
 import tyro
@@ -29,6 +30,7 @@ from captioner.training.config import CacheConfig, DataConfig, EncoderConfig, Ev
 from captioner.training.decoder import train
 from captioner.training.encoder_config import PretrainConfig
 from captioner.training.probe import probe_encoder
+from captioner.whole_files import open_whole
 
 SCORES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
@@ -58,17 +60,23 @@ class Settings:
     image_size: int | None = None
     """Side of the picture in pixels; `None` for the encoder's own."""
     grids: tuple[str, ...] = ("3x3", "5x5", "5x5", "5x5", "7x7", "10x10")
-    """Compressed grids of LookupViT: each step of its decoder draws one, each is a line of the table."""
+    """Compressed grids of LookupViT: each step of its decoder draws one, each is a line of the table; the most frequent
+    is validated at, and so chooses the best decoder."""
     views: int = 4
     """Views of each training picture in the cache."""
-    mixed_precision: str = "no"
-    """Precision in which pictures are encoded for the cache and decoders are trained: no, bf16 or fp16."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision in which pictures are encoded for the cache and decoders are trained."""
     probe_train: str | None = None
     """Labelled pictures for a linear probe of every encoder and grid (see `captioner pretrain --help`)."""
     probe_val: str | None = None
     """Labelled pictures on which the probe is scored."""
     batch: int = 32
     """Pictures per forward when encoders are timed."""
+
+    def __post_init__(self):
+        if not self.grids:
+            raise ValueError("name at least one of --grids")
+        self.grids = tuple("x".join(map(str, parse_grid(grid))) for grid in self.grids)
 
 
 @dataclass
@@ -91,7 +99,7 @@ class Row:
 def measure(settings: Settings, name: str, folder: Path, grids: tuple[str, ...] = ()) -> list[Row]:
     """Train a decoder on one encoder and score it at each grid, or read what a run before found."""
     work = settings.work / name
-    done, made_by = work / "rows.json", {"folder": str(folder), **decided_by(settings)}
+    done, made_by = work / "rows.json", {"folder": str(folder), "grids": list(grids), **decided_by(settings)}
     if done.is_file():
         found = json.loads(done.read_text())
         if found["made_by"] != made_by:
@@ -132,24 +140,25 @@ def measure(settings: Settings, name: str, folder: Path, grids: tuple[str, ...] 
         interval = confidence(scores)["CIDEr"]
         kept = {key: scores[key] for key in SCORES if key in scores.corpus}
         rows.append(Row(name, grid or "all", str(folder), kept, interval.low, interval.high, probes.get(grid)))
-    done.write_text(json.dumps({"made_by": made_by, "rows": [asdict(row) for row in rows]}, indent=1))
+    with open_whole(done) as file:
+        json.dump({"made_by": made_by, "rows": [asdict(row) for row in rows]}, file, indent=1)
     return rows
 
 
 def decided_by(settings: Settings) -> dict:
-    """Return the settings that decide a line's scores, as JSON has them."""
+    """Return the settings that decide a line's scores."""
     names = ("root", "recipe", "epochs", "evaluate_images", "split", "image_size", "views", "mixed_precision")
-    names += ("grids", "probe_train", "probe_val")
-    return {name: list(v) if isinstance(v := getattr(settings, name), tuple) else v for name in names}
+    return {name: getattr(settings, name) for name in (*names, "probe_train", "probe_val")}
 
 
 def probe(settings: Settings, folder: Path, grids: tuple[str, ...]) -> dict[str | None, float]:
-    """Classify pictures by a linear layer on the frozen tokens (see `captioner.training.probe`), for each grid."""
+    """Classify pictures by a linear layer on the frozen tokens (`captioner.training.probe`), for each square grid."""
     if settings.probe_train is None or settings.probe_val is None:
         return {}
     encoder = create_encoder(f"local-dir:{folder}")
     side = settings.image_size or encoder.default_cfg["input_size"][-1]
-    sides = {parse_grid(grid)[0]: grid for grid in grids} or {side // 16: None}  # a ViT is probed on its own grid
+    square = {parse_grid(grid)[0]: grid for grid in grids if len(set(parse_grid(grid))) == 1}
+    sides = square if grids else {side // 16: None}  # a ViT is probed on its own grid
     config = PretrainConfig(
         grids=tuple(sides),
         image_size=side,

@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import DatasetDict
-from timm.optim import create_optimizer_v2
 from torch.utils.data import Dataset
 from transformers import (
     GPT2LMHeadModel,
@@ -46,7 +46,7 @@ from captioner.recipes import flickr8k
 from captioner.training.build import build_captioner
 from captioner.training.cache import fill_cache
 from captioner.training.config import CacheConfig, DataConfig, TrainConfig
-from captioner.training.decoder import CrossEntropy, train_step
+from captioner.training.decoder import CrossEntropy, create_optimizer, train_step
 
 
 @dataclass
@@ -67,8 +67,8 @@ class Settings:
     """Times that every variant runs."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
-    mixed_precision: str = "no"
-    """Precision of every forward, the peer's too: no or bf16."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Precision of every forward, the peer's too."""
 
 
 class Ours:
@@ -82,9 +82,7 @@ class Ours:
         cache = open_cache(config.data.tokens, model, self.processor)
         found = open_pictures(table, self.processor, cache)
         stream = CaptionStream(table, self.processor, config.data.captions_per_image, config.seed, found)
-        optimizer = create_optimizer_v2(
-            model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        optimizer = create_optimizer(model, config)
         self.table, self.captioner = table, model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         loader = stream.loader(0, 2**20, config.batch_size, 0, collate_fn=stream.collate)
@@ -94,7 +92,7 @@ class Ours:
     def step(self) -> float:
         """Train one step; returns its loss."""
         objective = CrossEntropy(self.config.label_smoothing)
-        loss = train_step(self.accelerator, self.model, self.batches, objective, self.config, step=0)["loss"]
+        loss = train_step(self.accelerator, self.model, self.batches, objective, self.config)["loss"]
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

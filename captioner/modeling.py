@@ -152,7 +152,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) into image tokens (B, M, D), at the configured grid unless another is given."""
-        return self.encoder.encode(pixel_values, grid or self.config.grid)
+        grid = grid or self.config.grid
+        return self.encoder.encode(pixel_values, None if grid is None else tuple(grid))  # loaders make lists of tuples
 
     def prefix(
         self,

@@ -36,7 +36,8 @@ def with_dropout(config):
 @pytest.fixture(scope="module")
 def unbroken(captioned, tmp_path_factory):
     """The folder of a run of 12 steps, validated at each fourth, that was never stopped."""
-    config = with_dropout(debug(captioned, tmp_path_factory.mktemp("unbroken"), epochs=3, log_every=2))
+    config = debug(captioned, tmp_path_factory.mktemp("unbroken"), epochs=3, log_every=2, grids=("2x2", "3x3"))
+    config = with_dropout(config)
     train(config)
     return config
 
@@ -81,6 +82,7 @@ def test_a_signal_during_validation_stops_at_once_and_validation_comes_again(unb
 def test_a_run_killed_at_random_moments_has_the_losses_of_one_never_killed(captioned, unbroken, tmp_path):
     command = [sys.executable, "train.py", "debug", "--data.root", captioned, "--data.captions-per-image", 2]
     command += ["--epochs", 3, "--log-every", 2, "--model.dropout", 0.2, "--save-steps", 1, "--output", tmp_path]
+    command += ["--grids", "2x2", "3x3"]
     env = os.environ | {"CAPTIONER_DEBUG": "1"}
     moments = random.Random(0)
     for kill in (True, True, True, False):
@@ -239,7 +241,7 @@ def shifted(encoder):
     ("change", "message"),
     [
         ({"width": 32}, "was saved with model.width 64, this run has 32"),
-        ({"encoder": "vit_tiny_patch16_224", "grid": None}, "was saved with model.encoder 'lookupvit"),
+        ({"encoder": "vit_tiny_patch16_224"}, "was saved with model.encoder 'lookupvit"),
         ({"blind": True}, "was saved with model.blind False, this run has True"),
     ],
 )

@@ -23,6 +23,7 @@ def test_the_comparison_has_a_line_for_each_encoder_and_grid_and_goes_on(caption
         args += [f"--{name}", tmp_path / name]
     done = subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("training and") == 2
     rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
     assert [(row["encoder"], row["grid"], row["tokens"]) for row in rows] == [
         ("ViT", "all", 17),

@@ -189,7 +189,7 @@ def test_scst_continues_cross_entropy_and_raises_the_reward(captioned, tmp_path,
 
 
 def test_scst_resumes_exactly(captioned, tmp_path, monkeypatch):
-    first = debug(captioned, tmp_path / "xe", epochs=1)
+    first = debug(captioned, tmp_path / "xe", epochs=1, grids=("2x2", "3x3"))
     start = str(train(first))
     whole, broken = (
         scst(first, output=tmp_path / name, init_from=start, epochs=2, learning_rate=1e-3)

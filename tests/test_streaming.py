@@ -270,7 +270,7 @@ def test_a_streamed_run_cut_and_resumed_is_the_unbroken_one(saved, tmp_path, mon
 @pytest.mark.slow
 def test_two_processes_stream_as_one(saved, tmp_path):
     shared = ["debug", "--data.root", saved(count=24), "--data.streaming", "--data.stream-buffer", 5, "--epochs", 1]
-    shared += ["--data.captions-per-image", 2, "--data.workers", 2]
+    shared += ["--data.captions-per-image", 2, "--data.workers", 2, "--grids", "2x2", "3x3"]
     for processes, batch in ((1, 8), (2, 4)):
         output = tmp_path / str(processes)
         result = launch("train.py", *shared, "--batch-size", batch, "--output", output, processes=processes)

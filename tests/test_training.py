@@ -68,6 +68,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(captioned, tmp_path):
         train(debug(captioned, tmp_path, epochs=4, learning_rate=1e30, clip=1e30))
 
 
+@pytest.mark.parametrize(
+    ("model", "grids", "message"),
+    [
+        ({}, ("2x2", "5x5"), "has a grid of its own, 3x3, to validate at: name one of --grids with --model.grid"),
+        ({"grid": None}, ("2x2", "3X3"), "has a grid of its own, 5x5"),
+        ({"encoder": "vit_tiny_patch16_224", "grid": None}, ("2x2", "3x3"), "hands on all its tokens: name one of"),
+        ({}, ("3x3", "15x15"), "15x15"),
+        ({"max_length": 500}, ("3x3", "7x7"), "room for 512 tokens; those of the grid 7x7 and text need 550"),
+        ({}, ("3x3", "five"), "grid 'five' is not of the form ROWSxCOLUMNS"),
+    ],
+)
+def test_grids_that_do_not_fit_are_refused_before_training(captioned, tmp_path, model, grids, message):
+    config = debug(captioned, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, model=replace(config.model, **model), grids=grids))
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_training_stops_early(captioned, tmp_path):
     train(debug(captioned, tmp_path, epochs=20, learning_rate=1e-9, patience=2))
     assert len(losses(tmp_path, "CIDEr")) == 3
@@ -76,6 +94,7 @@ def test_training_stops_early(captioned, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(captioned, tmp_path):
     shared = ["debug", "--data.root", captioned, "--data.captions-per-image", 2, "--epochs", 1]
+    shared += ["--grids", "2x2", "3x3", "7x7"]
     for processes, batch in ((1, 8), (2, 4)):
         output = tmp_path / str(processes)
         result = launch("train.py", *shared, "--batch-size", batch, "--output", output, processes=processes)

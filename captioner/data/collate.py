@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captioner.data.stream import SeededStream
 from captioner.data.token_cache import CachedPictures, TokenCache
+from captioner.encoders import Grid
 from captioner.images import ImageError
 from captioner.processing import CaptionerProcessor
 
@@ -48,9 +49,11 @@ class PictureFiles:
         """
         return self.processor.pixels(self.table[number]["image"])
 
-    def batch(self, opened: Sequence[torch.Tensor], views: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-        """Stack B opened pictures."""
-        return {"pixel_values": torch.stack(list(opened))}
+    def batch(
+        self, opened: Sequence[torch.Tensor], views: Sequence[int] | None = None, grid: Grid | None = None
+    ) -> dict[str, torch.Tensor | Grid]:
+        """Stack B opened pictures; the `grid`, if one is given, goes along for the encoder."""
+        return {"pixel_values": torch.stack(list(opened))} | ({"grid": grid} if grid else {})
 
 
 Pictures = PictureFiles | CachedPictures
@@ -61,19 +64,17 @@ def open_pictures(
     processor: CaptionerProcessor,
     cache: TokenCache | None = None,
     required: bool = True,
-    grids: Sequence[str] = (),
 ) -> Pictures:
     """Open the pictures of a table from a cache if there is one, else from their files.
 
     Args:
         required: whether a cache that lacks some of them is an error, or their files are taken, with a warning.
-        grids: grids at which a cache is read, if not at one.
 
     Raises:
         ValueError: the cache lacks pictures, or they are not the files that were encoded.
     """
     if cache is not None and (required or not cache.missing(table)):
-        return cache.pictures(table, grids)
+        return cache.pictures(table)
     if cache is not None:
         logger.warning("'%s' lacks pictures of the split '%s': they are encoded anew", cache.folder, table[0]["split"])
     return PictureFiles(table, processor)
@@ -99,8 +100,10 @@ class CaptionStream(SeededStream):
         table: the caption table.
         processor: the model's processor.
         captions_per_image: K.
-        seed: decides order, captions and views.
+        seed: decides order, captions, views and grids.
         pictures: where the pictures come from; the files of the table if absent.
+        grids: compressed grids, of which each optimiser step draws one; without any, the model's own.
+        per_step: pictures of an optimiser step, over all processes.
     """
 
     def __init__(
@@ -110,8 +113,10 @@ class CaptionStream(SeededStream):
         captions_per_image: int,
         seed: int,
         pictures: Pictures | None = None,
+        grids: Sequence[Grid] = (),
+        per_step: int = 1,
     ):
-        super().__init__(len(table), seed)
+        super().__init__(len(table), seed, grids, per_step)
         self.pictures = pictures or PictureFiles(table, processor)
         self.texts = processor.texts([caption for group in table["captions"] for caption in group])
         self.counts = [len(group) for group in table["captions"]]
@@ -130,13 +135,14 @@ class CaptionStream(SeededStream):
         """Load the items from position `start` to `stop` in batches, in as many processes as the pictures need."""
         return super().loader(start, stop, batch_size, self.pictures.workers(workers), collate_fn)
 
-    def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
+    def collate(self, items: list[dict]) -> dict[str, torch.Tensor | Grid]:
         """Batch B items.
 
         Returns:
-            `pixel_values` (B, 3, H, W) or `image_tokens` (B, M, D), of several grids by their names, the `rows` of the
-            pictures in the table (B,), and the text tensors of `Texts.batch` (B*K, T).
+            `pixel_values` (B, 3, H, W) and the step's `grid`, if any, or `image_tokens` (B, M, D) at it; the `rows` of
+            the pictures in the table (B,); and the text tensors of `Texts.batch` (B*K, T).
         """
-        pictures = self.pictures.batch([item["picture"] for item in items], [item["view"] for item in items])
+        opened, views = ([item[name] for item in items] for name in ("picture", "view"))
+        pictures = self.pictures.batch(opened, views, self.grid(items))
         pictures["rows"] = torch.tensor([item["row"] for item in items])
         return pictures | self.texts.batch([caption for item in items for caption in item["captions"]])

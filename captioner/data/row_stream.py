@@ -5,7 +5,7 @@ Letters: B pictures, K captions of each, T text tokens.
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from captioner.data.caption_table import OnBad
 from captioner.data.rows import StreamedRows, tidy_captions
 from captioner.data.stream import SeededStream
+from captioner.encoders import Grid
 from captioner.images import ImageError
 from captioner.processing import CaptionerProcessor
 
@@ -64,6 +65,8 @@ class RowStream(SeededStream):
         seed: decides order and captions.
         buffer: rows in the shuffle buffer.
         on_bad: whether an unusable row is skipped or refused.
+        grids: compressed grids, of which each optimiser step draws one; without any, the model's own.
+        per_step: rows of an optimiser step, over all processes.
     """
 
     def __init__(
@@ -74,8 +77,10 @@ class RowStream(SeededStream):
         seed: int,
         buffer: int = 10_000,
         on_bad: OnBad = "skip",
+        grids: Sequence[Grid] = (),
+        per_step: int = 1,
     ):
-        super().__init__(len(rows), seed)
+        super().__init__(len(rows), seed, grids, per_step)
         self.rows, self.processor, self.captions_per_image = rows, processor, captions_per_image
         self.buffer, self.on_bad = buffer, on_bad
         self.threads = 1
@@ -128,7 +133,9 @@ class RowStream(SeededStream):
         self.threads = max(1, workers)
         return super().loader(start, stop, batch_size, min(workers, 1), collate_fn)
 
-    def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        """Batch B items: `pixel_values` (B, 3, H, W) and the text tensors of `Texts.batch` (B*K, T)."""
+    def collate(self, items: list[dict]) -> dict[str, torch.Tensor | Grid]:
+        """Batch B items: `pixel_values` (B, 3, H, W), the step's `grid`, if any, and the text of `Texts.batch`."""
         pictures = {"pixel_values": torch.stack([item["picture"] for item in items])}
+        if grid := self.grid(items):
+            pictures["grid"] = grid
         return pictures | self.processor.text([caption for item in items for caption in item["captions"]])

@@ -4,19 +4,28 @@ Item i is the same in every process and every run, so a job shards by position a
 """
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from captioner.encoders import Grid
 from captioner.images import ImageError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 PATIENCE = 20
 """Broken pictures in a row after which the data, not a picture, is at fault."""
+
+
+def draw_grid(grids: Sequence[T], seed: int, step: int) -> T:
+    """Draw the compressed grid of an optimiser step, the same in every process."""
+    return grids[int(np.random.default_rng((seed, step)).integers(len(grids)))]
 
 
 class SeededStream(Dataset):
@@ -24,10 +33,16 @@ class SeededStream(Dataset):
 
     A subclass implements `load(number, i)`, where `number` says which picture and i seeds what is random about it. A
     picture that cannot be opened is reported once, counted, and replaced by the next.
+
+    Args:
+        size: pictures in an epoch.
+        seed: decides all that is random.
+        grids: compressed grids, of which each optimiser step draws one; without any, the encoder's own.
+        per_step: positions of an optimiser step, over all processes.
     """
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed = size, seed
+    def __init__(self, size: int, seed: int, grids: Sequence[Grid] = (), per_step: int = 1):
+        self.size, self.seed, self.grids, self.per_step = size, seed, grids, per_step
         self.broken: set[int] = set()
 
     def load(self, number: int, i: int) -> dict[str, Any]:
@@ -51,13 +66,17 @@ class SeededStream(Dataset):
         for attempt in range(PATIENCE):
             number = self.choose(i, attempt)
             try:
-                return self.load(number, i)
+                return self.load(number, i) | {"place": i}
             except ImageError as error:
                 last = error
                 if number not in self.broken:
                     self.broken.add(number)
                     logger.warning("skipped: %s (%d so far)", error, len(self.broken))
         raise ValueError(f"{PATIENCE} pictures in a row cannot be used; the last: {last}")
+
+    def grid(self, items: list[dict]) -> Grid | None:
+        """Return the grid of the step that a batch of items belongs to."""
+        return draw_grid(self.grids, self.seed, items[0]["place"] // self.per_step) if self.grids else None
 
     def generator(self, i: int) -> np.random.Generator:
         """Return the random numbers of position i."""

@@ -87,7 +87,7 @@ class TokenCache:
     Args:
         folder: what `captioner cache` wrote.
         source: the `encoder_fingerprint` that the cache must come from; `None` takes any.
-        grids: names of the grids to read.
+        grids: names of the grids to read; the first is what pictures are read at unless they are asked for another.
 
     Raises:
         FileNotFoundError: no cache is there.
@@ -101,8 +101,9 @@ class TokenCache:
         if lacking := [grid for grid in grids if grid not in self.manifest["grids"]]:
             raise ValueError(
                 f"the token cache '{folder}' holds the grids {', '.join(self.manifest['grids'])}, not "
-                f"{', '.join(lacking)}; ask for those it holds, or make another cache: captioner cache --grids "
-                f"{' '.join(grids)} --output OTHER-FOLDER ..."
+                f"{', '.join(lacking)}; ask for those it holds, or make another cache: captioner cache "
+                + ("" if "all" in grids else f"--grids {' '.join(grids)} ")
+                + "--output OTHER-FOLDER ..."
             )
         self.rows: dict[str, int] = {}
         self.sizes: list[int] = []
@@ -161,8 +162,8 @@ class TokenCache:
         """Count the pictures of a table that are neither encoded nor known to be unreadable."""
         return sum(name not in self.rows and name not in self.broken for name in picture_names(table))
 
-    def pictures(self, table: "Dataset", grids: Sequence[str] = ()) -> "CachedPictures":
-        """Find the pictures of a table, to be read at several `grids`; without any, at the first that is mapped.
+    def pictures(self, table: "Dataset") -> "CachedPictures":
+        """Find the pictures of a table.
 
         Raises:
             ValueError: some are not in the cache, or are not the files that were encoded.
@@ -180,17 +181,15 @@ class TokenCache:
                     f"'{image['path'] or names[number]}' has {size} bytes, but {self.sizes[row]} when it was encoded "
                     f"into '{self.folder}': the pictures have changed; make another token cache"
                 )
-        return CachedPictures(self, names, grids)
+        return CachedPictures(self, names)
 
 
 class CachedPictures:
-    """The pictures of a caption table as the model takes them, from a token cache.
+    """The pictures of a caption table as the model takes them, from a token cache: `image_tokens` (B, M, D)."""
 
-    Batches have `image_tokens` (B, M, D); of several `grids`, one such tensor for each, by name.
-    """
-
-    def __init__(self, cache: TokenCache, names: Sequence[str], grids: Sequence[str] = ()):
-        self.shards, self.grids, self.views = cache.shards, tuple(grids), cache.manifest["views"]
+    def __init__(self, cache: TokenCache, names: Sequence[str]):
+        self.shards, self.views = cache.shards, cache.manifest["views"]
+        self.first = next(iter(cache.shards))
         rows = np.array([cache.rows.get(name, -1) for name in names])
         starts = np.array(cache.starts)
         shard = np.searchsorted(starts, rows, side="right") - 1
@@ -214,20 +213,16 @@ class CachedPictures:
             raise ImageError(self.errors[number])
         return number
 
-    def batch(self, opened: Sequence[int], views: Sequence[int] | None = None) -> dict:
-        """Gather the tokens of B pictures, each in the view given, else in the plain one."""
-        views = views or [0] * len(opened)
-        if self.grids:
-            return {"image_tokens": {grid: self.gather(self.shards[grid], opened, views) for grid in self.grids}}
-        return {"image_tokens": self.gather(next(iter(self.shards.values())), opened, views)}
-
-    def gather(self, shards: list[torch.Tensor], opened: Sequence[int], views: Sequence[int]) -> torch.Tensor:
-        """Gather the tokens (B, M, D) of B pictures at one grid."""
-        first = shards[self.shard[opened[0]]]
-        tokens = torch.empty(len(opened), *first.shape[2:], dtype=first.dtype)  # (B, M, D)
-        for i, (number, view) in enumerate(zip(opened, views, strict=True)):
-            tokens[i] = shards[self.shard[number]][self.row[number], view]
-        return tokens
+    def batch(
+        self, opened: Sequence[int], views: Sequence[int] | None = None, grid: Grid | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Gather the tokens of B pictures at a grid, each in the view given, else in the plain one."""
+        shards = self.shards[f"{grid[0]}x{grid[1]}" if grid else self.first]
+        some = shards[self.shard[opened[0]]]
+        tokens = torch.empty(len(opened), *some.shape[2:], dtype=some.dtype)  # (B, M, D)
+        for i, number in enumerate(opened):
+            tokens[i] = shards[self.shard[number]][self.row[number], views[i] if views else 0]
+        return {"image_tokens": tokens}
 
 
 def open_cache(
@@ -235,13 +230,13 @@ def open_cache(
     model: CaptionerModel,
     processor: CaptionerProcessor,
     grid: Grid | None = None,
-    more: Sequence[str] = (),
+    grids: Sequence[Grid] = (),
 ) -> TokenCache | None:
     """Open the cache of a model's image tokens; None without a folder.
 
     Args:
         grid: the grid at which pictures are read; `None` for the model's own.
-        more: names of further grids, for pictures that are read at several.
+        grids: all grids that may be asked for in its place.
 
     Raises:
         FileNotFoundError: no cache is there.
@@ -250,8 +245,8 @@ def open_cache(
     if folder is None:
         return None
     source = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
-    first = grid_name(model.encoder, grid or model.config.grid)
-    return TokenCache(folder, source, tuple(dict.fromkeys([first, *more])))
+    names = [grid_name(model.encoder, wanted) for wanted in (grid or model.config.grid, *grids)]
+    return TokenCache(folder, source, tuple(dict.fromkeys(names)))
 
 
 def read_manifest(folder: Path) -> dict:

@@ -16,10 +16,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from captioner.encoders import create_encoder, encoder_config
+from captioner.encoders import Grid, create_encoder, encoder_config
 from captioner.modeling import CaptionerConfig, CaptionerModel
 from captioner.pipeline import load
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
+from captioner.training.cache import token_shapes
 from captioner.training.config import ModelConfig, TrainConfig, parse_grid
 
 ADAPTER = "default"
@@ -60,6 +61,28 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         max_new_tokens=config.max_new_tokens,
     )
     return model, processor
+
+
+def training_grids(config: TrainConfig, model: CaptionerModel, processor: CaptionerProcessor) -> list[Grid]:
+    """Return the compressed grids that training steps draw from.
+
+    Raises:
+        ValueError: the model's own is not among them, the encoder does not have one, or the decoder not the room.
+    """
+    grids = [parse_grid(grid) for grid in config.grids]
+    own = model.config.grid or getattr(model.encoder, "grid", None)
+    if grids and own not in grids:
+        said = "hands on all its tokens" if own is None else f"has a grid of its own, {own[0]}x{own[1]}, to validate at"
+        raise ValueError(f"this model {said}: name one of --grids with --model.grid, or leave --grids out")
+    shapes = token_shapes(model.encoder, processor.image["input_size"], dict(zip(config.grids, grids, strict=True)))
+    room = getattr(model.config.text_config, "max_position_embeddings", None)
+    for name, (tokens, _) in shapes.items():
+        if model.config.fusion == "prefix" and room is not None and tokens + processor.max_length > room:
+            raise ValueError(
+                f"the decoder has room for {room} tokens; those of the grid {name} and text need "
+                f"{tokens + processor.max_length}: leave it out of --grids, or lower --model.max-length"
+            )
+    return grids
 
 
 def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:

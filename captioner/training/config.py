@@ -137,8 +137,9 @@ class TrainConfig:
     scst: ScstConfig = field(default_factory=ScstConfig)
 
     grids: tuple[str, ...] = ()
-    """Compressed grids such as `3x3 5x5 5x5 10x10`, of which each step draws one, so that one decoder serves all;
-    without any, the model's own. A token cache must hold them."""
+    """Compressed grids such as `3x3 5x5 5x5 10x10`, of which each step draws one, so that one decoder serves all. The
+    model's own, at which it is validated, must be among them, and a token cache must hold them; without any, the
+    model's own alone."""
     epochs: float = 12.0
     """Passes over the training images."""
     batch_size: int = 32
@@ -196,8 +197,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.data.streaming and self.stage == "scst":
             raise ValueError("stage scst needs the references of all images at hand; leave --data.streaming out")
-        for grid in self.grids:
-            parse_grid(grid)
+        names = ("x".join(map(str, parse_grid(grid))) for grid in self.grids)
+        object.__setattr__(self, "grids", tuple(names))  # as caches and checkpoints have them
 
     @property
     def folder(self) -> Path:

@@ -7,6 +7,7 @@ from captioner.data.collate import CaptionStream, open_pictures
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first
 from captioner.data.token_cache import TokenCache
+from captioner.encoders import Grid
 from captioner.evaluation import read_split
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import DataConfig, TrainConfig
@@ -43,15 +44,16 @@ class TableData:
         captions_per_image: int,
         seed: int,
         cache: TokenCache | None,
-        grids: Sequence[str] = (),
+        grids: Sequence[Grid] = (),
+        per_step: int = 1,
     ) -> CaptionStream:
-        """Open the endless stream of training items, from a token cache if there is one, at several grids if asked.
+        """Open the endless stream of training items, from a token cache if there is one.
 
         Raises:
             ValueError: the cache lacks pictures, or they are not the files that were encoded.
         """
-        pictures = open_pictures(self.table, processor, cache, grids=grids)
-        return CaptionStream(self.table, processor, captions_per_image, seed, pictures)
+        pictures = open_pictures(self.table, processor, cache)
+        return CaptionStream(self.table, processor, captions_per_image, seed, pictures, grids, per_step)
 
 
 class RowData:
@@ -82,11 +84,13 @@ class RowData:
         captions_per_image: int,
         seed: int,
         cache: TokenCache | None,
-        grids: Sequence[str] = (),
+        grids: Sequence[Grid] = (),
+        per_step: int = 1,
     ) -> RowStream:
         """Open the endless stream of training items."""
         assert cache is None, "DataConfig refuses both"
-        return RowStream(self.rows, processor, captions_per_image, seed, self.data.stream_buffer, self.data.on_bad)
+        options = {"buffer": self.data.stream_buffer, "on_bad": self.data.on_bad, "grids": grids, "per_step": per_step}
+        return RowStream(self.rows, processor, captions_per_image, seed, **options)
 
 
 TrainingData = TableData | RowData

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
@@ -26,7 +25,7 @@ from captioner.data.token_cache import encoder_fingerprint, open_cache
 from captioner.modeling import IGNORED, CaptionerModel, caption_loss
 from captioner.processes import start_processes
 from captioner.processing import CaptionerProcessor
-from captioner.training.build import starting_point, trainable_parameters
+from captioner.training.build import starting_point, trainable_parameters, training_grids
 from captioner.training.checkpoint import (
     check_finite,
     leave_frozen_out,
@@ -35,7 +34,7 @@ from captioner.training.checkpoint import (
     resume,
     save_checkpoint,
 )
-from captioner.training.config import TrainConfig, parse_grid, save_config
+from captioner.training.config import TrainConfig, save_config
 from captioner.training.curves import write_curves
 from captioner.training.data import open_data
 from captioner.training.export import save_best
@@ -106,7 +105,8 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     recover_folder(config.output / "best")
     recover_folder(folder / "best")
     model, processor = starting_point(config, data.captions)
-    cache = open_cache(config.data.tokens, model, processor, more=config.grids)
+    grids = training_grids(config, model, processor)
+    cache = open_cache(config.data.tokens, model, processor, grids=grids)
     held_out_pictures = open_pictures(held_out, processor, cache, required=False)
     objective: Objective = CrossEntropy(config.label_smoothing)
     captions_per_image = config.data.captions_per_image
@@ -114,15 +114,13 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         silence_dropout(model.decoder)
         objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens)
         captions_per_image = 1  # it writes its own
-    stream = data.stream(processor, captions_per_image, config.seed, cache, tuple(dict.fromkeys(config.grids)))
-
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
+    stream = data.stream(processor, captions_per_image, config.seed, cache, grids, per_step)
+
     steps_per_epoch = max(1, len(data) // per_step)
     total = math.ceil(config.epochs * steps_per_epoch)
     evaluate_steps = max(1, round(config.evaluate_every * steps_per_epoch))
-    optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
-    )  # timm leaves parameters without gradient out
+    optimizer = create_optimizer(model, config)
     trainable, parts = trainable_parameters(model), part_digests(model, processor)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_save_state_pre_hook(leave_frozen_out)
@@ -177,7 +175,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         if step >= total or (config.patience is not None and progress["stale"] >= config.patience):
             break
 
-        measured = train_step(accelerator, model, batches, objective, config, step)
+        measured = train_step(accelerator, model, batches, objective, config)
         if not math.isfinite(measured["loss"]):
             raise ValueError(not_finite(f"the loss is {measured['loss']}", step, checkpoints))
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
@@ -203,26 +201,24 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     return folder / "best"
 
 
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW over the parameters that are trained: timm leaves those without gradient out."""
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.98), "fused": True}
+    return create_optimizer_v2(model, opt="adamw", **options)
+
+
 def train_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    batches: Iterator[dict],
-    objective: Objective,
-    config: TrainConfig,
-    step: int,
+    accelerator: Accelerator, model: nn.Module, batches: Iterator[dict], objective: Objective, config: TrainConfig
 ) -> dict[str, float]:
     """Accumulate the gradient of one optimiser step; every token of it weighs the same.
 
-    It does so however the captions fell into forwards and processes. With `config.grids`, the step number draws one.
+    It does so however the captions fell into forwards and processes.
 
     Returns:
         Over all processes, the `loss` per token, the `tokens` learned from, and the objective's own means.
     """
     model.train()
-    grid = None
-    if config.grids:
-        grid = config.grids[np.random.default_rng((config.seed, step)).integers(len(config.grids))]
-    group = [objective.prepare(model, at_grid(next(batches), grid)) for _ in range(config.accumulation)]
+    group = [objective.prepare(model, next(batches)) for _ in range(config.accumulation)]
     tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in group)
     tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
     totals: dict[str, torch.Tensor | float] = {"loss": torch.zeros((), device=accelerator.device)}
@@ -241,15 +237,6 @@ def train_step(
     return {**summed, "tokens": tokens.item()}
 
 
-def at_grid(batch: dict, grid: str | None) -> dict:
-    """Take a batch at one grid: its image tokens if they are cached at several, or the wish for it beside pixels."""
-    if grid is None:
-        return batch
-    if "image_tokens" in batch:
-        return batch | {"image_tokens": batch["image_tokens"][grid]}
-    return batch | {"grid": parse_grid(grid)}
-
-
 def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
     """Return what stands for the parts of a run that no checkpoint holds: frozen encoder, preprocessing, tokenizer."""
     encoder = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
@@ -265,5 +252,5 @@ def fixed_settings(config: TrainConfig, per_step: int) -> dict:
     model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
     settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}
-    settings["grids"] = " ".join(config.grids)
+    settings["grids"] = " ".join(config.grids) or None
     return {**settings, **(rewards if config.stage == "scst" else {}), "images per step": per_step}

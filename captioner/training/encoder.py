@@ -7,14 +7,15 @@ view is kept where views repeat (training/targets.py); batches.py joins all that
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from torch import nn
 
+from captioner.data.stream import draw_grid
 from captioner.encoders import TokenEncoder, create_encoder, encoder_config
 from captioner.encoders.from_vit import init_from_vit
 from captioner.encoders.lookupvit import LookupViT
@@ -82,7 +83,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = create_optimizer_v2(student, opt=config.optimizer, **options)
     student, optimizer = accelerator.prepare(student, optimizer)
-    ema = ModelEmaV3(encoder, decay=config.ema, use_warmup=True) if config.ema else None
+    learned = nn.ModuleList([encoder, accelerator.unwrap_model(student).label_head or nn.Identity()])
+    ema = ModelEmaV3(learned, decay=config.ema, use_warmup=True) if config.ema else None
     if ema:
         accelerator.register_for_checkpointing(ema)
 
@@ -114,7 +116,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         optimizer.zero_grad()
         step += 1
         if ema:
-            ema.update(encoder, step)
+            ema.update(learned, step)
         measured = {name: loss.detach() for name, loss in losses.items()}
         if step % config.log_every == 0 and not torch.isfinite(measured["loss"]):
             raise ValueError(not_finite(f"the loss is {measured['loss'].item()}", step, checkpoints))
@@ -141,13 +143,13 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         if signal:
             raise SystemExit(128 + signal)
         return config.output
-    final = ema.module if ema else encoder
+    final, head = ema.module if ema else learned
     if accelerator.is_main_process:
         rebuilt = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
         export_encoder(final, rebuilt, config.output)
     if config.probe_train and accelerator.is_main_process:
-        head = accelerator.unwrap_model(student).label_head
-        for record in probe_encoder(final, config, accelerator.device, head, batches.store.classes):
+        classes = batches.store.classes if config.label_weight > 0 else ()
+        for record in probe_encoder(final, config, accelerator.device, head, classes):
             log.write({"step": step, **record})
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -199,7 +201,7 @@ def try_views(config: PretrainConfig, encoder: TokenEncoder) -> None:
 
 def pick_grid(config: PretrainConfig, step: int, largest: int) -> int:
     """Draw the compressed grid of a step, the same in every process; small views bound it by their patches."""
-    return min(int(np.random.default_rng((config.seed, step)).choice(config.grids)), largest)
+    return min(draw_grid(config.grids, config.seed, step), largest)
 
 
 def export_encoder(encoder: TokenEncoder, options: dict, folder: Path) -> None:

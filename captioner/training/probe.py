@@ -57,14 +57,11 @@ def probe_encoder(
         ValueError: the two sets of pictures have no classes, or not the same ones.
     """
     stores = open_pictures(config)
-    renumber = torch.tensor([stores[0].classes.index(name) for name in stores[1].classes])
     rows = [pick_rows(store, count) for store, count in zip(stores, (config.probe_pictures, None), strict=True)]
-    labels = [store.labels[r].to(device) for store, r in zip(stores, rows, strict=True)]
-    labels[1] = renumber.to(device)[labels[1]]
+    labels = [numbers_of(store, r, stores[0].classes).to(device) for store, r in zip(stores, rows, strict=True)]
     head_labels = None
-    if head is not None and set(stores[1].classes) <= set(classes):
-        renumber = torch.tensor([classes.index(name) for name in stores[1].classes])
-        head_labels = renumber[stores[1].labels[rows[1]]].to(device)
+    if set(stores[1].classes) <= set(classes):
+        head_labels = numbers_of(stores[1], rows[1], classes).to(device)
     encoder.eval()
     records = []
     for grid in sorted(set(config.grids)):
@@ -84,6 +81,11 @@ def probe_encoder(
         knn = (vote(train, labels[0], val, len(stores[0].classes)) == labels[1]).float().mean().item()
         records.append({**record, "probe_top1": top1, "knn_top1": knn})
     return records
+
+
+def numbers_of(store: PictureStore, rows: torch.Tensor, classes: Sequence[str]) -> torch.Tensor:
+    """Return the classes of rows as numbers in a list of classes (n,)."""
+    return torch.tensor([classes.index(name) for name in store.classes])[store.labels[rows]]
 
 
 def pick_rows(store: PictureStore, count: int | None) -> torch.Tensor:
