@@ -31,14 +31,16 @@ def debug() -> TrainConfig:
 
 
 def flickr8k() -> TrainConfig:
-    """Train the default decoder on Flickr8k with an encoder exported by `pretrain`.
+    """Train the default decoder on Flickr8k with an encoder exported by `pretrain`; from cached tokens 13 CPU minutes.
 
     captioner train flickr8k --data.root flickr8k --model.encoder local-dir:runs/pretrain
+
+    With the shipped encoder and `--grids`, as its model card has it: test CIDEr 0.326 at 5x5, beam 3.
     """
     return TrainConfig(
         output=Path("runs/flickr8k"),
         model=ModelConfig(layers=3, width=256, heads=4, vocab_size=4000),
-        epochs=6,
+        epochs=10,
         learning_rate=1e-3,
         label_smoothing=0.0,  # what SCST samples from is otherwise too flat
         save_dtype="float16",
@@ -46,9 +48,11 @@ def flickr8k() -> TrainConfig:
 
 
 def flickr8k_scst() -> TrainConfig:
-    """Go on from `flickr8k` with CIDEr-D as the reward; the result is `runs/flickr8k/scst/best`.
+    """Go on from `flickr8k` with CIDEr-D as the reward, into `runs/flickr8k/scst/best`; cached, 4 CPU minutes.
 
     captioner train flickr8k_scst --data.root flickr8k
+
+    From the model above, `--grids` again: test CIDEr 0.367 at 5x5, beam 3.
     """
     return replace(
         flickr8k(),
@@ -56,7 +60,7 @@ def flickr8k_scst() -> TrainConfig:
         scst=ScstConfig(samples=5, search="beam"),  # random samples overfit 6,000 pictures within half an epoch
         epochs=1,
         evaluate_every=0.25,
-        learning_rate=2e-5,
+        learning_rate=5e-5,
         weight_decay=0.0,
         clip=0.1,
     )
@@ -181,6 +185,7 @@ def lookupvit_small_distill() -> PretrainConfig:
         encoder_options={"drop_path_rate": 0.05},
         teachers=(replace(IMAGENET_TEACHER, image_size=224), COCO_TEACHER),
         captions_repeat=4,
+        word_weight=0.0,  # see the recipe below
         early_share=0.7,
         steps=12_000,
         batch_size=1024,
@@ -192,7 +197,7 @@ def lookupvit_small_distill() -> PretrainConfig:
 
 
 def lookupvit_tiny_distill_cpu() -> PretrainConfig:
-    """Distil a shallow LookupViT-Ti from an ImageNet classifier and a COCO detector on two CPU cores.
+    """Distil a shallow LookupViT-Ti from an ImageNet classifier and a COCO detector on two CPU cores, in 75 minutes.
 
     captioner pretrain lookupvit_tiny_distill_cpu --images pretrain/imagenette_2500.parquet ... --captions flickr8k \\
         --teachers.0.checkpoint mobilenetv2.safetensors --teachers.1.name yolox_nano.onnx
@@ -203,6 +208,7 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
         encoder_options={"depth": 6},
         teachers=(IMAGENET_TEACHER, replace(COCO_TEACHER, image_size=320)),
         captions_repeat=2,
+        word_weight=0.0,  # the words of 6,000 pictures are learned by heart, and rewards then teach the decoder nothing
         grids=(3, 5, 5, 5, 7, 10),
         early_size=112,
         early_share=0.8,

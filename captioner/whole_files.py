@@ -1,4 +1,4 @@
-"""Writing files that are there whole or not at all."""
+"""Writing files that are there whole or not at all, and may be read by whom the others may."""
 
 import os
 from collections.abc import Iterator
@@ -24,3 +24,9 @@ def open_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def share_weights(folder: Path) -> None:
+    """Give weights the permissions of the `config.json` beside them; safetensors writes them for their owner alone."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)

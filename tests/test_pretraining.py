@@ -58,6 +58,7 @@ def test_distillation_learns_and_exports(captioned, classes, teacher, tmp_path):
     grid, words = (list(losses(folder, key).values()) for key in ("grid", "words"))
     assert sum(grid[-5:]) < 0.8 * sum(grid[:5])
     assert sum(words[-5:]) < sum(words[:5])
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     encoder = create_encoder(f"local-dir:{folder}")
     fresh = create_encoder("lookupvit_tiny_patch16_224", depth=2)
     assert encoder.forward_tokens(torch.randn(1, 3, 64, 64), (3, 3)).shape == (1, 10, 192)

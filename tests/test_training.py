@@ -51,6 +51,7 @@ def test_half_precision_halves_the_saved_model(captioned, tmp_path):
     for dtype in ("float32", "float16"):
         best = train(debug(captioned, tmp_path / dtype, epochs=1, save_dtype=dtype))
         sizes[dtype] = (best / "model.safetensors").stat().st_size
+        assert len({path.stat().st_mode for path in best.iterdir()}) == 1  # who may read one may read all
         model = captioner.load(best).model
         assert model.decoder.lm_head.weight is model.decoder.transformer.wte.weight
     assert sizes["float16"] == pytest.approx(sizes["float32"] / 2, rel=0.01)

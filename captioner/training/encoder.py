@@ -31,6 +31,7 @@ from captioner.training.probe import open_pictures, probe_encoder
 from captioner.training.run_log import RunLog
 from captioner.training.schedule import learning_rates
 from captioner.training.teachers import create_teacher
+from captioner.whole_files import share_weights
 
 ASK_EVERY, SLOW = 10, 0.5
 """Steps between two looks at the clock and for signals, as asking waits for the device; where one takes longer than
@@ -208,3 +209,4 @@ def export_encoder(encoder: TokenEncoder, options: dict, folder: Path) -> None:
     """Write the encoder as timm reads it: `create_encoder("local-dir:FOLDER", pretrained=True)`."""
     settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}
     save_for_hf(encoder.timm_model, folder, **settings)
+    share_weights(folder)

@@ -11,6 +11,7 @@ from torch import nn
 from captioner.processing import CaptionerProcessor
 from captioner.training.build import merged_weights
 from captioner.training.checkpoint import replace_folder
+from captioner.whole_files import share_weights
 
 
 def save_best(
@@ -38,6 +39,7 @@ def save_best(
         try:
             captioner.save_pretrained(temporary, state_dict=state)
             processor.save_pretrained(temporary)
+            share_weights(temporary)
             replace_folder(temporary, folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
