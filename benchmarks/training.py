@@ -185,7 +185,8 @@ def build(settings: Settings, folder: Path) -> dict[str, Ours | Peer]:
     captions = [caption for group in table["captions"] for caption in group]
     DatasetDict({"train": table.select(range(settings.pictures))}).save_to_disk(folder / "pictures")
     data = DataConfig(root=str(folder / "pictures"), workers=0)
-    fill_cache(CacheConfig(output=folder / "tokens", data=data, splits=("train",)))
+    options = {"splits": ("train",), "mixed_precision": settings.mixed_precision}
+    fill_cache(CacheConfig(output=folder / "tokens", data=data, **options))
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision)
     recipe = flickr8k()
     recipe = replace(recipe, batch_size=settings.batch, model=replace(recipe.model, grid="5x5", image_size=224))
