@@ -231,3 +231,18 @@ def test_flickr8k_and_coco_at_their_size(shared, caplog):
     assert len(read_captions(shared / "flickr8k" / "dataset_flickr8k.json", "train", restval=True)) == 6091
     with pytest.raises(FileNotFoundError, match="none of the 5000 images"):
         read_captions(shared / "coco" / "captions_val2017.json")
+
+
+def test_a_folder_that_is_not_there_is_named_where_the_hub_does_not_answer(monkeypatch):
+    class ClientError(Exception):
+        """What an HTTP client raises."""
+
+    def dataset_info(self, name, timeout):
+        raise ClientError("no such host\nin two lines")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        ValueError, match=r"'nope' is no file and no folder, and the hub does not answer \(no such host\)"
+    ):
+        read_captions("nope", "train")

@@ -119,10 +119,10 @@ def check_hub(source: str) -> None:
         huggingface_hub.HfApi().dataset_info(source, timeout=10)
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise ValueError(f"'{source}' is no file, no folder, and no data set on the hub") from None
-    except (OSError, huggingface_hub.errors.HfHubHTTPError.__base__) as error:  # that of the HTTP client
+    except Exception as error:  # the HTTP client's: which one that is differs between versions of huggingface_hub
         raise ValueError(
-            f"'{source}' is no file and no folder, and the hub does not answer ({str(error).splitlines()[0]}); "
-            "HF_HUB_OFFLINE=1 takes a data set that was downloaded before"
+            f"'{source}' is no file and no folder, and the hub does not answer ({str(error).partition(chr(10))[0]}); "
+            "check the path, or set HF_HUB_OFFLINE=1 to take a data set that was downloaded before"
         ) from None
 
 

@@ -196,6 +196,8 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             accelerator.end_training()
             raise SystemExit(128 + stop)
     log.close()
+    if step < total:
+        accelerator.print(f"stopped at step {step} of {total}: {config.patience} validations without a better CIDEr")
     accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {folder / 'best'}")
     accelerator.end_training()
     return folder / "best"

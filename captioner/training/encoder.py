@@ -153,6 +153,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         for record in probe_encoder(final, config, accelerator.device, head, classes):
             log.write({"step": step, **record})
     accelerator.wait_for_everyone()
+    accelerator.print(f"encoder in '{config.output}'; train on it: --model.encoder local-dir:{config.output}")
     accelerator.end_training()
     return config.output
 
