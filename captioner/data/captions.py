@@ -119,7 +119,7 @@ def check_hub(source: str) -> None:
         huggingface_hub.HfApi().dataset_info(source, timeout=10)
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise ValueError(f"'{source}' is no file, no folder, and no data set on the hub") from None
-    except Exception as error:  # the HTTP client's: which one that is differs between versions of huggingface_hub
+    except (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__) as error:  # those of its HTTP client
         raise ValueError(
             f"'{source}' is no file and no folder, and the hub does not answer ({str(error).partition(chr(10))[0]}); "
             "check the path, or set HF_HUB_OFFLINE=1 to take a data set that was downloaded before"
