@@ -23,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from captioner import recipes
 from captioner.encoders import create_encoder
 from captioner.evaluation import evaluate
+from captioner.grids import parse_grid
 from captioner.metrics import confidence
 from captioner.report.tradeoff import Point, draw_tradeoff
 from captioner.training.cache import fill_cache
-from captioner.training.config import CacheConfig, DataConfig, EncoderConfig, EvaluateConfig, TrainConfig, parse_grid
+from captioner.training.config import CacheConfig, DataConfig, EncoderConfig, EvaluateConfig, TrainConfig
 from captioner.training.decoder import train
 from captioner.training.encoder_config import PretrainConfig
 from captioner.training.probe import probe_encoder

@@ -18,7 +18,8 @@ import tyro
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captioner.encoders import Grid  # importing the package registers LookupViT with timm
+import captioner.encoders  # noqa: F401 - registers LookupViT with timm
+from captioner.grids import Grid
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Decoder training: from the token cache, encoding online, and by transformers' own means, in one run.
 
-    python benchmarks/training.py --root flickr8k [--mixed-precision bf16] [--batch 32] [--steps 6] [--rounds 3]
+    python benchmarks/training.py --root flickr8k [--fusion cross_attention] [--mixed-precision bf16] [--steps 6]
 
 All train the same decoder from scratch (GPT-2's architecture, width, depth, vocabulary) on a frozen encoder of ViT-S
 size at 224 px, in one precision, on the same pictures and captions, opened by the same code in the training process:
@@ -69,6 +69,8 @@ class Settings:
     """Where to run: cpu or cuda."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Precision of every forward, the peer's too."""
+    fusion: Literal["prefix", "cross_attention"] = "prefix"
+    """How our decoder takes the image tokens; the peer's has cross-attention."""
 
 
 class Ours:
@@ -189,7 +191,8 @@ def build(settings: Settings, folder: Path) -> dict[str, Ours | Peer]:
     fill_cache(CacheConfig(output=folder / "tokens", data=data, **options))
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision)
     recipe = flickr8k()
-    recipe = replace(recipe, batch_size=settings.batch, model=replace(recipe.model, grid="5x5", image_size=224))
+    model = replace(recipe.model, grid="5x5", image_size=224, fusion=settings.fusion)
+    recipe = replace(recipe, batch_size=settings.batch, model=model)
     variants: dict[str, Ours | Peer] = {}
     for count in settings.captions:
         for name, tokens in (("online", None), ("from the cache", folder / "tokens")):

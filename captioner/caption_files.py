@@ -15,8 +15,10 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from captioner.grids import parse_grid
 from captioner.images import SUFFIXES
-from captioner.training.config import parse_grid
+from captioner.progress import progress_bar
+from captioner.whole_files import open_whole
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class CaptionConfig:
     output: Path | None = None
     """File to write, format by ending: .jsonl, .csv or .txt; without it, `path<TAB>caption` lines are printed."""
     resume: bool = False
-    """Go on with an output file that exists: pictures captioned in it are left out."""
+    """Go on with an output file that exists: pictures captioned in it are left out, those that failed tried again. Give
+    the model, grid and beams it was begun with: the file does not say."""
     overwrite: bool = False
     """Replace an output file that exists."""
     model: str | None = None
@@ -47,6 +50,8 @@ class CaptionConfig:
     def __post_init__(self):
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with the output, --overwrite replaces it: choose one")
+        if (self.resume or self.overwrite) and self.output is None:
+            raise ValueError("--resume and --overwrite are about the file that --output names: name it")
         for name in ("batch_size", "num_beams", "max_new_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
@@ -82,9 +87,7 @@ def caption_files(config: CaptionConfig) -> int:
     )
     failed = 0
     with open_writer(config.output, bool(done)) as write:
-        for (name, _), result in zip(
-            pictures, tqdm(results, total=len(pictures), unit="img", disable=None), strict=True
-        ):
+        for (name, _), result in zip(pictures, progress_bar(results, total=len(pictures), unit="img"), strict=True):
             result.path = name
             write(result.as_dict())
             if result.error is not None:
@@ -144,6 +147,8 @@ def read_standard_input() -> list[tuple[str, str | bytes]]:
 def read_done(config: CaptionConfig) -> set[str]:
     """Check the output file and return the pictures it has captions for, when the job goes on with it.
 
+    Rows of pictures that failed leave the file: they are tried again.
+
     Raises:
         ValueError: the ending is unknown, or the file exists and neither `resume` nor `overwrite` is set, or something
             else is in it.
@@ -162,14 +167,24 @@ def read_done(config: CaptionConfig) -> set[str]:
     text = content[:whole].decode(errors="surrogateescape")
     try:
         if path.suffix == ".jsonl":
-            done = {row["path"] for row in map(json.loads, text.split("\n")[:-1]) if row["error"] is None}
+            rows = [json.loads(line) for line in text.split("\n")[:-1]]
         elif path.suffix == ".csv":
-            done = {row["path"] for row in csv.DictReader(io.StringIO(text, newline="")) if row["caption"]}
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            done = {line.split("\t")[-2] for line in text.split("\n")[:-1]}
+            rows = [{"path": line.split("\t")[-2], "error": None} for line in text.split("\n")[:-1]]
+        captioned = [row for row in rows if not row["error"]]
+        done = {row["path"] for row in captioned}
     except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"'{path}' is not what captioner caption writes; name another file with --output") from None
-    os.truncate(path, whole)  # a killed run may have left half a line, to which the next would be joined
+    if len(captioned) == len(rows):
+        os.truncate(path, whole)  # a killed run may have left half a line, to which the next would be joined
+    else:
+        kept = io.StringIO(newline="")
+        write = WRITERS[path.suffix](kept)
+        for row in captioned:
+            write(row)
+        with open_whole(path, "wb") as file:
+            file.write(kept.getvalue().encode(errors="surrogateescape"))
     return done
 
 

@@ -10,19 +10,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from captioner.data.captions import read_captions
 from captioner.data.collate import PictureRows, Pictures, open_pictures
 from captioner.data.token_cache import open_cache
-from captioner.encoders import Grid
+from captioner.grids import Grid, parse_grid
 from captioner.metrics import METRICS, Scores, score
 from captioner.metrics.java import spice_models
 from captioner.modeling import CaptionerModel
 from captioner.pipeline import load
 from captioner.processes import start_processes
 from captioner.processing import CaptionerProcessor
-from captioner.training.config import DataConfig, EvaluateConfig, parse_grid, save_config
+from captioner.progress import progress_bar
+from captioner.training.config import DataConfig, EvaluateConfig, save_config
 from captioner.whole_files import open_whole
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def caption_split(
     start = torch.tensor([processor.prompt_ids()], device=accelerator.device)
     model.eval()
     done: list[tuple[int, str]] = []
-    for batch in tqdm(loader, desc="captioning", disable=not accelerator.is_main_process or None, leave=False):
+    hidden = not accelerator.is_main_process
+    for batch in progress_bar(loader, desc="captioning", unit="batch", disable=hidden, leave=False):
         good = [(row, opened) for row, opened in batch if not isinstance(opened, str)]
         for row, error in batch:
             if isinstance(error, str):

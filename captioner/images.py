@@ -48,7 +48,7 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Mapping):
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if not isinstance(source, bytes | str | os.PathLike):
-        raise ImageError(f"no picture but {type(source).__name__}: {source!r}"[:200])
+        raise ImageError(f"{type(source).__name__} is no picture; give a path, encoded bytes or a PIL image")
     name = "image in memory" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
     try:
         if not isinstance(source, bytes) and not Path(source).is_file() and Path(source).exists():

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from captioner.encoders import Grid, build_encoder
+from captioner.encoders import build_encoder
+from captioner.grids import Grid, parse_grid
 
 FUSIONS = ("prefix", "cross_attention")
 IGNORED = -100
@@ -66,7 +67,7 @@ class CaptionerConfig(PretrainedConfig):
                 )
             text_config.add_cross_attention = True
         self.text_config, self.fusion, self.blind = text_config, fusion, blind
-        self.grid = tuple(grid) if grid is not None else None
+        self.grid = parse_grid(grid)
         super().__init__(**kwargs)
 
     @property
@@ -152,8 +153,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) into image tokens (B, M, D), at the configured grid unless another is given."""
-        grid = grid or self.config.grid
-        return self.encoder.encode(pixel_values, None if grid is None else tuple(grid))  # loaders make lists of tuples
+        return self.encoder.encode(pixel_values, parse_grid(grid or self.config.grid))  # loaders make lists of tuples
 
     def prefix(
         self,

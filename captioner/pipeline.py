@@ -9,7 +9,8 @@ import torch
 from transformers import Pipeline
 
 import captioner
-from captioner.encoders import Grid
+from captioner.grids import Grid, parse_grid
+from captioner.hub import hub_trouble
 from captioner.images import ImageError, ImageSource
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -46,17 +47,24 @@ class Captioner:
         self.model, self.processor = model.to(self.device, dtype).eval(), processor
 
     def stream(
-        self, images: Iterable[ImageSource], batch_size: int = 16, grid: Grid | None = None, **generation
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        batch_size: int = 16,
+        grid: Grid | str | None = None,
+        **generation,
     ) -> Iterator[Caption]:
         """Caption pictures one batch at a time, in order; a bad picture yields its error and stops nothing.
 
         Args:
             images: paths, encoded bytes or PIL images.
             batch_size: pictures per batch.
-            grid: compressed grid; `None` for the model's own.
+            grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
             generation: settings of transformers' `generate`, such as `num_beams`.
+
+        Raises:
+            ValueError: the encoder has not such a grid.
         """
-        images = iter(images)
+        images = iter([images] if isinstance(images, ImageSource) else images)
         while batch := list(islice(images, batch_size)):
             results, pixels = [], []
             for image in batch:
@@ -75,17 +83,17 @@ class Captioner:
 
     @torch.inference_mode()
     def generate(
-        self, pixel_values: torch.Tensor, grid: Grid | None = None, **generation
+        self, pixel_values: torch.Tensor, grid: Grid | str | None = None, **generation
     ) -> tuple[list[str], list[float]]:
         """Caption pixels (B, 3, H, W); returns captions and their log-probabilities."""
-        tokens = self.model.encode(pixel_values.to(self.device), grid)
+        tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
         prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
         sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
         logprobs = self.model.log_probability(sequences, tokens, prompt)
         return self.processor.captions(sequences), [round(value, 4) for value in logprobs.tolist()]
 
     def __call__(self, images: ImageSource | Sequence[ImageSource], **options) -> str | list[str]:
-        """Caption one picture or several; see `stream` for the options.
+        """Caption one picture, or a list or tuple of them; see `stream` for the options.
 
         Raises:
             ImageError: a picture cannot be used.
@@ -110,7 +118,8 @@ def pick_device(name: str | None = None) -> torch.device:
     try:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device '{name}' here: {str(error).splitlines()[0]}; leave --device out") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no device '{name}' here: {reason}; name none for the best there is") from None
 
 
 def load(model: str | Path | None = None, device: str | None = None) -> Captioner:
@@ -126,16 +135,20 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
         raise ValueError(f"no captioner model in '{source}': it has no config.json")
     if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
         raise ValueError(f"no captioner model at '{source}': no such folder, and not a hub id")
+    trouble = None if local else hub_trouble(source, "model")
+    options = {"local_files_only": trouble is not None}  # what was downloaded before
     try:
-        processor = CaptionerProcessor.from_pretrained(source)
-        loaded = CaptionerModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        processor = CaptionerProcessor.from_pretrained(source, **options)
+        loaded = CaptionerModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if trouble:
+            raise ValueError(f"no captioner model at '{source}': no such folder, and {trouble}") from None
         raise ValueError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}") from None
     return Captioner(loaded, processor, device)
 
 
 def caption(images: ImageSource | Sequence[ImageSource], model: str | Path | None = None, **options) -> str | list[str]:
-    """Caption one picture or several with the shipped model, or another; see `Captioner.stream` for the options."""
+    """Caption one picture, or a list of them, with the shipped model or another; options as of `Captioner.stream`."""
     return load(model)(images, **options)
 
 

@@ -215,7 +215,7 @@ def test_one_line_errors(noise, saved_model, tmp_path, capsys):
     base = ("cache", "--data.root", noise, "--captioner", saved_model, "--output", tmp_path / "out")
     for args, message in (
         ((*base, "--grids", "9x9"), "compressed grid 9x9 is not within the lookup grid 4x4"),
-        ((*base, "--grids", "9"), "not of the form ROWSxCOLUMNS"),
+        ((*base, "--grids", "9x"), "not of the form ROWSxCOLUMNS"),
         ((*base, "--splits", "test"), "no annotations under"),
         (("cache", "--output", tmp_path / "out", "--captioner", saved_model), "--data.root"),
         (("evaluate", *base[1:3], "--split=val", "--model", saved_model, "--data.tokens", tmp_path), "no token cache"),

@@ -226,7 +226,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer_or_encoder(captioned, unbro
     with pytest.raises(ValueError, match="was saved with tokenizer"):
         train(replace(config, data=replace(config.data, root=str(tmp_path / "other"))))
     with monkeypatch.context() as patched:
-        patched.setattr("captioner.training.build.create_encoder", lambda name: shifted(create_encoder(name)))
+        patched.setattr("captioner.training.build.frozen_encoder", lambda name: shifted(create_encoder(name)))
         with pytest.raises(ValueError, match="was saved with encoder"):
             train(config)
 

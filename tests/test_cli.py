@@ -8,8 +8,8 @@ import time
 import pytest
 
 from captioner import cli
+from captioner.grids import parse_grid
 from captioner.recipes import PRETRAIN
-from captioner.training.config import parse_grid
 
 
 def run(*args, stdin=None):
@@ -139,6 +139,24 @@ def test_a_line_cut_by_a_kill_is_written_again(saved_model, pictures, tmp_path, 
     assert output.read_text() == whole
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_pictures_that_failed_are_tried_again(saved_model, pictures, tmp_path, ending):
+    output, png = tmp_path / f"out.{ending}", (pictures / "b.png").read_bytes()
+    (pictures / "b.png").write_bytes(b"broken")
+    for options in ((), ("--resume",)):
+        assert run("caption", pictures, "--model", saved_model, "--output", output, *options) == 1
+        assert output.read_text().count("is not a picture") == 1
+    (pictures / "b.png").write_bytes(png)
+    assert run("caption", pictures, "--model", saved_model, "--output", output, "--resume") == 0
+    lines = output.read_text().splitlines()
+    assert [sum(name in line for line in lines) for name in ("a.jpg", "b.png", "c.webp", "not a picture")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
 def test_a_file_of_another_kind_is_not_gone_on_with(pictures, tmp_path, capsys):
     for name, content in (("a.jsonl", '{"x": 1}\n'), ("b.csv", "x,y\n1,2\n"), ("c.txt", "a note\nof mine")):
         (tmp_path / name).write_text(content)
@@ -168,7 +186,7 @@ def test_one_line_errors(saved_model, pictures, tmp_path, capsys):
         (("caption", pictures, "--model", tmp_path / "empty"), "it has no config.json"),
         (("caption", pictures, "--model", tmp_path / "junk"), "is not a captioner model"),
         (("caption", pictures, "--model", "./nowhere"), "no captioner model at './nowhere'"),
-        (("caption", pictures, "--model", saved_model, "--grid", "5"), "not of the form ROWSxCOLUMNS"),
+        (("caption", pictures, "--model", saved_model, "--grid", "5x"), "not of the form ROWSxCOLUMNS"),
         (("caption", pictures, "--model", saved_model, "--grid", "9x9"), "9x9 is not within the lookup grid 4x4"),
         (("caption", pictures, "--model", saved_model, "--device", "cuda:99"), "cuda:99"),
         (("train", "debug"), "--data.root"),
@@ -188,6 +206,7 @@ def test_settings_that_make_no_sense_are_a_wrong_command_line(capsys):
     for options, message in (
         (("--num-beams", "0"), "--num-beams must be positive, not 0"),
         (("--resume", "--overwrite"), "choose one"),
+        (("--resume",), "are about the file"),
     ):
         assert run("caption", "a.jpg", *options) == 2
         assert message in capsys.readouterr().err
@@ -203,8 +222,9 @@ def test_further_arguments_of_an_encoder_are_keys_and_values(capsys):
 
 def test_grids_are_read_as_people_write_them():
     assert parse_grid("5x5") == (5, 5)
-    assert parse_grid("3X10") == (3, 10)
+    assert parse_grid("3X10") == parse_grid([3, 10]) == (3, 10)
+    assert parse_grid("5") == parse_grid(5) == (5, 5)
     assert parse_grid(None) is None
-    for text in ("5", "5x", "0x5", "axb", "5x5x5"):
+    for wrong in ("", "5x", "0x5", "axb", "5x5x5", 0, (1, 2, 3), (2.5, 3)):
         with pytest.raises(ValueError, match="ROWSxCOLUMNS"):
-            parse_grid(text)
+            parse_grid(wrong)

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from captioner.encoders import PooledEncoder, TokenEncoder, build_encoder, create_encoder
+from captioner.encoders import PooledEncoder, TokenEncoder, build_encoder, create_encoder, frozen_encoder
 
 STOCK = ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"]
 OURS = timm.list_models("lookupvit*")
@@ -108,6 +108,11 @@ def test_unknown_names_suggest_known_ones():
 def test_a_grid_larger_than_the_map_is_refused():
     with pytest.raises(ValueError, match="grid 8x8 is larger than the encoder's feature map, 7x7"):
         create_encoder("resnet18").forward_tokens(torch.zeros(1, 3, 224, 224), (8, 8))
+
+
+def test_a_frozen_encoder_without_trained_weights_is_told(caplog):
+    assert frozen_encoder("resnet18").frozen
+    assert "the encoder 'resnet18' has random weights" in caplog.text
 
 
 def test_a_name_with_a_tag_means_its_pretrained_weights():

@@ -90,7 +90,7 @@ def test_broken_files_are_refused_with_their_name(tmp_path):
     with pytest.raises(ImageError, match="is not a file"):
         open_image(tmp_path)
     for nothing in (None, 5, {"path": None, "bytes": None}):
-        with pytest.raises(ImageError, match="no picture but"):
+        with pytest.raises(ImageError, match="is no picture"):
             open_image(nothing)
 
 

@@ -22,8 +22,8 @@ def test_the_weights_are_small_half_precision_and_safetensors_alone():
 def test_pictures_are_captioned_at_every_grid():
     model = captioner.load()
     picture = EXAMPLES / "cat.jpg"
-    for grid in (None, (3, 3), (5, 5), (7, 7), (10, 10)):
-        [result] = model.stream([picture], grid=grid)
+    for grid in (None, (3, 3), "5x5", (7, 7), "10x10"):
+        [result] = model.stream(picture, grid=grid)
         assert result.error is None
         assert len(result.caption.split()) >= 3
         assert result.logprob < 0

@@ -1,5 +1,6 @@
 """What people watch: samples, curves, trackers, the log."""
 
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from training_runs import debug, losses
 
+from captioner.progress import progress_bar
 from captioner.training.config import ScstConfig
 from captioner.training.curves import round_numbers, write_curves
 from captioner.training.decoder import train
@@ -87,9 +89,19 @@ def test_trackers_get_numbers_pictures_and_captions(finished):
     assert "samples/text_summary" in seen.Tags()["tensors"]
 
 
+def test_off_a_terminal_progress_is_told_each_minute(monkeypatch, capsys):
+    list(progress_bar(range(3), desc="encoding"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("captioner.progress.MINUTE", 0.01)
+    for _ in progress_bar(range(3), desc="encoding"):
+        time.sleep(0.02)
+    assert "encoding:  67%" in capsys.readouterr().err
+
+
 def test_the_log_says_how_fast_and_how_long(finished):
     assert list(losses(finished, "tokens_per_s")) == list(range(1, 9))
     left = losses(finished, "minutes_left")
     assert list(left) == list(range(2, 9))
     assert left[8] == 0
     assert set(losses(finished / "scst", "reward_greedy")) == set(range(1, 9))
+    assert all(0 < cost < 1000 for cost in losses(finished / "scst", "reward_ms").values())

@@ -15,16 +15,24 @@ decoded), `captions` (list of str) and `split`; `caption_table.py` builds it and
 
 import csv
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from captioner.data.caption_table import OnBad, Record, build_table
+from captioner.hub import hub_trouble
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 MAX_JSON_BYTES = 2 * 2**30
+
+NO_SPLIT = "all"
+"""Split of images that name none."""
 
 ALSO_CALLED = {"image": ("file_name",), "captions": ("caption", "text")}
 """Other usual names of a column, looked for where it is missing."""
@@ -84,20 +92,22 @@ def read_captions(
 
 
 def keep_split(records: Iterable[Record], split: str, path: Path) -> Iterator[Record]:
-    """Keep the records of a split.
+    """Keep the records of a split, and say how many name none.
 
     Raises:
         ValueError: there are none.
     """
-    splits = {}
+    splits: Counter[str] = Counter()
     for record in records:
-        splits[record.split] = None
+        splits[record.split] += 1
         if record.split == split:
             yield record
     if split not in splits:
-        named = set(splits) - {"all"}
-        found = f"; name one of {', '.join(splits)}" if named else ": its rows have no column 'split'"
+        named = set(splits) - {NO_SPLIT}
+        found = f"; name one of {', '.join(sorted(named))}" if named else ": its rows have no column 'split'"
         raise ValueError(f"'{path}' has no split '{split}'{found}")
+    if splits[NO_SPLIT] and split != NO_SPLIT:
+        logger.warning("'%s': %d images name no split and are in none", path, splits[NO_SPLIT])
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -106,24 +116,20 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def check_hub(source: str) -> None:
-    """Find out in a moment whether the hub has a data set, which `datasets` takes half a minute to give up on.
+    """Refuse the hub id of a data set that the hub has not, or that cannot be asked for.
 
     Raises:
-        ValueError: it has none, or cannot be reached.
+        ValueError: saying which.
     """
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        huggingface_hub.HfApi().dataset_info(source, timeout=10)
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        raise ValueError(f"'{source}' is no file, no folder, and no data set on the hub") from None
-    except (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__) as error:  # those of its HTTP client
+        return  # what was downloaded before is taken
+    if trouble := hub_trouble(source, "dataset"):
         raise ValueError(
-            f"'{source}' is no file and no folder, and the hub does not answer ({str(error).partition(chr(10))[0]}); "
+            f"'{source}' is no file and no folder, and {trouble}; "
             "check the path, or set HF_HUB_OFFLINE=1 to take a data set that was downloaded before"
-        ) from None
+        )
 
 
 def is_saved_set(path: Path) -> bool:
@@ -132,17 +138,24 @@ def is_saved_set(path: Path) -> bool:
 
 
 def find_annotations(root: Path, split: str | None) -> Path:
-    """Find the annotation file under a data root: Karpathy's, COCO's of the split, or a lone CSV or JSONL.
+    """Find the annotation file under a data root: COCO's of the split, else Karpathy's, else a lone CSV or JSONL.
 
     Raises:
         FileNotFoundError: none is there.
     """
     patterns = [f"captions_{split}2017.json", f"captions_{split}2014.json", f"captions_{split}.json"] if split else []
     patterns += ["dataset_*.json", "captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv"]
+    places = (root / "annotations", root)
     for pattern in patterns:
-        for folder in ("annotations", "."):
-            if found := sorted((root / folder).glob(pattern)):
-                return found[0]
+        if found := [path for place in places for path in sorted(place.glob(pattern))]:
+            coco = sorted(path.name for place in places for path in place.glob("captions_*.json"))
+            if split and coco and found[0].match("dataset_*.json"):
+                logger.warning(
+                    "the split '%s' is read from '%s', and others from %s, which may hold the same images: "
+                    "name '%s' to read all from it",
+                    *(split, found[0], " and ".join(coco), found[0]),
+                )
+            return found[0]
     raise FileNotFoundError(f"no annotations under '{root}'; looked for {', '.join(patterns)}, also in annotations/")
 
 
@@ -190,7 +203,7 @@ def read_coco(content: Any, path: Path, split: str | None) -> Iterator[Record]:
         raise ValueError(
             f"'{path}' holds the split '{named}' by its name, not '{split}'; name the folder of all splits"
         )
-    split = split or named or "all"
+    split = split or named or NO_SPLIT
     try:
         captions: dict[int | str, list[str]] = {}
         for annotation in content["annotations"]:
@@ -255,7 +268,7 @@ def read_dataset(
         loaded = datasets.load_from_disk(source) if isinstance(source, Path) else datasets.load_dataset(source)
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
         raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
-    parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split or "all": loaded}
+    parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split or NO_SPLIT: loaded}
     if split is not None and split not in parts:
         raise ValueError(f"'{source}' has no split '{split}', only {', '.join(parts)}")
     names = [split] if split is not None else list(parts)
@@ -298,7 +311,7 @@ def _join_rows(
             raise ValueError(
                 f"'{name}', row {number + 1}: the image id {key!r} is neither a whole number nor text"[:300]
             )
-        split = splits[number] if splits else str(row.get("split") or "all")
+        split = splits[number] if splits else str(row.get("split") or NO_SPLIT)
         record = joined.setdefault(key, Record(key, image, [], split))
         record.captions.extend(captions if isinstance(captions, list) else [captions])
     yield from joined.values()

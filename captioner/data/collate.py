@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captioner.data.stream import SeededStream
 from captioner.data.token_cache import CachedPictures, TokenCache
-from captioner.encoders import Grid
+from captioner.grids import Grid
 from captioner.images import ImageError
 from captioner.processing import CaptionerProcessor
 

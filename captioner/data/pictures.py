@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from captioner.images import SUFFIXES, ImageError, ImageSource, open_image
+from captioner.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def store_pictures(sources: list[Source], side: int, folder: Path, workers: int 
             logger.warning("left out: %s", error)
             return np.zeros((0,), np.uint8), item[1]
 
-    bar = tqdm(desc="decoding pictures", unit=" pictures", mininterval=2)
+    bar = progress_bar(desc="decoding pictures", unit="img")
     with data.open("wb") as file, ThreadPoolExecutor(workers) as pool:
         for source in sources:
             start, items = len(labels), iter(source.items)

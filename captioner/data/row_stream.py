@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from captioner.data.caption_table import OnBad
 from captioner.data.rows import StreamedRows, tidy_captions
 from captioner.data.stream import SeededStream
-from captioner.encoders import Grid
+from captioner.grids import Grid
 from captioner.images import ImageError
 from captioner.processing import CaptionerProcessor
 

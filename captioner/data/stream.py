@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from captioner.encoders import Grid
+from captioner.grids import Grid
 from captioner.images import ImageError
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ import torch
 from pyarrow.compute import struct_field
 from safetensors import SafetensorError, safe_open
 
-from captioner.encoders import Grid, TokenEncoder
+from captioner.encoders import TokenEncoder
+from captioner.grids import Grid
 from captioner.images import ImageError
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -148,7 +149,8 @@ class TokenCache:
         if made_by["encoder"] != source["encoder"]:
             what = f"another encoder, {made_by['encoder']}, where the model has {source['encoder']}"
         elif made_by["arguments"] != source["arguments"]:
-            what = f"the encoder with {made_by['arguments']}, where the model has {source['arguments']}"
+            one, other = (" ".join(f"{k}={v}" for k, v in s["arguments"].items()) for s in (made_by, source))
+            what = f"{source['encoder']} with {one or 'no options'}, where the model has {other or 'none'}"
         elif made_by["weights"] != source["weights"]:
             what = f"other weights of {source['encoder']} than the model's"
         else:

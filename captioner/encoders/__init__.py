@@ -1,7 +1,15 @@
 """Token-compressing image encoders; importing this package registers them with timm."""
 
-from captioner.encoders.base import Grid, TokenEncoder, build_encoder, create_encoder, encoder_config
+from captioner.encoders.base import TokenEncoder, build_encoder, create_encoder, encoder_config, frozen_encoder
 from captioner.encoders.lookupvit import LookupViT
 from captioner.encoders.pooling import PooledEncoder
 
-__all__ = ["Grid", "LookupViT", "PooledEncoder", "TokenEncoder", "build_encoder", "create_encoder", "encoder_config"]
+__all__ = [
+    "LookupViT",
+    "PooledEncoder",
+    "TokenEncoder",
+    "build_encoder",
+    "create_encoder",
+    "encoder_config",
+    "frozen_encoder",
+]

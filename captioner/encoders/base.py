@@ -4,6 +4,7 @@ Letters: B batch, C channels, H W pixels, M tokens handed on, D their width.
 """
 
 import json
+import logging
 from pathlib import Path
 
 import timm
@@ -13,7 +14,9 @@ from safetensors import SafetensorError
 from timm.models import is_model_in_modules
 from torch import nn
 
-Grid = tuple[int, int]
+from captioner.grids import Grid
+
+logger = logging.getLogger(__name__)
 
 EXPORTED = ("hf-hub:", "local-dir:")
 """How names of encoders begin that are not timm's own."""
@@ -81,7 +84,7 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
     if not timm.is_model(architecture):
         close = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:5])
         raise ValueError(f"no encoder named '{name}' in timm" + (f"; did you mean one of: {close}?" if close else ""))
-    settings = {"num_classes": 0, "pretrained": exported or "." in name}
+    settings = {"num_classes": 0, "pretrained": has_weights(name)}
     if is_model_in_modules(architecture, ["vision_transformer"]):
         settings["dynamic_img_size"] = True  # any size divisible by the patch, as the contract has it
     try:
@@ -91,6 +94,27 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
     except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"no weights of the encoder '{name}': {str(error).splitlines()[0]}") from None
     return model if isinstance(model, TokenEncoder) else PooledEncoder(model)
+
+
+def frozen_encoder(name: str) -> TokenEncoder:
+    """Build an encoder to be used as it is; one without trained weights gets a warning, since it will never have any.
+
+    Raises:
+        ValueError: as `create_encoder`.
+    """
+    encoder = create_encoder(name).freeze()
+    if not has_weights(name):
+        logger.warning(
+            "the encoder '%s' has random weights, and is frozen: for more than a trial name a trained one, "
+            "local-dir:FOLDER of captioner pretrain, hf-hub:OWNER/NAME, or a timm name with a tag",
+            name,
+        )
+    return encoder
+
+
+def has_weights(name: str) -> bool:
+    """Tell whether an encoder of this name comes with trained weights; others begin at random."""
+    return name.startswith(EXPORTED) or "." in name
 
 
 def exported_config(name: str) -> dict:

@@ -23,8 +23,9 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from captioner.encoders.base import Grid, TokenEncoder
+from captioner.encoders.base import TokenEncoder
 from captioner.encoders.mhbc import MHBC
+from captioner.grids import Grid, parse_grid
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -110,7 +111,7 @@ class LookupViT(TokenEncoder):
         if global_pool not in ("token", "avg"):
             raise ValueError(f"global_pool is '{global_pool}'; LookupViT knows 'token' and 'avg'")
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.num_classes, self.global_pool, self.grid = num_classes, global_pool, tuple(grid)
+        self.num_classes, self.global_pool, self.grid = num_classes, global_pool, parse_grid(grid)
         self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(
@@ -164,7 +165,7 @@ class LookupViT(TokenEncoder):
         height, width = pixel_values.shape[-2:]
         if height % patch[0] or width % patch[1]:
             raise ValueError(f"image of {height}x{width} px is not a multiple of the patch, {patch[0]}x{patch[1]} px")
-        grid = tuple(grid or self.grid)
+        grid = parse_grid(grid or self.grid)
         x = self.patch_embed(pixel_values)  # (B, h, w, D)
         if not (1 <= grid[0] <= x.shape[1] and 1 <= grid[1] <= x.shape[2]):
             raise ValueError(
@@ -192,7 +193,7 @@ class LookupViT(TokenEncoder):
 
     def num_tokens(self, grid: Grid | None = None) -> int:
         """Count the compressed tokens, class token included."""
-        rows, columns = grid or self.grid
+        rows, columns = parse_grid(grid or self.grid)
         return 1 + rows * columns
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioner.encoders.base import Grid, TokenEncoder
+from captioner.encoders.base import TokenEncoder
+from captioner.grids import Grid
 
 
 class PooledEncoder(TokenEncoder):

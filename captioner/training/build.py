@@ -16,12 +16,14 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from captioner.encoders import Grid, create_encoder, encoder_config
+from captioner.encoders import encoder_config, frozen_encoder
+from captioner.grids import Grid, parse_grid
+from captioner.hub import hub_options
 from captioner.modeling import CaptionerConfig, CaptionerModel
 from captioner.pipeline import load
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.training.cache import token_shapes
-from captioner.training.config import ModelConfig, TrainConfig, parse_grid
+from captioner.training.config import ModelConfig, TrainConfig
 
 ADAPTER = "default"
 """Name of the LoRA adapter, as peft has it in the names of weights."""
@@ -91,7 +93,7 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     Raises:
         ValueError: an encoder or decoder that cannot be had, or that do not fit together.
     """
-    encoder = create_encoder(config.encoder)
+    encoder = frozen_encoder(config.encoder)
     text_tokens = config.max_length
     if config.fusion == "prefix":
         text_tokens += encoder.num_tokens(parse_grid(config.grid))
@@ -148,9 +150,10 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
     Raises:
         ValueError: there is none of that name, or it lacks an end token or the room.
     """
+    options = hub_options(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        text_config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        text_config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"no decoder at '{name}': {str(error).splitlines()[0]}") from None
     if tokenizer.eos_token_id is None:
@@ -181,7 +184,7 @@ def copy_weights(name: str, decoder: nn.Module) -> None:
     """
     try:
         pretrained = AutoModelForCausalLM.from_pretrained(
-            name, config=decoder.config, dtype=torch.float32, use_safetensors=True
+            name, config=decoder.config, dtype=torch.float32, use_safetensors=True, **hub_options(name)
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"no weights for decoder '{name}': {str(error).splitlines()[0]}") from None

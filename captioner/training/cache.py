@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from captioner.data.token_cache import (
     MANIFEST,
@@ -38,13 +38,15 @@ from captioner.data.token_cache import (
     picture_size,
     read_manifest,
 )
-from captioner.encoders import Grid, TokenEncoder, create_encoder, encoder_config
+from captioner.encoders import TokenEncoder, encoder_config, frozen_encoder
 from captioner.evaluation import read_split
+from captioner.grids import Grid, parse_grid
 from captioner.images import ImageError, open_image
 from captioner.pipeline import load
 from captioner.processes import start_processes
 from captioner.processing import image_settings
-from captioner.training.config import CacheConfig, parse_grid
+from captioner.progress import progress_bar
+from captioner.training.config import CacheConfig
 from captioner.whole_files import open_whole
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def open_encoder(config: CacheConfig, accelerator: Accelerator) -> tuple[TokenEn
         encoder, settings = captioner.model.encoder, captioner.processor.image
         description = captioner.model.config.encoder_config
     else:
-        encoder = create_encoder(config.model.encoder).freeze().to(accelerator.device)
+        encoder = frozen_encoder(config.model.encoder).to(accelerator.device)
         settings = image_settings(encoder.default_cfg, config.model.image_size, config.model.crop_mode)
         description = encoder_config(config.model.encoder, encoder)
     return encoder, encoder_fingerprint(encoder, description, settings)
@@ -178,7 +180,8 @@ def prepare_folder(folder: Path, manifest: dict) -> None:
     elif (found := read_manifest(folder)) != manifest:
         TokenCache(folder).check({key: manifest[key] for key in SOURCE})
         keys = [key for key in manifest if manifest[key] != found.get(key)]
-        what = ", ".join(f"{key} {found.get(key)}, not {manifest[key]}" for key in keys)
+        one, other = ({**made, "grids": " and ".join(made.get("grids", ()))} for made in (found, manifest))
+        what = ", ".join(f"{key.replace('_', '-')} {one.get(key)}, not {other[key]}" for key in keys)
         raise ValueError(f"the token cache '{folder}' was made with {what}; choose another folder with --output")
 
 
@@ -271,7 +274,7 @@ def encode_shards(
     batches = [shard[start : start + size] for shard in job.shards for start in range(0, len(shard), size)]
     dataset = PictureViews(config, job, settings)
     loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.data.workers, collate_fn=list))
-    bar = tqdm(total=job.pictures, unit="img", desc="encoding", disable=not accelerator.is_main_process or None)
+    bar = progress_bar(total=job.pictures, unit="img", desc="encoding", disable=not accelerator.is_main_process)
     failed = 0
     for shard in job.shards:
         tokens: dict[str, list[torch.Tensor]] = {name: [] for name in grids}

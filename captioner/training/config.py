@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from captioner.grids import parse_grid
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -270,20 +272,6 @@ class CacheConfig:
             raise ValueError("a cache needs at least one split, one view and one picture per batch")
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"min_crop is a share of the picture, above 0 and up to 1, not {self.min_crop}")
-
-
-def parse_grid(text: str | None) -> tuple[int, int] | None:
-    """Read a compressed grid as people write it: `5x5` is (5, 5).
-
-    Raises:
-        ValueError: the text is not ROWSxCOLUMNS.
-    """
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise ValueError(f"grid '{text}' is not of the form ROWSxCOLUMNS, such as 5x5")
-    return int(sides[0]), int(sides[1])
 
 
 def save_config(config, folder: Path) -> None:

@@ -7,8 +7,8 @@ from captioner.data.collate import CaptionStream, open_pictures
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first
 from captioner.data.token_cache import TokenCache
-from captioner.encoders import Grid
 from captioner.evaluation import read_split
+from captioner.grids import Grid
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import DataConfig, TrainConfig
 

@@ -17,6 +17,7 @@ Three things decide what is learned, and are as in Luo's reference implementatio
 Letters: B images, K samples of each, M image tokens, D encoder width, T text tokens.
 """
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -145,7 +146,9 @@ class SelfCritical:
         inputs = {name: batch[name] for name in ("image_tokens", "input_ids", "attention_mask")}
         logits = model(**inputs).logits[:, :-1].float()  # (B*K, T-1, V)
         losses = F.cross_entropy(logits.mT, batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
+        start = time.perf_counter()
         advantage, means = self.advantage(batch)  # the forward above is still under way on a GPU
+        means["reward_ms"] = 1000 * (time.perf_counter() - start)
         weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)  # (B*K,)
         return (losses.sum(1) * weights).sum(), means
 

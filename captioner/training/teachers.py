@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from captioner.encoders.from_vit import create_timm
+from captioner.hub import hub_options
 from captioner.training.encoder_config import TeacherConfig
 from captioner.training.targets import Targets
 
@@ -135,12 +136,12 @@ class TransformersTeacher(Teacher):
         from transformers import AutoImageProcessor, AutoModel
 
         try:
-            model = AutoModel.from_pretrained(config.name, use_safetensors=True)
+            model = AutoModel.from_pretrained(config.name, use_safetensors=True, **hub_options(config.name))
         except (OSError, ValueError) as error:
             raise ValueError(f"no teacher at '{config.name}': {str(error).splitlines()[0]}") from None
         self.model = getattr(model, "vision_model", model)  # of an image-text model, the image half
         try:
-            prepares = AutoImageProcessor.from_pretrained(config.name)
+            prepares = AutoImageProcessor.from_pretrained(config.name, **hub_options(config.name))
         except (OSError, ValueError):  # it has none
             return self.set_range()
         if not getattr(prepares, "do_normalize", True):
