@@ -18,7 +18,6 @@ from tqdm import tqdm
 from captioner.grids import parse_grid
 from captioner.images import SUFFIXES
 from captioner.progress import progress_bar
-from captioner.whole_files import open_whole
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class CaptionConfig:
     output: Path | None = None
     """File to write, format by ending: .jsonl, .csv or .txt; without it, `path<TAB>caption` lines are printed."""
     resume: bool = False
-    """Go on with an output file that exists: pictures captioned in it are left out, those that failed tried again. Give
-    the model, grid and beams it was begun with: the file does not say."""
+    """Go on with an output file that exists: pictures captioned in it are left out, those that failed are tried again.
+    Give the model, grid and beams it was begun with: the file does not say."""
     overwrite: bool = False
     """Replace an output file that exists."""
     model: str | None = None
@@ -65,7 +64,7 @@ def caption_files(config: CaptionConfig) -> int:
         FileNotFoundError: no input holds a picture.
         OSError: the output cannot be written; what is in it stays.
     """
-    done = read_done(config)
+    done, failed_before = read_done(config)
     check_writable(config.output)
     found, empty = find_pictures(config.inputs)
     pictures = [(name, source) for name, source in found if not {name, escape(name)} & done]
@@ -86,10 +85,11 @@ def caption_files(config: CaptionConfig) -> int:
         **{name: value for name, value in options.items() if value is not None},
     )
     failed = 0
-    with open_writer(config.output, bool(done)) as write:
+    with open_writer(config.output, bool(done | failed_before)) as write:
         for (name, _), result in zip(pictures, progress_bar(results, total=len(pictures), unit="img"), strict=True):
             result.path = name
-            write(result.as_dict())
+            if result.error is None or name not in failed_before:
+                write(result.as_dict())
             if result.error is not None:
                 failed += 1
                 tqdm.write(f"captioner caption: skipped: {result.error}", file=sys.stderr)
@@ -144,10 +144,8 @@ def read_standard_input() -> list[tuple[str, str | bytes]]:
     return [(line, line) for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
 
 
-def read_done(config: CaptionConfig) -> set[str]:
-    """Check the output file and return the pictures it has captions for, when the job goes on with it.
-
-    Rows of pictures that failed leave the file: they are tried again.
+def read_done(config: CaptionConfig) -> tuple[set[str], set[str]]:
+    """Check the output file and return the pictures it has captions for, and errors, when the job goes on with it.
 
     Raises:
         ValueError: the ending is unknown, or the file exists and neither `resume` nor `overwrite` is set, or something
@@ -155,11 +153,11 @@ def read_done(config: CaptionConfig) -> set[str]:
     """
     path = config.output
     if path is None:
-        return set()
+        return set(), set()
     if path.suffix not in WRITERS:
         raise ValueError(f"--output '{path}' must end in {', '.join(WRITERS)}")
     if not path.exists() or config.overwrite:
-        return set()
+        return set(), set()
     if not config.resume:
         raise ValueError(f"'{path}' exists; pass --resume to go on with it or --overwrite to replace it")
     content = path.read_bytes()
@@ -168,24 +166,18 @@ def read_done(config: CaptionConfig) -> set[str]:
     try:
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n")[:-1]]
+            done = {row["path"] for row in rows if row["error"] is None}
         elif path.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            done = {row["path"] for row in rows if row["caption"]}
         else:
-            rows = [{"path": line.split("\t")[-2], "error": None} for line in text.split("\n")[:-1]]
-        captioned = [row for row in rows if not row["error"]]
-        done = {row["path"] for row in captioned}
+            rows = [{"path": line.split("\t")[-2]} for line in text.split("\n")[:-1]]
+            done = {row["path"] for row in rows}
+        failed = {row["path"] for row in rows} - done
     except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"'{path}' is not what captioner caption writes; name another file with --output") from None
-    if len(captioned) == len(rows):
-        os.truncate(path, whole)  # a killed run may have left half a line, to which the next would be joined
-    else:
-        kept = io.StringIO(newline="")
-        write = WRITERS[path.suffix](kept)
-        for row in captioned:
-            write(row)
-        with open_whole(path, "wb") as file:
-            file.write(kept.getvalue().encode(errors="surrogateescape"))
-    return done
+    os.truncate(path, whole)  # a killed run may have left half a line, to which the next would be joined
+    return done, failed
 
 
 def check_writable(path: Path | None) -> None:

@@ -5,21 +5,26 @@ from typing import Literal
 
 
 def hub_trouble(name: str, kind: Literal["model", "dataset"]) -> str | None:
-    """Return why the hub cannot be asked for a repository, or None where it has it.
+    """Return why the hub cannot be asked for a repository, or None where it can.
 
     Raises:
         ValueError: the hub answers that there is no such repository.
     """
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     api = huggingface_hub.HfApi()
     try:
         (api.model_info if kind == "model" else api.dataset_info)(name, timeout=10)
-    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
-        raise ValueError(f"'{name}' is no file, no folder, and no {kind} on the hub") from None
-    except (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__) as error:  # those of its HTTP client
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ValueError(
+            f"'{name}' is no file, no folder, and no {kind} on the hub (of a private one: hf auth login)"
+        ) from None
+    except HfHubHTTPError:
+        return None  # it answers, and will say itself what is wrong when a file is asked for
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # those of its HTTP client
         return f"the hub does not answer ({str(error).partition(chr(10))[0]})"
     return None
 
@@ -30,7 +35,12 @@ def hub_options(name: str) -> dict[str, bool]:
     Where the hub does not answer, that is not to ask it again, file by file, but to take what was downloaded before.
 
     Raises:
-        ValueError: the hub answers that there is no such model.
+        ValueError: there is no such model, or the hub does not answer and nothing was downloaded before.
     """
-    here = Path(name).exists() or hub_trouble(name, "model") is None
-    return {} if here else {"local_files_only": True}
+    import huggingface_hub
+
+    if Path(name).exists() or (trouble := hub_trouble(name, "model")) is None:
+        return {}
+    if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        raise ValueError(f"no folder '{name}', and {trouble}")
+    return {"local_files_only": True}

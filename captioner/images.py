@@ -45,10 +45,11 @@ def open_image(source: ImageSource) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
+    kind = type(source).__name__
     if isinstance(source, Mapping):
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if not isinstance(source, bytes | str | os.PathLike):
-        raise ImageError(f"{type(source).__name__} is no picture; give a path, encoded bytes or a PIL image")
+        raise ImageError(f"{kind} is no picture; give a path, encoded bytes or a PIL image")
     name = "image in memory" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
     try:
         if not isinstance(source, bytes) and not Path(source).is_file() and Path(source).exists():

@@ -153,7 +153,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) into image tokens (B, M, D), at the configured grid unless another is given."""
-        return self.encoder.encode(pixel_values, parse_grid(grid or self.config.grid))  # loaders make lists of tuples
+        return self.encoder.encode(pixel_values, self.config.grid if grid is None else grid)
 
     def prefix(
         self,

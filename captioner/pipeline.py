@@ -9,8 +9,8 @@ import torch
 from transformers import Pipeline
 
 import captioner
-from captioner.grids import Grid, parse_grid
-from captioner.hub import hub_trouble
+from captioner.grids import Grid
+from captioner.hub import hub_options
 from captioner.images import ImageError, ImageSource
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -86,7 +86,7 @@ class Captioner:
         self, pixel_values: torch.Tensor, grid: Grid | str | None = None, **generation
     ) -> tuple[list[str], list[float]]:
         """Caption pixels (B, 3, H, W); returns captions and their log-probabilities."""
-        tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
+        tokens = self.model.encode(pixel_values.to(self.device), grid)
         prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
         sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
         logprobs = self.model.log_probability(sequences, tokens, prompt)
@@ -135,14 +135,14 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
         raise ValueError(f"no captioner model in '{source}': it has no config.json")
     if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
         raise ValueError(f"no captioner model at '{source}': no such folder, and not a hub id")
-    trouble = None if local else hub_trouble(source, "model")
-    options = {"local_files_only": trouble is not None}  # what was downloaded before
+    try:
+        options = hub_options(source)
+    except ValueError as error:
+        raise ValueError(f"no captioner model at '{source}': {error}") from None
     try:
         processor = CaptionerProcessor.from_pretrained(source, **options)
         loaded = CaptionerModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if trouble:
-            raise ValueError(f"no captioner model at '{source}': no such folder, and {trouble}") from None
         raise ValueError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}") from None
     return Captioner(loaded, processor, device)
 

@@ -149,12 +149,9 @@ def test_pictures_that_failed_are_tried_again(saved_model, pictures, tmp_path, e
     (pictures / "b.png").write_bytes(png)
     assert run("caption", pictures, "--model", saved_model, "--output", output, "--resume") == 0
     lines = output.read_text().splitlines()
-    assert [sum(name in line for line in lines) for name in ("a.jpg", "b.png", "c.webp", "not a picture")] == [
-        1,
-        1,
-        1,
-        0,
-    ]
+    assert [sum(name in line for line in lines) for name in ("a.jpg", "b.png", "c.webp")] == [1, 2, 1]
+    assert "b.png" in lines[-1]
+    assert "not a picture" not in lines[-1]
 
 
 def test_a_file_of_another_kind_is_not_gone_on_with(pictures, tmp_path, capsys):
@@ -225,6 +222,6 @@ def test_grids_are_read_as_people_write_them():
     assert parse_grid("3X10") == parse_grid([3, 10]) == (3, 10)
     assert parse_grid("5") == parse_grid(5) == (5, 5)
     assert parse_grid(None) is None
-    for wrong in ("", "5x", "0x5", "axb", "5x5x5", 0, (1, 2, 3), (2.5, 3)):
+    for wrong in ("", "5x", "0x5", "axb", "5x5x5", 0, 2.5, (1, 2, 3), (2.5, 3)):
         with pytest.raises(ValueError, match="ROWSxCOLUMNS"):
             parse_grid(wrong)

@@ -25,5 +25,5 @@ def test_a_model_that_is_not_there_is_named_where_the_hub_does_not_answer(monkey
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(ValueError, match=r"^no captioner model at 'runs/best': no such folder, and the hub does not"):
+    with pytest.raises(ValueError, match=r"^no captioner model at 'runs/best': no folder 'runs/best', and the hub"):
         captioner.load("runs/best")

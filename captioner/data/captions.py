@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 2 * 2**30
 
+SPLITS = ("train", "val", "test")
+
 NO_SPLIT = "all"
 """Split of images that name none."""
 
@@ -148,7 +150,8 @@ def find_annotations(root: Path, split: str | None) -> Path:
     places = (root / "annotations", root)
     for pattern in patterns:
         if found := [path for place in places for path in sorted(place.glob(pattern))]:
-            coco = sorted(path.name for place in places for path in place.glob("captions_*.json"))
+            known = [f"captions_{other}{year}.json" for other in SPLITS for year in ("2017", "2014", "")]
+            coco = [name for name in known if any((place / name).is_file() for place in places)]
             if split and coco and found[0].match("dataset_*.json"):
                 logger.warning(
                     "the split '%s' is read from '%s', and others from %s, which may hold the same images: "
@@ -197,9 +200,9 @@ def read_coco(content: Any, path: Path, split: str | None) -> Iterator[Record]:
         raise ValueError(f"'{path}' is neither COCO nor Karpathy captions: it has no list 'images'")
     if not isinstance(content.get("annotations"), list):
         raise ValueError(f"'{path}' has no list 'annotations'; COCO test files hold no captions")
-    found = [name for name in ("train", "val", "test") if name in path.stem]
+    found = [name for name in SPLITS if name in path.stem]
     named = found[0] if len(found) == 1 else None
-    if split in ("train", "val", "test") and named not in (None, split):
+    if split in SPLITS and named not in (None, split):
         raise ValueError(
             f"'{path}' holds the split '{named}' by its name, not '{split}'; name the folder of all splits"
         )

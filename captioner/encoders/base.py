@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from timm.models import is_model_in_modules
 from torch import nn
 
-from captioner.grids import Grid
+from captioner.grids import Grid, parse_grid
+from captioner.hub import hub_options
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +60,16 @@ class TokenEncoder(nn.Module):
             self.requires_grad_(False)
         return super().train(mode and not self.frozen)
 
-    def encode(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        """`forward_tokens` in the encoder's own dtype, and without building a graph when it is frozen."""
+    def encode(self, pixel_values: torch.Tensor, grid: Grid | str | int | None = None) -> torch.Tensor:
+        """`forward_tokens` in the encoder's own dtype, and without building a graph when it is frozen.
+
+        Args:
+            pixel_values: pixels (B, C, H, W).
+            grid: compressed grid as people write it, see `parse_grid`.
+        """
         dtype = next(self.parameters()).dtype
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.forward_tokens(pixel_values.to(dtype), grid)  # (B, M, D)
+            return self.forward_tokens(pixel_values.to(dtype), parse_grid(grid))  # (B, M, D)
 
 
 def create_encoder(name: str, **kwargs) -> TokenEncoder:
@@ -127,6 +133,7 @@ def exported_config(name: str) -> dict:
     folder = Path(place)
     try:
         if kind == "hf-hub":
+            hub_options(place)  # refuses one that cannot be had
             return json.loads(Path(hf_hub_download(place, "config.json")).read_text())
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

@@ -165,7 +165,7 @@ class LookupViT(TokenEncoder):
         height, width = pixel_values.shape[-2:]
         if height % patch[0] or width % patch[1]:
             raise ValueError(f"image of {height}x{width} px is not a multiple of the patch, {patch[0]}x{patch[1]} px")
-        grid = parse_grid(grid or self.grid)
+        grid = self.grid if grid is None else grid
         x = self.patch_embed(pixel_values)  # (B, h, w, D)
         if not (1 <= grid[0] <= x.shape[1] and 1 <= grid[1] <= x.shape[2]):
             raise ValueError(
@@ -193,7 +193,7 @@ class LookupViT(TokenEncoder):
 
     def num_tokens(self, grid: Grid | None = None) -> int:
         """Count the compressed tokens, class token included."""
-        rows, columns = parse_grid(grid or self.grid)
+        rows, columns = self.grid if grid is None else grid
         return 1 + rows * columns
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

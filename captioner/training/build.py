@@ -150,8 +150,8 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
     Raises:
         ValueError: there is none of that name, or it lacks an end token or the room.
     """
-    options = hub_options(name)
     try:
+        options = hub_options(name)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         text_config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

@@ -136,12 +136,13 @@ class TransformersTeacher(Teacher):
         from transformers import AutoImageProcessor, AutoModel
 
         try:
-            model = AutoModel.from_pretrained(config.name, use_safetensors=True, **hub_options(config.name))
+            options = hub_options(config.name)
+            model = AutoModel.from_pretrained(config.name, use_safetensors=True, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"no teacher at '{config.name}': {str(error).splitlines()[0]}") from None
         self.model = getattr(model, "vision_model", model)  # of an image-text model, the image half
         try:
-            prepares = AutoImageProcessor.from_pretrained(config.name, **hub_options(config.name))
+            prepares = AutoImageProcessor.from_pretrained(config.name, **options)
         except (OSError, ValueError):  # it has none
             return self.set_range()
         if not getattr(prepares, "do_normalize", True):
