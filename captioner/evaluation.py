@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from captioner.pipeline import load
 from captioner.processes import start_processes
 from captioner.processing import CaptionerProcessor
 from captioner.progress import progress_bar
-from captioner.training.config import DataConfig, EvaluateConfig, save_config
+from captioner.training.config import DataConfig, EvaluateConfig, config_text, save_config
 from captioner.whole_files import open_whole
 
 if TYPE_CHECKING:
@@ -93,12 +94,14 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
     """Run the evaluation job; returns the scores in the main process, None in the others.
 
     Raises:
-        ValueError: no data, a folder that holds no captioner, or a token cache that is not this model's.
+        ValueError: no data, a folder that holds no captioner, a token cache that is not this model's, or the results
+            of another evaluation in `output`.
         OSError: a file that is missing, SPICE's models among them.
     """
     if config.spice:
         spice_models(config.spice)
     accelerator = start_processes()
+    check_output(config)
     table = read_split(config.data, config.split)
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
@@ -118,7 +121,7 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
     )
     scores = None
     if accelerator.is_main_process:
-        save_config(config, config.output)
+        save_config(replace(config, overwrite=False), config.output)
         path = write_results(results, config.output / "results.json")
         accelerator.print(f"{len(results)} captions written to {path}")
         metrics = (*METRICS, "SPICE") if config.spice else METRICS
@@ -128,6 +131,21 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
         accelerator.print(scores)
     accelerator.end_training()
     return scores
+
+
+def check_output(config: EvaluateConfig) -> None:
+    """Refuse to replace the results of an evaluation with other settings, unless told to.
+
+    Raises:
+        ValueError: there are such results.
+    """
+    saved, same = config.output / "run_config.json", replace(config, overwrite=False)
+    if config.overwrite or not (config.output / "results.json").exists() or not saved.exists():
+        return
+    if saved.read_text() != config_text(same):
+        raise ValueError(
+            f"'{config.output}' holds the results of another evaluation; name another --output, or pass --overwrite"
+        )
 
 
 def read_split(data: DataConfig, split: str) -> "datasets.Dataset":

@@ -218,7 +218,9 @@ class EvaluateConfig:
     split: str = "test"
     """Split to caption."""
     output: Path = Path("runs/evaluate")
-    """Folder of `results.json` (COCO results format) and `scores.json`."""
+    """Folder of `results.json` (COCO results format) and `scores.json`, which the same evaluation replaces."""
+    overwrite: bool = False
+    """Replace the results of another evaluation in `output`, too."""
     batch_size: int = 32
     """Images per batch and process."""
     grid: str | None = None
@@ -277,5 +279,9 @@ class CacheConfig:
 def save_config(config, folder: Path) -> None:
     """Write the resolved config of a run to `folder/run_config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-    (folder / "run_config.json").write_text(text + "\n")
+    (folder / "run_config.json").write_text(config_text(config))
+
+
+def config_text(config) -> str:
+    """Return a config as JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
