@@ -195,8 +195,10 @@ def measure_costs(rows: list[Row], settings: Settings) -> None:
 def write_table(rows: list[Row], settings: Settings) -> None:
     """Write the table as JSON and Markdown, and the plot of CIDEr over GFLOPs."""
     settings.output.mkdir(parents=True, exist_ok=True)
-    content = {"settings": asdict(settings), "rows": [asdict(row) for row in rows]}
-    (settings.output / "comparison.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+    made_by = decided_by(settings) | {"grids": settings.grids}
+    made_by = {key: Path(v).name if isinstance(v, str) else v for key, v in made_by.items()}  # not where they lay
+    content = {"settings": made_by, "rows": [asdict(row) | {"folder": Path(row.folder).name} for row in rows]}
+    (settings.output / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
     names = [name for name in SCORES if name in rows[0].scores]
     head = ["encoder", "grid", "GFLOPs", "images/s", "tokens", "KB/image", "probe", *names, "CIDEr, 95% interval"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

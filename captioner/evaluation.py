@@ -144,7 +144,8 @@ def check_output(config: EvaluateConfig) -> None:
         return
     if saved.read_text() != config_text(same):
         raise ValueError(
-            f"'{config.output}' holds the results of another evaluation; name another --output, or pass --overwrite"
+            f"'{config.output}' holds the results of an evaluation with other settings, see '{saved}'; "
+            "name another --output, or pass --overwrite"
         )
 
 

@@ -17,6 +17,9 @@ from captioner.processing import CaptionerProcessor
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
 
+COUNTS = ("batch_size", "num_beams", "max_new_tokens")
+"""Options of captioning that count something."""
+
 
 @dataclass
 class Caption:
@@ -62,8 +65,13 @@ class Captioner:
             generation: settings of transformers' `generate`, such as `num_beams`.
 
         Raises:
-            ValueError: the encoder has not such a grid.
+            ValueError: the encoder has not such a grid, or an option is not one for a caption a picture.
         """
+        for name, value in {"batch_size": batch_size, **generation}.items():
+            if name in COUNTS and value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+            if name in ("num_return_sequences", "return_dict_in_generate"):
+                raise ValueError(f"captioning gives one caption a picture; leave {name} out, or use model.generate")
         images = iter([images] if isinstance(images, ImageSource) else images)
         while batch := list(islice(images, batch_size)):
             results, pixels = [], []
@@ -117,9 +125,9 @@ def pick_device(name: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no device '{name}' here: {reason}; name none for the best there is") from None
+    except (RuntimeError, AssertionError):
+        here = [f"cuda:{n}" for n in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+        raise ValueError(f"no device '{name}' here; there is {', '.join([*here, 'cpu'])}") from None
 
 
 def load(model: str | Path | None = None, device: str | None = None) -> Captioner:

@@ -146,7 +146,18 @@ def test_rows_without_a_split_are_counted(tmp_path, caplog):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
     write(tmp_path / "captions.csv", "image,caption,split\nx.png,one,train\ny.png,two,\nz.png,three,\n")
     assert len(read_captions(tmp_path, "train")) == 1
-    assert "2 images name no split and are in none" in caplog.text
+    assert "left out images that name no split: 2" in caplog.text
+    with pytest.raises(ValueError, match="name no split: 2; fix the data"):
+        read_captions(tmp_path, "train", on_bad="refuse")
+
+
+def test_pictures_in_several_splits_are_in_none(tmp_path, caplog):
+    for name in "xy":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    rows = ["x.png,one,train", "x.png,two,val", "y.png,three,", "y.png,four,train"]
+    write(tmp_path / "captions.csv", "\n".join(["image,caption,split", *rows]))
+    assert read_captions(tmp_path, "train")["captions"][:] == [["three", "four"]]
+    assert "1 images in several splits (x.png)" in caplog.text
 
 
 def test_saved_datasets_set_keeps_pictures_encoded(tmp_path):

@@ -255,7 +255,7 @@ def test_keyed_by_id_not_by_place():
             r"4 images \(2, 3, 4, \.\.\.\) without a prediction",
         ),
         ({1: "a", 9: "b"}, {1: ["a"]}, r"1 image \(9\) predicted but without references"),
-        ({"1": "a"}, {1: ["a"]}, "ids are of different kinds: int, str"),
+        ({"1": "a"}, {1: ["a"]}, "ids are str in the one, int in the other"),
         ([{"image_id": 1, "caption": "a"}] * 2, {1: ["a"]}, r"1 image \(1\) predicted more than once"),
         ([{"id": 1}], {1: ["a"]}, "1 results lack 'image_id' or 'caption'"),
         ({1: math.nan}, {1: ["a"]}, r"1 image \(1\) with a prediction that is no text but nan"),

@@ -29,6 +29,15 @@ def test_pictures_are_captioned_at_every_grid():
         assert result.logprob < 0
 
 
+def test_options_that_make_no_sense_are_named():
+    model = captioner.load(device="cpu")
+    for options in ({"batch_size": 0}, {"num_beams": "3"}, {"num_return_sequences": 2}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            model(EXAMPLES / "cat.jpg", **options)
+    with pytest.raises(ValueError, match="no device 'gpu' here; there is .*cpu$"):
+        captioner.load(device="gpu")
+
+
 @pytest.mark.slow
 def test_the_first_command_of_the_readme(tmp_path):
     command = [sys.executable, "-m", "captioner.cli", "caption", str(EXAMPLES)]

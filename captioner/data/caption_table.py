@@ -30,6 +30,7 @@ class ReadReport:
     duplicate_ids: list[str] = field(default_factory=list)
     empty_captions: list[str] = field(default_factory=list)
     images_without_captions: list[str] = field(default_factory=list)
+    images_in_several_splits: list[str] = field(default_factory=list)
 
     def problems(self) -> dict[str, list[str]]:
         """Map each kind of problem that occurred to the images it occurred in."""
@@ -51,6 +52,7 @@ class Record:
     image: Any
     captions: list[str]
     split: str
+    several_splits: bool = False
 
 
 class ImageFinder:
@@ -105,7 +107,9 @@ def build_table(
             image = {"path": str(path), "bytes": None} if path else None
         elif images is None and not isinstance(image, dict):
             image = None  # a number, say, where a name should be
-        if image is None:
+        if record.several_splits:
+            report.images_in_several_splits.append(label)
+        elif image is None:
             report.missing_images.append(label if record.image is None else str(record.image))
         elif not captions:
             report.images_without_captions.append(label)

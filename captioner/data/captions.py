@@ -89,15 +89,15 @@ def read_captions(
         content = load_json(path)
         records = read_karpathy(content, path, restval) if is_karpathy(content) else read_coco(content, path, split)
     if split is not None:
-        records = keep_split(records, split, path)
+        records = keep_split(records, split, path, on_bad)
     return build_table(records, None, root, folder, on_bad, f"'{path}'" + (f", split '{split}'" if split else ""))
 
 
-def keep_split(records: Iterable[Record], split: str, path: Path) -> Iterator[Record]:
+def keep_split(records: Iterable[Record], split: str, path: Path, on_bad: OnBad = "skip") -> Iterator[Record]:
     """Keep the records of a split, and say how many name none.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or some name none and `on_bad` is `refuse`.
     """
     splits: Counter[str] = Counter()
     for record in records:
@@ -109,7 +109,10 @@ def keep_split(records: Iterable[Record], split: str, path: Path) -> Iterator[Re
         found = f"; name one of {', '.join(sorted(named))}" if named else ": its rows have no column 'split'"
         raise ValueError(f"'{path}' has no split '{split}'{found}")
     if splits[NO_SPLIT] and split != NO_SPLIT:
-        logger.warning("'%s': %d images name no split and are in none", path, splits[NO_SPLIT])
+        told = f"'{path}': left out images that name no split: {splits[NO_SPLIT]}"
+        if on_bad == "refuse":
+            raise ValueError(f"{told}; fix the data or pass --data.on-bad skip")
+        logger.warning(told)
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -316,6 +319,9 @@ def _join_rows(
             )
         split = splits[number] if splits else str(row.get("split") or NO_SPLIT)
         record = joined.setdefault(key, Record(key, image, [], split))
+        if record.split == NO_SPLIT:
+            record.split = split
+        record.several_splits |= split not in (record.split, NO_SPLIT)
         record.captions.extend(captions if isinstance(captions, list) else [captions])
     yield from joined.values()
 

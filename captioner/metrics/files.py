@@ -45,6 +45,8 @@ def read_references(path: Path, split: str | None = None, restval: bool = False)
         ValueError: not such a file, an unknown split, an image twice, a caption that is no text, nothing left.
         OSError: the file cannot be read.
     """
+    if path.suffix in (".csv", ".jsonl"):
+        raise ValueError(f"'{path}' comes last, where the annotations do, and these are COCO's or Karpathy's JSON")
     content = load_json(path)
     if isinstance(content, list):
         raise ValueError(f"'{path}' is a list, as results are; annotations come last: RESULTS [RESULTS_B] ANNOTATIONS")
@@ -102,6 +104,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         ValueError: not rows with both, or an image id that is neither a number nor text.
         OSError: the file cannot be read.
     """
+    if path.suffix == ".txt":
+        raise ValueError(f"'{path}': results end in .json, .jsonl or .csv; name such an --output of captioner caption")
     content = load_rows(path) if path.suffix in (".jsonl", ".csv") else load_json(path)
     form = 'a list of {"image_id": ..., "caption": ...}'
     if not isinstance(content, list):

@@ -237,10 +237,9 @@ def _common_ids(captions: Mapping, references: References, partial: bool) -> tup
     if (missing or extra) and not partial:
         parts = [f"{name_ids(missing)} without a prediction"] * bool(missing)
         parts += [f"{name_ids(extra)} predicted but without references"] * bool(extra)
-        kinds = {type(image_id).__name__ for image_id in captions} ^ {
-            type(image_id).__name__ for image_id in references
-        }
-        hint = f" (ids are of different kinds: {', '.join(sorted(kinds))})" if kinds else ""
+        ours, theirs = ({type(image_id).__name__ for image_id in ids} for ids in (captions, references))
+        differ = ours and theirs and ours.isdisjoint(theirs)
+        hint = f" (ids are {'/'.join(ours)} in the one, {'/'.join(theirs)} in the other)" if differ else ""
         raise ValueError(f"{'; '.join(parts)}{hint}; --partial (in Python, partial=True) scores what both have")
     common = [image_id for image_id in references if image_id in captions]
     if not common:
