@@ -274,6 +274,27 @@ def test_wrong_shapes_are_named(shape, grid, message):
         make().float().forward_tokens(torch.zeros(1, 3, *shape), grid)
 
 
+def test_a_conv_stem_sees_over_the_edges_of_a_patch():
+    for stem, reach in (("patch", 1), ("conv", 4)):  # a strided convolution of width 3 looks up and left
+        model = make(stem=stem)
+        image = torch.zeros(1, 3, 96, 64, dtype=torch.float64)
+        changed = image.clone()
+        changed[..., 16:32, 16:32] = 1.0  # one patch
+        moved = (model.patch_embed(changed) - model.patch_embed(image)).abs().amax(-1) > 1e-9
+        assert moved.shape == (1, 6, 4)
+        assert moved.sum() == reach
+        assert model.forward_tokens(image, (3, 2)).shape == (1, 7, 24)
+        assert model(image).shape == (1, 5)
+
+
+def test_a_conv_stem_needs_a_patch_of_its_strides():
+    assert make(stem="conv", patch_size=8).embed(torch.zeros(1, 3, 64, 64).double())[1].shape == (1, 64, 24)
+    with pytest.raises(ValueError, match="do not make a patch of 14 px"):
+        make(stem="conv", patch_size=14, img_size=56)
+    with pytest.raises(ValueError, match="stem is 'deep'; LookupViT knows 'patch' and 'conv'"):
+        make(stem="deep")
+
+
 def test_unknown_pooling_and_heads_are_refused():
     with pytest.raises(ValueError, match="global_pool"):
         make(global_pool="max")

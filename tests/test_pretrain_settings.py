@@ -164,6 +164,7 @@ def test_captioned_images_are_known_by_content(tmp_path):
         ({"mixup": 0.2, "label_weight": 1.0, "views": None, "batch_size": 3}, "--batch-size must be even, not 3"),
         ({"probe_train": "x"}, "a probe needs pictures to learn from and others"),
         ({"grids": ()}, "grids are positive"),
+        ({"words_from": "teachers", "teachers": ()}, "--words-from teachers needs teachers to tell them"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_once(change, message):

@@ -52,9 +52,11 @@ def losses(folder, key="loss"):
     return {record["step"]: record[key] for record in records if key in record}
 
 
-def test_distillation_learns_and_exports(captioned, classes, teacher, tmp_path):
+@pytest.mark.parametrize(("words_from", "stem"), [("captions", "patch"), ("teachers", "conv")])
+def test_distillation_learns_and_exports(captioned, classes, teacher, words_from, stem, tmp_path):
     config = debug(tmp_path / "run", teacher, captions=str(captioned), num_words=8, images=(str(classes),), steps=30)
-    folder = pretrain(replace(config, learning_rate=3e-3))
+    config = replace(config, words_from=words_from, encoder_options={"depth": 2, "stem": stem}, learning_rate=3e-3)
+    folder = pretrain(config)
     grid, words = (list(losses(folder, key).values()) for key in ("grid", "words"))
     assert sum(grid[-5:]) < 0.8 * sum(grid[:5])
     assert sum(words[-5:]) < sum(words[:5])
@@ -291,3 +293,5 @@ def test_a_vit_that_does_not_fit_is_refused():
         init_from_vit(encoder, timm.create_model("resnet10t"))
     with pytest.raises(ValueError, match="only a LookupViT"):
         init_from_vit(create_encoder("resnet10t"), "vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="conv stem has no place for a ViT's patch embedding: give stem=patch"):
+        init_from_vit(create_encoder("lookupvit_tiny_patch16_224", depth=1, stem="conv"), "vit_tiny_patch16_224")

@@ -96,9 +96,10 @@ def cut_views(squares: torch.Tensor, views: torch.Tensor, size: int) -> torch.Te
     zero = torch.zeros_like(x)
     affine = torch.stack([torch.stack([flip * width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)  # (B, 2, 3)
     places = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
-    pixels = F.grid_sample(squares.float() / 255, places, padding_mode="reflection", align_corners=False)
-    pixels = pixels * brightness.view(-1, 1, 1, 1)
-    mean = pixels.mean((1, 2, 3), keepdim=True)
-    pixels = mean + (pixels - mean) * contrast.view(-1, 1, 1, 1)
-    grey = pixels.mean(1, keepdim=True)
-    return (grey + (pixels - grey) * saturation.view(-1, 1, 1, 1)).clamp(0, 1)
+    pixels = F.grid_sample(squares.float().mul_(1 / 255), places, padding_mode="reflection", align_corners=False)
+    # brightness, then contrast around the view's mean, then saturation around each pixel's grey, in one pass
+    brightness, contrast, saturation = (factor.view(-1, 1, 1, 1) for factor in (brightness, contrast, saturation))
+    scale = brightness * contrast
+    grey = pixels.mean(1, keepdim=True)  # (B, 1, S, S)
+    constant = (1 - contrast) * brightness * grey.mean((2, 3), keepdim=True)
+    return pixels.mul_(saturation * scale).add_(grey.mul_((1 - saturation) * scale).add_(constant)).clamp_(0, 1)

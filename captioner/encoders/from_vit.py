@@ -9,6 +9,7 @@ projection, so that the lookup stream begins unchanged.
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import PatchEmbed
 from torch import nn
 
 from captioner.encoders.base import TokenEncoder
@@ -25,11 +26,13 @@ def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
         vit: timm name of a ViT, whose pretrained weights are taken, or a timm ViT itself.
 
     Raises:
-        ValueError: the encoder is no LookupViT, the ViT's weights cannot be had, or its width, heads, patch or depth do
-            not fit the encoder.
+        ValueError: the encoder is no LookupViT or has a conv stem, the ViT's weights cannot be had, or its width,
+            heads, patch or depth do not fit the encoder.
     """
     if not isinstance(encoder, LookupViT):
         raise ValueError(f"only a LookupViT can start from a ViT, not {type(encoder).__name__}")
+    if not isinstance(encoder.patch_embed, PatchEmbed):
+        raise ValueError("a LookupViT with a conv stem has no place for a ViT's patch embedding: give stem=patch")
     if isinstance(vit, str):
         vit = create_timm("ViT", vit, pretrained=True, num_classes=0)
     check_fit(encoder, vit)

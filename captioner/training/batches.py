@@ -4,6 +4,7 @@ Letters: B views, K classes, V caption words, S side of a view in pixels.
 """
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,14 @@ from captioner.data.captions import read_captions
 from captioner.data.pictures import Source, open_source, stamp_images, store_pictures
 from captioner.data.views import ViewOrder, cut_views, draw_views
 from captioner.data.words import CaptionWords
+from captioner.progress import progress_bar
 from captioner.training.encoder_config import PretrainConfig
 from captioner.training.targets import Targets, TargetStore
+from captioner.training.teacher_words import TeacherWords, describe
 from captioner.training.teachers import WEIGHTS, Teacher
+
+WORD_VIEWS = 4
+"""Views of a captioned picture that the words are fitted on, where a run draws fresh ones every time."""
 
 
 class Batches:
@@ -26,6 +32,7 @@ class Batches:
     Attributes:
         store: the pictures.
         words: caption words of the first pictures in the store, if there are captions.
+        teacher_words: what tells the words of any view, if it is teachers that do.
         shapes: shapes of each teacher's outputs.
 
     Raises:
@@ -57,11 +64,17 @@ class Batches:
 
         self.teachers = teachers
         example = torch.zeros(2, 3, config.image_size, config.image_size, device=self.device)
-        self.shapes = [{k: tuple(v.shape[1:]) for k, v in teacher(example).items()} for teacher in teachers]
+        said = [teacher(example) for teacher in teachers]
+        self.shapes = [{k: tuple(v.shape[1:]) for k, v in targets.items()} for targets in said]
         self.kept: list[TargetStore] = []
         if config.views is not None:
             with accelerator.main_process_first():  # one lays the files out
                 self.kept = [self.keep(number, folder / f"teacher_{number + 1}") for number in range(len(teachers))]
+        self.teacher_words = None
+        if self.words is not None and config.word_weight > 0 and config.words_from == "teachers":
+            sizes = describe(said).shape[1], len(self.words.words)
+            self.teacher_words = TeacherWords(self.captioned_views(), *sizes, self.add_up).to(self.device)
+            accelerator.print(f"caption words: teachers explain {self.teacher_words.explained:.3f} of their variance")
         kinds = len(self.store.classes)
         self.mixup = None
         if config.mixup or config.cutmix:
@@ -91,18 +104,49 @@ class Batches:
         config = self.config
         rows, versions = self.order.views(position, config.batch_size)
         index = torch.from_numpy(rows)
-        views = draw_views(config.seed, rows, versions, config.min_crop)
-        pixels = cut_views(self.store.batch(index, self.device), views, config.image_size)  # (B, 3, S, S)
+        pixels = self.cut(rows, versions)  # (B, 3, S, S)
         labels = None
         if config.label_weight > 0:
             pixels, labels = self.soft_labels(pixels, self.store.labels[index].to(self.device))
         targets = [self.ask(number, pixels, rows, versions) for number in range(len(self.teachers))]
-        words = None
-        if self.word_targets is not None:
-            rows_here = index.to(self.device)
-            words = self.word_targets[rows_here.clamp(max=len(self.word_targets) - 1)]  # (B, V)
-            words = words.masked_fill((rows_here >= len(self.word_targets))[:, None], float("nan"))
+        words = self.look_up_words(index.to(self.device), targets)
         return {"pixels": pixels, "targets": targets, "labels": labels, "words": words}
+
+    def look_up_words(self, rows: torch.Tensor, targets: list[Targets]) -> torch.Tensor | None:
+        """Return the words (B, V) of the pictures in these rows, as captions or teachers have them; NaN if unknown."""
+        if self.word_targets is None:
+            return None
+        captioned = len(self.word_targets)
+        if self.teacher_words is not None:
+            return self.teacher_words.tell(rows, describe(targets), captioned)
+        words = self.word_targets[rows.clamp(max=captioned - 1)]  # (B, V)
+        return words.masked_fill((rows >= captioned)[:, None], float("nan"))
+
+    def captioned_views(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Show this process's views of the captioned pictures to the teachers: rows, features (B, F), words (B, V)."""
+        known = np.flatnonzero(self.store.usable[: len(self.word_targets)])
+        count = self.config.views or WORD_VIEWS
+        rows, versions = np.tile(known, count), np.repeat(np.arange(count), len(known))
+        mine = np.arange(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        parts = np.split(mine, range(self.config.batch_size, len(mine), self.config.batch_size))
+        parts = [part for part in parts if len(part)]
+        for part in progress_bar(parts, desc="words", unit="batch", disable=not self.accelerator.is_main_process):
+            pixels = self.cut(rows[part], versions[part])
+            targets = [self.ask(number, pixels, rows[part], versions[part]) for number in range(len(self.teachers))]
+            index = torch.from_numpy(rows[part])
+            yield index, describe(targets).cpu(), self.word_targets[index.to(self.device)].cpu()
+
+    def add_up(self, value: torch.Tensor) -> torch.Tensor:
+        """Add up what each process has of a tensor."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.device)).cpu()
+
+    def cut(self, rows: np.ndarray, versions: np.ndarray) -> torch.Tensor:
+        """Return pixels (B, 3, S, S) in [0, 1] of views."""
+        config = self.config
+        views = draw_views(config.seed, rows, versions, config.min_crop)
+        return cut_views(self.store.batch(torch.from_numpy(rows), self.device), views, config.image_size)
 
     def ask(self, number: int, pixels: torch.Tensor, rows: np.ndarray, versions: np.ndarray) -> Targets:
         """Return what a teacher says about views, from disk where it has been asked before."""

@@ -40,7 +40,7 @@ this many seconds, every step looks."""
 FIXED = (
     *("encoder", "encoder_options", "optimizer", "seed", "ema"),
     *("grids", "image_size", "early_size", "early_share", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
-    *("label_weight", "label_smoothing", "word_weight"),
+    *("label_weight", "label_smoothing", "word_weight", "words_from"),
 )
 """Settings that a resumed run cannot change, beside pictures and teachers."""
 
@@ -168,7 +168,7 @@ def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
     if not isinstance(encoder, LookupViT):
         try_views(config, encoder)
         return 1
-    patch = encoder.patch_embed.patch_size[0]
+    patch = encoder.patch_embed.feat_ratio()
     if max(config.grids) > config.image_size // patch:
         side = config.image_size // patch
         raise ValueError(

@@ -153,6 +153,9 @@ class PretrainConfig:
     """Most frequent caption words to predict; used with `captions`."""
     word_weight: float = 0.03
     """Weight of the loss on caption words (binary cross-entropy, summed over words)."""
+    words_from: Literal["captions", "teachers"] = "captions"
+    """Whose words: a picture's own captions', which are soon known by heart where pictures are few, or those that its
+    teachers' outputs suggest, by a regression that has not seen the picture's captions (and for every picture)."""
 
     steps: int = 10_000
     """Optimiser steps in all."""
@@ -206,6 +209,8 @@ class PretrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is a share of 1, not {getattr(self, name)}")
         if bool(self.probe_train) != bool(self.probe_val):
             raise ValueError("a probe needs pictures to learn from and others to try it on: --probe-train, --probe-val")
+        if self.words_from == "teachers" and not self.teachers:
+            raise ValueError("--words-from teachers needs teachers to tell them: give --teachers")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs: --batch-size must be even, not {self.batch_size}")
         if (self.mixup or self.cutmix) and self.views is not None:

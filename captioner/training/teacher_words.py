@@ -1,0 +1,123 @@
+"""The words of a picture as its teachers would guess them: labels that cannot be learned by heart.
+
+Words of captions point an encoder at what people talk about, but a few thousand pictures are soon known by heart, and
+what is known so helps on no other picture. Here a ridge regression tells the words from what the teachers say of a
+view. It is a fixed function of the view, holds for pictures without captions too, and of a captioned picture's words
+tells only what the captions of *others* teach (cross-fitting: each picture is told by a fit that left it out).
+
+Letters: B views, F features, V words.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from captioner.training.targets import Targets
+
+FOLDS = 5
+"""Parts of the captioned pictures; each is told by a fit on the others."""
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Penalties tried, in units of one view's variance per feature and view fitted on."""
+
+
+def describe(targets: list[Targets]) -> torch.Tensor:
+    """Gather what all teachers say of views into features (B, F), the last of which is 1.
+
+    Of a teacher: its pooled feature (else the mean of its map, else its class probabilities), and for class maps the
+    most and the root of the mean of each class over the cells.
+    """
+    parts = []
+    for target in targets:
+        target = {name: value.float() for name, value in target.items()}
+        if "pooled" in target:
+            parts.append(target["pooled"])
+        elif "grid" in target:
+            parts.append(target["grid"].mean((2, 3)))
+        elif "logits" in target:
+            parts.append(target["logits"].softmax(-1).sqrt())
+        if "maps" in target:
+            parts += [target["maps"].amax((2, 3)), target["maps"].mean((2, 3)).clamp(min=0).sqrt()]
+    return torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1)
+
+
+class TeacherWords:
+    """A ridge regression from features of views to the words of their pictures' captions, fitted in one pass.
+
+    Args:
+        examples: rows of pictures (B,), features of a view of each (B, F) and shares of captions with each word (B, V).
+        features: number of features F.
+        words: number of words V.
+        add_up: adds up what each of several processes has of a tensor, where they share the examples.
+
+    Attributes:
+        weights: (FOLDS + 1, F, V): of each fold's pictures, by the others; and the mean of these, for pictures without
+            captions.
+        explained: share of the words' variance that is told of pictures that a fit has not seen.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        features: int,
+        words: int,
+        add_up: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    ):
+        squares = torch.zeros(FOLDS, features, features, dtype=torch.float64)
+        products = torch.zeros(FOLDS, features, words, dtype=torch.float64)
+        spread = torch.zeros(words, dtype=torch.float64)
+        for rows, x, y in examples:
+            x, y = x.double(), y.double()
+            spread += y.square().sum(0)
+            for fold in range(FOLDS):
+                mine = rows % FOLDS == fold
+                squares[fold] += x[mine].T @ x[mine]
+                products[fold] += x[mine].T @ y[mine]
+        squares, products, spread = add_up(squares), add_up(products), add_up(spread)
+        self.weights, error = min((fit_folds(squares, products, ridge) for ridge in RIDGES), key=lambda fit: fit[1])
+        around_mean = spread - products.sum(0)[-1].square() / squares[:, -1, -1].sum()
+        self.explained = 1 - ((spread.sum() + error) / around_mean.sum()).item()
+
+    def to(self, device: torch.device) -> "TeacherWords":
+        """Move to a device."""
+        self.weights = self.weights.to(device)
+        return self
+
+    def tell(self, rows: torch.Tensor, features: torch.Tensor, captioned: int) -> torch.Tensor:
+        """Return the share of captions (B, V) in which each word is to be expected.
+
+        Args:
+            rows: picture of each view, (B,).
+            features: of the views, (B, F).
+            captioned: rows below it have captions, and may have been fitted on.
+        """
+        words = features.new_empty(len(rows), self.weights.shape[2])
+        folds = torch.where(rows < captioned, rows % FOLDS, FOLDS)
+        for fold in folds.unique():
+            mine = folds == fold
+            words[mine] = features[mine] @ self.weights[fold]
+        return words.clamp(0, 1)
+
+
+def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
+    """Fit the regression without each fold in turn.
+
+    Args:
+        squares: sums of x x^T over each fold's views (FOLDS, F, F), float64; the last feature is 1, and not penalised.
+        products: sums of x y^T (FOLDS, F, V).
+        ridge: penalty in units of a feature's variance, per view.
+
+    Returns:
+        Weights (FOLDS + 1, F, V), the last their mean; and the squared error on the folds left out, less that of
+        telling nothing.
+    """
+    counts = squares[:, -1, -1]
+    mean = squares.sum(0)[-1] / counts.sum()
+    variance = squares.sum(0).diagonal() / counts.sum() - mean.square()
+    variance[-1] = 0
+    fits, error = [], 0.0
+    for x, y, count in zip(squares, products, counts, strict=True):
+        penalty = ridge * (counts.sum() - count) * variance + 1e-9
+        weights = torch.linalg.solve(squares.sum(0) - x + penalty.diag(), products.sum(0) - y)
+        error += ((weights * (x @ weights)).sum() - 2 * (weights * y).sum()).item()
+        fits.append(weights)
+    return torch.stack([*fits, sum(fits) / FOLDS]).float(), error
