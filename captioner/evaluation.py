@@ -20,7 +20,7 @@ from captioner.metrics import METRICS, Scores, score
 from captioner.metrics.java import spice_models
 from captioner.modeling import CaptionerModel
 from captioner.pipeline import load
-from captioner.processes import start_processes
+from captioner.processes import leave_signals_to_main, start_processes
 from captioner.processing import CaptionerProcessor
 from captioner.progress import progress_bar
 from captioner.training.config import DataConfig, EvaluateConfig, config_text, save_config
@@ -63,7 +63,11 @@ def caption_split(
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     pictures = pictures or open_pictures(table, processor)
     loader = DataLoader(
-        PictureRows(pictures), batch_sampler=mine, num_workers=pictures.workers(workers), collate_fn=list
+        PictureRows(pictures),
+        batch_sampler=mine,
+        num_workers=pictures.workers(workers),
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_main,
     )
     start = torch.tensor([processor.prompt_ids()], device=accelerator.device)
     model.eval()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from training_runs import ROOT, debug, losses, stop_at
 import captioner
 from captioner.data.token_cache import encoder_fingerprint
 from captioner.encoders import create_encoder
-from captioner.training import decoder
+from captioner.training import checkpoint, decoder
 from captioner.training.checkpoint import digests, find_damage, list_checkpoints, recover_folder, replace_folder
 from captioner.training.decoder import train
 from captioner.training.export import save_best
+from captioner.training.interruption import Interruption
 
 
 def with_dropout(config):
@@ -76,6 +78,76 @@ def test_a_signal_during_validation_stops_at_once_and_validation_comes_again(unb
     train(replace(unbroken, output=tmp_path))
     for key in ("loss", "CIDEr"):
         assert losses(tmp_path, key) == losses(unbroken.output, key)
+
+
+def test_a_repeated_signal_is_the_same_wish_for_a_while_and_kills_later(monkeypatch):
+    with Interruption() as interruption:
+        for _ in range(3):  # a scheduler, its launcher and the terminal
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.received == signal.SIGINT
+        monkeypatch.setattr("captioner.training.interruption.GRACE", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_the_run_loses_nothing(captioned, tmp_path):
+    command = [sys.executable, "train.py", "debug", "--data.root", captioned, "--data.workers", 2, "--epochs", 500]
+    command += ["--save-steps", 1, "--evaluate-every", 500, "--output", tmp_path]
+    with subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while process.poll() is None and not list_checkpoints(tmp_path / "checkpoints"):
+            time.sleep(0.02)
+        assert len(list_children(process.pid)) >= 2
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.05)
+        stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 143, stderr
+    assert "Traceback" not in stderr
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    assert f"stopped at step {int(newest.name.removeprefix('step_'))} of" in stdout
+    assert find_damage(newest) is None
+
+
+def list_children(process):
+    return (Path("/proc") / str(process) / "task" / str(process) / "children").read_text().split()
+
+
+def test_what_a_kill_left_half_done_is_undone(unbroken, tmp_path, capsys):
+    config = replace(unbroken, output=tmp_path, epochs=2)
+    train(config)
+    checkpoints = tmp_path / "checkpoints"
+    for left in (".step_00000006", ".step_00000004.previous"):  # half written; superseded
+        shutil.copytree(checkpoints / "step_00000004", checkpoints / left)
+    (checkpoints / "step_00000008").rename(checkpoints / ".step_00000008.previous")  # between two renames
+    train(config)
+    assert f"resumed from {checkpoints / 'step_00000008'}" in capsys.readouterr().out
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000004", "step_00000008"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(unbroken, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 2, "loss": 99.0}\n{"step": 4, "lo')
+    train(replace(unbroken, output=tmp_path, epochs=1))
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 4]
+
+
+def test_checkpoints_are_written_by_minutes_and_the_newest_kept(unbroken, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        decoder, "save_checkpoint", lambda *args: written.append(args[2]) or checkpoint.save_checkpoint(*args)
+    )
+    train(replace(unbroken, output=tmp_path, epochs=2, save_minutes=0, keep_checkpoints=3))
+    assert sorted(set(written)) == list(range(1, 9))
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step_00000006", "step_00000007", "step_00000008"]
 
 
 @pytest.mark.slow
@@ -229,6 +301,28 @@ def test_a_run_is_not_resumed_with_another_tokenizer_or_encoder(captioned, unbro
         patched.setattr("captioner.training.build.frozen_encoder", lambda name: shifted(create_encoder(name)))
         with pytest.raises(ValueError, match="was saved with encoder"):
             train(config)
+
+
+def test_a_run_is_not_resumed_with_another_frozen_decoder_or_other_captions(captioned, unbroken, tmp_path):
+    projector = replace(unbroken.model, tune="projector")
+    shutil.copytree(unbroken.output / "best", tmp_path / "best")
+    config = replace(unbroken, output=tmp_path / "run", epochs=1, init_from=str(tmp_path / "best"), model=projector)
+    train(config)
+    loaded = captioner.load(tmp_path / "best", "cpu")
+    shifted(loaded.model.decoder)
+    loaded.model.save_pretrained(tmp_path / "best")
+    with pytest.raises(ValueError, match="was saved with decoder"):
+        train(config)
+    shutil.copytree(captioned, tmp_path / "other")
+    path = tmp_path / "other" / "annotations" / "captions_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["caption"], content["annotations"][-1]["caption"] = (
+        content["annotations"][-1]["caption"],
+        content["annotations"][0]["caption"],
+    )
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="was saved with data"):
+        train(replace(unbroken, data=replace(unbroken.data, root=str(tmp_path / "other"))))
 
 
 def shifted(encoder):

@@ -54,7 +54,7 @@ def test_equals_pycocoevalcap_on_made_up_captions():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [1, 4])
+@pytest.mark.parametrize("place", range(5))
 def test_equals_pycocoevalcap_on_coco(place):
     everything = annotations("coco/captions_val2017.json")
     references = {n: group[:place] + group[place + 1 :] for n, group in everything.items()}
@@ -74,7 +74,7 @@ def test_equals_pycocoevalcap_on_flickr8k_with_training_statistics(split):
             frequency[ngram] = frequency.get(ngram, 0.0) + 1
     scorer, image_ids, captions = TrainScorer(n=4, sigma=6.0), [], []
     scorer.images = len(train)
-    for image_id, group in list(everything.items())[:300]:
+    for image_id, group in everything.items():
         for place, caption in enumerate(group):
             scorer += (caption, group[:place] + group[place + 1 :])
             image_ids.append((image_id, place))

@@ -287,6 +287,14 @@ def test_a_conv_stem_sees_over_the_edges_of_a_patch():
         assert model(image).shape == (1, 5)
 
 
+def test_a_conv_stem_takes_the_sizes_that_a_patch_takes():
+    patch, conv = (make(stem=stem, img_size=100) for stem in ("patch", "conv"))
+    assert patch.patch_embed.grid_size == conv.patch_embed.grid_size == (6, 6)
+    assert patch.patch_embed.feat_ratio() == conv.patch_embed.feat_ratio() == 16
+    assert conv.default_cfg["first_conv"] == "patch_embed.backbone.0.conv"
+    conv.get_submodule(conv.default_cfg["first_conv"])
+
+
 def test_a_conv_stem_needs_a_patch_of_its_strides():
     assert make(stem="conv", patch_size=8).embed(torch.zeros(1, 3, 64, 64).double())[1].shape == (1, 64, 24)
     with pytest.raises(ValueError, match="do not make a patch of 14 px"):

@@ -92,7 +92,8 @@ def test_mixed_labels_leave_unlabelled_pictures_out(captioned, classes, tmp_path
 def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(encoder_training, "SLOW", float("inf"))  # the clock is looked at every tenth step
     config = debug(tmp_path / "whole", teacher, captions=str(captioned), steps=22, save_minutes=0, ema=0.9)
-    config = replace(config, early_share=0.5, early_size=48, encoder_options={"depth": 2, "drop_path_rate": 0.3})
+    options = {"depth": 2, "drop_path_rate": 0.3, "stem": "conv"}
+    config = replace(config, early_share=0.5, early_size=48, encoder_options=options, words_from="teachers")
     pretrain(config)
     broken = replace(config, output=tmp_path / "broken")
     pretrain(replace(broken, max_minutes=0))
@@ -233,6 +234,19 @@ def test_views_are_seeded_and_the_whole_view_is_the_picture():
     flipped = whole_views(2)
     flipped[:, 4] = -1
     torch.testing.assert_close(cut_views(squares, flipped, 8), squares.flip(-1) / 255, atol=1e-5, rtol=0)
+
+
+def test_colours_change_in_brightness_then_contrast_then_saturation():
+    squares = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    views = whole_views(3)
+    views[:, 5:] = torch.tensor([[1.2, 1.0, 1.0], [0.9, 1.3, 0.6], [0.7, 0.8, 1.3]])
+    brightness, contrast, saturation = views[:, 5:].view(3, 3, 1, 1, 1).unbind(1)
+    wanted = squares / 255 * brightness
+    mean = wanted.mean((1, 2, 3), keepdim=True)
+    wanted = mean + (wanted - mean) * contrast
+    grey = wanted.mean(1, keepdim=True)
+    wanted = (grey + (wanted - grey) * saturation).clamp(0, 1)
+    torch.testing.assert_close(cut_views(squares, views, 8), wanted, atol=1e-5, rtol=0)
 
 
 def test_an_order_visits_all_and_takes_versions_in_turn():

@@ -62,6 +62,11 @@ def test_processes_that_share_the_views_fit_what_one_would(data):
     torch.testing.assert_close(shared.weights, make(words, features).weights)
 
 
+def test_without_examples_nothing_is_fitted():
+    with pytest.raises(ValueError, match="no captioned picture can be opened"):
+        TeacherWords([], FEATURES, WORDS)
+
+
 def test_features_are_what_each_teacher_has():
     maps = torch.zeros(2, 3, 4, 4)
     maps[0, 1, 2, 2] = 0.64

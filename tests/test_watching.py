@@ -22,7 +22,6 @@ def polylines(path):
 
 @pytest.fixture(scope="module")
 def finished(captioned, tmp_path_factory):
-    pytest.importorskip("tensorboard")
     output = tmp_path_factory.mktemp("watched")
     config = debug(captioned, output, epochs=2, trackers=("tensorboard",))
     train(config)
@@ -87,6 +86,15 @@ def test_trackers_get_numbers_pictures_and_captions(finished):
     assert [event.step for event in seen.Scalars("CIDEr")] == [4, 8]
     assert "samples" in seen.Tags()["images"]
     assert "samples/text_summary" in seen.Tags()["tensors"]
+
+
+def test_a_tracker_that_is_not_there_is_said_to_be_missing(captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr("captioner.training.run_log.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="the tracker 'wandb' needs its package: pip install wandb"):
+        train(debug(captioned, tmp_path, trackers=("tensorboard", "wandb")))
+    with pytest.raises(ValueError, match="no tracker named 'wandbb'; accelerate has .*wandb"):
+        train(debug(captioned, tmp_path, trackers=("wandbb",)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_off_a_terminal_progress_is_told_each_minute(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from captioner.grids import Grid
 from captioner.images import ImageError
+from captioner.processes import leave_signals_to_main
 
 logger = logging.getLogger(__name__)
 
@@ -92,5 +93,6 @@ class SeededStream(Dataset):
             drop_last=True,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_main,
             generator=torch.Generator(),  # of its own: a loader draws from it, and resuming starts a new loader
         )

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, HybridEmbed, Mlp, PatchEmbed, trunc_normal_
+from timm.layers import DropPath, HybridEmbed, Mlp, PatchEmbed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_hybrid import ConvStem
@@ -253,9 +253,10 @@ def create_stem(stem: str, img_size: int | tuple[int, int], patch_size: int, in_
         padding=(first - 1, 1, 1),
         act_layer=nn.GELU,
     )
-    return HybridEmbed(
-        backbone, img_size, in_chans=in_chans, embed_dim=dim, proj=False, output_fmt="NHWC", strict_img_size=False
-    )
+    backbone.num_features = dim  # with it and the sizes, HybridEmbed need not try an image
+    sizes = {"feature_size": [side // patch_size for side in to_2tuple(img_size)], "feature_ratio": patch_size}
+    options = {"in_chans": in_chans, "embed_dim": dim, "output_fmt": "NHWC", "strict_img_size": False}
+    return HybridEmbed(backbone, img_size, **sizes, **options, proj=False)
 
 
 def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
@@ -266,6 +267,9 @@ def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> LookupViT:
+    if kwargs.get("stem") == "conv":
+        overlay = {"first_conv": "patch_embed.backbone.0.conv"}
+        kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
     return build_model_with_cfg(LookupViT, variant, pretrained, **kwargs)
 
 

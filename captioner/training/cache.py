@@ -43,7 +43,7 @@ from captioner.evaluation import read_split
 from captioner.grids import Grid, parse_grid
 from captioner.images import ImageError, open_image
 from captioner.pipeline import load
-from captioner.processes import start_processes
+from captioner.processes import leave_signals_to_main, start_processes
 from captioner.processing import image_settings
 from captioner.progress import progress_bar
 from captioner.training.config import CacheConfig
@@ -97,6 +97,7 @@ def fill_cache(config: CacheConfig) -> Path:
     accelerator.wait_for_everyone()  # every process plans on the same shards, before any writes one
     if accelerator.is_main_process:
         check_room(config, job, len(table))
+    accelerator.wait_for_everyone()
 
     start = time.monotonic()
     mine = Job(table, job.names, job.shards[accelerator.process_index :: accelerator.num_processes], shapes)
@@ -273,7 +274,8 @@ def encode_shards(
     size, dtype = config.batch_size, getattr(torch, config.dtype)
     batches = [shard[start : start + size] for shard in job.shards for start in range(0, len(shard), size)]
     dataset = PictureViews(config, job, settings)
-    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.data.workers, collate_fn=list))
+    options = {"num_workers": config.data.workers, "collate_fn": list, "worker_init_fn": leave_signals_to_main}
+    loader = iter(DataLoader(dataset, batch_sampler=batches, **options))
     bar = progress_bar(total=job.pictures, unit="img", desc="encoding", disable=not accelerator.is_main_process)
     failed = 0
     for shard in job.shards:

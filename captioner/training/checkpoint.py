@@ -106,9 +106,17 @@ def recover_folder(final: Path) -> None:
         previous.rename(final)
 
 
+def tidy(folder: Path) -> None:
+    """Undo what a kill left half done among the checkpoints of a run."""
+    for left in folder.glob(".step_*"):
+        if left.suffix == ".previous":
+            recover_folder(folder / left.stem.removeprefix("."))
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{PROGRESS}"))
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def find_damage(path: Path) -> str | None:
@@ -147,6 +155,9 @@ def resume(
     Raises:
         ValueError: checkpoints that are all damaged, of other settings, or there although `choice` is `never`.
     """
+    if accelerator.is_main_process:
+        tidy(folder)
+    accelerator.wait_for_everyone()
     found = list_checkpoints(folder)
     if choice == "never":
         if found:

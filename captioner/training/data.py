@@ -1,5 +1,7 @@
 """What a run learns from, as its loop takes it: a caption table, or the rows of a stream (`--data.streaming`)."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,8 +37,9 @@ class TableData:
         return [caption for group in self.references for caption in group]
 
     def settings(self) -> dict:
-        """Return what of this a resumed run cannot change."""
-        return {"data.streaming": None}
+        """Return what of this a resumed run cannot change: which pictures, and their captions."""
+        captions = json.dumps([self.table["image_id"][:], self.references[:]])
+        return {"data.streaming": None, "data (digest)": hashlib.sha256(captions.encode()).hexdigest()[:16]}
 
     def stream(
         self,

@@ -40,7 +40,7 @@ from captioner.training.data import open_data
 from captioner.training.export import save_best
 from captioner.training.interruption import Interruption
 from captioner.training.precision import pick_precision
-from captioner.training.run_log import RunLog
+from captioner.training.run_log import RunLog, check_trackers
 from captioner.training.samples import write_samples
 from captioner.training.schedule import learning_rates
 from captioner.training.scst import SelfCritical, silence_dropout
@@ -91,6 +91,7 @@ def train(config: TrainConfig) -> Path:
 
 def run(config: TrainConfig, interruption: Interruption) -> Path:
     """Set up, then train: evaluate where due, step, save where due; see `train`."""
+    check_trackers(config.trackers)
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     accelerator = start_processes(
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -102,8 +103,9 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     set_seed(config.seed)
     with accelerator.main_process_first():  # the others find the table cached
         data, held_out = open_data(config)
-    recover_folder(config.output / "best")
-    recover_folder(folder / "best")
+        if accelerator.is_main_process:
+            recover_folder(config.output / "best")
+            recover_folder(folder / "best")
     model, processor = starting_point(config, data.captions)
     grids = training_grids(config, model, processor)
     cache = open_cache(config.data.tokens, model, processor, grids=grids)
@@ -127,14 +129,16 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
 
     log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
-    settings = fixed_settings(config, per_step) | data.settings() | parts
+    settings = fixed_settings(config, per_step) | parts | data.settings()
     progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
     resumed = resume(accelerator, checkpoints, config.resume, settings, strict=False)
     if resumed is not None:
         progress = {key: resumed[key] for key in progress}
         log.load_state(resumed["log"], progress["step"])
-    elif config.init_from is None and config.stage == "xe":
-        progress["evaluated"] = 0  # nothing to see in a decoder that knows no word
+    else:
+        log.start_over()
+        if config.init_from is None and config.stage == "xe":
+            progress["evaluated"] = 0  # nothing to see in a decoder that knows no word
     schedule = learning_rates(optimizer.optimizer, config, progress["step"], total)
     if accelerator.is_main_process:
         save_config(config, folder)
@@ -240,13 +244,23 @@ def train_step(
 
 
 def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
-    """Return what stands for the parts of a run that no checkpoint holds: frozen encoder, preprocessing, tokenizer."""
+    """Return what stands for the parts of a run that no checkpoint holds: what is frozen, preprocessing, tokenizer."""
     encoder = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
     vocabulary = sorted(processor.tokenizer.get_vocab().items())
-    parts = {"encoder": encoder, "tokenizer": vocabulary}
+    parts = {"encoder": encoder, "decoder": digest_frozen(model.decoder), "tokenizer": vocabulary}
     return {
         f"{name} (digest)": hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
     }
+
+
+def digest_frozen(module: nn.Module) -> str:
+    """Digest the weights of a module that are not trained."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fixed_settings(config: TrainConfig, per_step: int) -> dict:

@@ -95,6 +95,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     if resumed := resume(accelerator, checkpoints, config.resume, settings):
         step = resumed["step"]
         log.load_state(resumed["log"], step)
+    else:
+        log.start_over()
     schedule = learning_rates(optimizer.optimizer, config, step, config.steps)
     if accelerator.is_main_process:
         save_config(config, config.output)

@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -13,10 +15,15 @@ from accelerate import Accelerator
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 5.0
+"""Seconds in which a repeated signal says the same."""
 
 
 class Interruption:
-    """While entered, SIGTERM and SIGINT are noted instead of killing the process; a second one kills it as usual.
+    """While entered, SIGTERM and SIGINT are noted instead of killing the process; a later one kills it as usual.
+
+    Later is `GRACE` seconds after the first: schedulers and launchers often send both what they were told and their
+    own, to each process and its group.
 
     The exit code is 128 + the signal's number, which is what shells, Slurm and Kubernetes expect: 143 after SIGTERM,
     130 after SIGINT (Ctrl-C). Outside the main thread, where Python allows no handlers, nothing is noted.
@@ -24,6 +31,7 @@ class Interruption:
 
     def __init__(self):
         self.received: int | None = None
+        self._since = 0.0
         self._at_once = False
         self._previous: dict[int, object] = {}
 
@@ -41,8 +49,12 @@ class Interruption:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if self.received is not None:
+            if time.monotonic() - self._since > GRACE:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.received, self._since = number, time.monotonic()
         if self._at_once:
             raise SystemExit(128 + number)
         logger.warning("%s: saving at the next step, then stopping", signal.Signals(number).name)

@@ -2,13 +2,29 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from tqdm.auto import tqdm
 
 from captioner.whole_files import open_whole
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate would leave out with a warning.
+
+    Raises:
+        ValueError: accelerate knows no such tracker, or its package is not installed.
+    """
+    for name in names:
+        if name not in LoggerType.list():
+            raise ValueError(f"no tracker named '{name}'; accelerate has {', '.join(sorted(LoggerType.list()))}")
+        if name not in ("all", *map(str, get_available_trackers())):
+            raise ValueError(f"the tracker '{name}' needs its package: pip install {name}")
 
 
 class RunLog:
@@ -36,6 +52,11 @@ class RunLog:
         lines = len(self.path.read_bytes().splitlines()) if self.path.exists() else 0
         window = {name: [float(value) for value in values] for name, values in self.window.items()}
         return {"lines": lines, "window": window}
+
+    def start_over(self) -> None:
+        """Drop what a run left that was killed before its first checkpoint."""
+        if self.accelerator.is_main_process:
+            self.path.unlink(missing_ok=True)
 
     def load_state(self, state: dict, step: int) -> None:
         """Go back to a checkpoint's state at a step; lines written after it are dropped, they will come again."""

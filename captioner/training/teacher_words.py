@@ -23,8 +23,8 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 def describe(targets: list[Targets]) -> torch.Tensor:
     """Gather what all teachers say of views into features (B, F), the last of which is 1.
 
-    Of a teacher: its pooled feature (else the mean of its map, else its class probabilities), and for class maps the
-    most and the root of the mean of each class over the cells.
+    Of a teacher: its pooled feature (else the mean of its map, else the roots of its class probabilities), and for
+    class maps the most and the root of the mean of each class over the cells.
     """
     parts = []
     for target in targets:
@@ -53,6 +53,9 @@ class TeacherWords:
         weights: (FOLDS + 1, F, V): of each fold's pictures, by the others; and the mean of these, for pictures without
             captions.
         explained: share of the words' variance that is told of pictures that a fit has not seen.
+
+    Raises:
+        ValueError: there are no examples.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class TeacherWords:
                 squares[fold] += x[mine].T @ x[mine]
                 products[fold] += x[mine].T @ y[mine]
         squares, products, spread = add_up(squares), add_up(products), add_up(spread)
+        if not squares[:, -1, -1].sum():
+            raise ValueError("no captioned picture can be opened, so that its words cannot be learned from")
         self.weights, error = min((fit_folds(squares, products, ridge) for ridge in RIDGES), key=lambda fit: fit[1])
         around_mean = spread - products.sum(0)[-1].square() / squares[:, -1, -1].sum()
         self.explained = 1 - ((spread.sum() + error) / around_mean.sum()).item()
@@ -92,9 +97,8 @@ class TeacherWords:
         """
         words = features.new_empty(len(rows), self.weights.shape[2])
         folds = torch.where(rows < captioned, rows % FOLDS, FOLDS)
-        for fold in folds.unique():
-            mine = folds == fold
-            words[mine] = features[mine] @ self.weights[fold]
+        for fold, weights in enumerate(self.weights):
+            words[folds == fold] = features[folds == fold] @ weights
         return words.clamp(0, 1)
 
 
@@ -110,14 +114,14 @@ def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tu
         Weights (FOLDS + 1, F, V), the last their mean; and the squared error on the folds left out, less that of
         telling nothing.
     """
-    counts = squares[:, -1, -1]
-    mean = squares.sum(0)[-1] / counts.sum()
-    variance = squares.sum(0).diagonal() / counts.sum() - mean.square()
+    counts, all_squares, all_products = squares[:, -1, -1], squares.sum(0), products.sum(0)
+    mean = all_squares[-1] / counts.sum()
+    variance = all_squares.diagonal() / counts.sum() - mean.square()
     variance[-1] = 0
     fits, error = [], 0.0
     for x, y, count in zip(squares, products, counts, strict=True):
         penalty = ridge * (counts.sum() - count) * variance + 1e-9
-        weights = torch.linalg.solve(squares.sum(0) - x + penalty.diag(), products.sum(0) - y)
+        weights = torch.linalg.solve(all_squares - x + penalty.diag(), all_products - y)
         error += ((weights * (x @ weights)).sum() - 2 * (weights * y).sum()).item()
         fits.append(weights)
     return torch.stack([*fits, sum(fits) / FOLDS]).float(), error
