@@ -182,10 +182,11 @@ def lookupvit_small_distill() -> PretrainConfig:
     """
     return PretrainConfig(
         output=Path("runs/lookupvit_small_distill"),
-        encoder_options={"drop_path_rate": 0.05},
+        encoder_options={"stem": "conv", "drop_path_rate": 0.05},
         teachers=(replace(IMAGENET_TEACHER, image_size=224), COCO_TEACHER),
         captions_repeat=4,
-        word_weight=0.0,  # see the recipe below
+        word_weight=0.2,
+        words_from="teachers",
         early_share=0.7,
         steps=12_000,
         batch_size=1024,

@@ -17,7 +17,7 @@ from captioner.grids import parse_grid
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 from captioner.training.cache import fill_cache
-from captioner.training.config import DataConfig, EncoderConfig, EvaluateConfig
+from captioner.training.config import DataConfig, EncoderConfig, EvaluateConfig, ScstConfig
 from captioner.training.decoder import train
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +81,17 @@ def test_training_from_the_cache_equals_training_from_pictures(cache_config, noi
     for one, other in zip(online, cached, strict=True):
         for key in one.keys() & {"loss", "loss_val"}:
             assert one[key] == pytest.approx(other[key], abs=2e-3)
+
+
+def test_rewards_are_learned_from_the_cache(cache_config, noise, tmp_path, monkeypatch):
+    config = cache_config(tmp_path / "tokens", grids=("2x2", "3x3"))
+    fill_cache(replace(config, model=EncoderConfig("lookupvit_tiny_patch16_224", image_size=64)))
+    forbid_pictures(monkeypatch)
+    config = debug(noise, tmp_path / "run", tmp_path / "tokens", grids=("2x2", "3x3"))
+    train(config)
+    train(replace(config, stage="scst", scst=ScstConfig(samples=2)))
+    log = [json.loads(line) for line in (tmp_path / "run" / "scst" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log if "reward" in record] == [1, 2, 3, 4, 5]
 
 
 def test_evaluation_from_the_cache_gives_the_same_captions(cache_config, noise, saved_model, tmp_path, monkeypatch):
