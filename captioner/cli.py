@@ -1,6 +1,7 @@
 """The `captioner` command: a word for the job, then its settings."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -139,6 +140,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"captioner {name}: {message}", file=sys.stderr)
         sys.exit(1)
+    except SystemExit as stop:
+        if stop.code in (130, 143):  # saved and leaving: a signal that comes twice changes nothing
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        raise
     except KeyboardInterrupt:
         print(f"captioner {name}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,6 @@
 """Starting the processes of a job, and what its loading processes do with signals."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -26,17 +27,20 @@ def leave_signals_to_main(worker: int) -> None:
     """Have a loading process (`worker_init_fn` of a `DataLoader`) go on when its whole group is told to stop.
 
     `timeout`, Slurm, accelerate's launcher and Ctrl-C signal every process; a loader that died of it would take the
-    main process with it before that has saved. SIGTERM of the main process itself is obeyed. Without `sigwaitinfo`
+    main process with it before that has saved. SIGTERM of the main process itself is obeyed. Without `sigtimedwait`
     (macOS), which tells who sent a signal, only Ctrl-C is left to the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=await_main, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=await_main, daemon=True).start()
 
 
-def await_main(main: int) -> None:
-    """End this process when the process `main` sends SIGTERM."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
+def await_main() -> None:
+    """End this process when the main one sends SIGTERM, or is gone."""
+    main = multiprocessing.parent_process()
+    while main.is_alive():
+        sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if sent is not None and sent.si_pid == main.pid:
+            break
     os._exit(0)

@@ -116,7 +116,7 @@ def tidy(folder: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    return sorted(path for path in folder.glob(f"step_{'[0-9]' * 8}") if path.is_dir())
 
 
 def find_damage(path: Path) -> str | None:
