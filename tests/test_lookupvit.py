@@ -287,6 +287,21 @@ def test_a_conv_stem_sees_over_the_edges_of_a_patch():
         assert model(image).shape == (1, 5)
 
 
+def test_a_conv_stem_costs_a_tenth_more_and_stays_well_below_the_vit():
+    flops = []
+    for name, options in (
+        ("lookupvit_tiny_patch16_224", {"stem": "conv"}),
+        ("lookupvit_tiny_patch16_224", {"stem": "patch"}),
+        ("vit_tiny_patch16_224", {}),
+    ):
+        model = timm.create_model(name, depth=6, num_classes=0, **options).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.forward_features(torch.zeros(1, 3, 224, 224))
+        flops.append(counter.get_total_flops())
+    assert flops[0] / flops[1] == pytest.approx(1.10, abs=0.005)
+    assert flops[0] / flops[2] == pytest.approx(0.375, abs=0.003)
+
+
 def test_a_conv_stem_takes_the_sizes_that_a_patch_takes():
     patch, conv = (make(stem=stem, img_size=100) for stem in ("patch", "conv"))
     assert patch.patch_embed.grid_size == conv.patch_embed.grid_size == (6, 6)
