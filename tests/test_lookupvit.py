@@ -274,50 +274,6 @@ def test_wrong_shapes_are_named(shape, grid, message):
         make().float().forward_tokens(torch.zeros(1, 3, *shape), grid)
 
 
-def test_a_conv_stem_sees_over_the_edges_of_a_patch():
-    for stem, reach in (("patch", 1), ("conv", 4)):  # a strided convolution of width 3 looks up and left
-        model = make(stem=stem)
-        image = torch.zeros(1, 3, 96, 64, dtype=torch.float64)
-        changed = image.clone()
-        changed[..., 16:32, 16:32] = 1.0  # one patch
-        moved = (model.patch_embed(changed) - model.patch_embed(image)).abs().amax(-1) > 1e-9
-        assert moved.shape == (1, 6, 4)
-        assert moved.sum() == reach
-        assert model.forward_tokens(image, (3, 2)).shape == (1, 7, 24)
-        assert model(image).shape == (1, 5)
-
-
-def test_a_conv_stem_costs_a_tenth_more_and_stays_well_below_the_vit():
-    flops = []
-    for name, options in (
-        ("lookupvit_tiny_patch16_224", {"stem": "conv"}),
-        ("lookupvit_tiny_patch16_224", {"stem": "patch"}),
-        ("vit_tiny_patch16_224", {}),
-    ):
-        model = timm.create_model(name, depth=6, num_classes=0, **options).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.forward_features(torch.zeros(1, 3, 224, 224))
-        flops.append(counter.get_total_flops())
-    assert flops[0] / flops[1] == pytest.approx(1.10, abs=0.005)
-    assert flops[0] / flops[2] == pytest.approx(0.375, abs=0.003)
-
-
-def test_a_conv_stem_takes_the_sizes_that_a_patch_takes():
-    patch, conv = (make(stem=stem, img_size=100) for stem in ("patch", "conv"))
-    assert patch.patch_embed.grid_size == conv.patch_embed.grid_size == (6, 6)
-    assert patch.patch_embed.feat_ratio() == conv.patch_embed.feat_ratio() == 16
-    assert conv.default_cfg["first_conv"] == "patch_embed.backbone.0.conv"
-    conv.get_submodule(conv.default_cfg["first_conv"])
-
-
-def test_a_conv_stem_needs_a_patch_of_its_strides():
-    assert make(stem="conv", patch_size=8).embed(torch.zeros(1, 3, 64, 64).double())[1].shape == (1, 64, 24)
-    with pytest.raises(ValueError, match="do not make a patch of 14 px"):
-        make(stem="conv", patch_size=14, img_size=56)
-    with pytest.raises(ValueError, match="stem is 'deep'; LookupViT knows 'patch' and 'conv'"):
-        make(stem="deep")
-
-
 def test_unknown_pooling_and_heads_are_refused():
     with pytest.raises(ValueError, match="global_pool"):
         make(global_pool="max")

@@ -18,14 +18,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, HybridEmbed, Mlp, PatchEmbed, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
-from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from captioner.encoders.base import TokenEncoder
 from captioner.encoders.mhbc import MHBC
+from captioner.encoders.stems import create_stem
 from captioner.grids import Grid, parse_grid
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -75,8 +75,9 @@ class LookupViT(TokenEncoder):
     Args:
         img_size: training image size in pixels; any multiple of the patch works at call time.
         patch_size: patch side in pixels.
-        stem: what makes lookup tokens of pixels: `patch` (one linear layer per patch, as the paper) or `conv` (three
-            overlapping convolutions, which learn far more from few steps and pictures).
+        stem: what makes lookup tokens of pixels: `patch` (one linear layer per patch, as the paper), `conv` (three
+            overlapping convolutions) or the timm name of a network, whose first stages are taken; see `create_stem`.
+        stem_options: keyword arguments of that network.
         in_chans: image channels C.
         num_classes: classifier outputs; 0 for none.
         global_pool: what the classifier reads: `token` (the class token) or `avg` (the mean of the grid).
@@ -97,6 +98,7 @@ class LookupViT(TokenEncoder):
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         stem: str = "patch",
+        stem_options: dict | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
@@ -118,7 +120,7 @@ class LookupViT(TokenEncoder):
         self.num_classes, self.global_pool, self.grid = num_classes, global_pool, parse_grid(grid)
         self.grad_checkpointing = False
 
-        self.patch_embed = create_stem(stem, img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = create_stem(stem, img_size, patch_size, in_chans, embed_dim, stem_options)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_lookup = nn.Parameter(torch.zeros(1, *self.patch_embed.grid_size, embed_dim))
         self.pos_compressed = nn.Parameter(torch.zeros(1, *self.grid, embed_dim))
@@ -151,7 +153,7 @@ class LookupViT(TokenEncoder):
         for parameter in (self.pos_lookup, self.pos_compressed):
             trunc_normal_(parameter, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        for module in self.modules():
+        for module in (module for part in (self.blocks, self.head) for module in part.modules()):
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
@@ -229,36 +231,6 @@ class LookupViT(TokenEncoder):
         return {"stem": r"^cls_token|pos_|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
-def create_stem(stem: str, img_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int) -> nn.Module:
-    """Build what turns pixels (B, C, H, W) into lookup tokens (B, h, w, D).
-
-    `conv` is three overlapping convolutions in place of ViT's linear layer per patch (Xiao et al., NeurIPS 2021, arXiv
-    2106.14881), narrow enough to add little: a tenth to the FLOPs of six blocks of LookupViT-Ti at 5x5.
-
-    Raises:
-        ValueError: the stem is unknown, or its strides do not multiply to the patch.
-    """
-    if stem == "patch":
-        return PatchEmbed(img_size, patch_size, in_chans, dim, output_fmt="NHWC", flatten=False, strict_img_size=False)
-    if stem != "conv":
-        raise ValueError(f"stem is '{stem}'; LookupViT knows 'patch' and 'conv'")
-    first = patch_size // 4
-    if first * 4 != patch_size:
-        raise ValueError(f"a conv stem has strides {first}, 2, 2, which do not make a patch of {patch_size} px")
-    backbone = ConvStem(
-        in_chans,
-        channels=(dim // 6, dim // 3, dim),
-        kernel_size=(2 * first - 1, 3, 3),
-        stride=(first, 2, 2),
-        padding=(first - 1, 1, 1),
-        act_layer=nn.GELU,
-    )
-    backbone.num_features = dim  # with it and the sizes, HybridEmbed need not try an image
-    sizes = {"feature_size": [side // patch_size for side in to_2tuple(img_size)], "feature_ratio": patch_size}
-    options = {"in_chans": in_chans, "embed_dim": dim, "output_fmt": "NHWC", "strict_img_size": False}
-    return HybridEmbed(backbone, img_size, **sizes, **options, proj=False)
-
-
 def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
     """Resize a token map (B, h, w, D) bilinearly, in two dimensions, to (B, *size, D)."""
     if tuple(tokens.shape[1:3]) == tuple(size):
@@ -267,9 +239,12 @@ def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> LookupViT:
-    if kwargs.get("stem") == "conv":
-        overlay = {"first_conv": "patch_embed.backbone.0.conv"}
-        kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
+    overlay = {}
+    if (stem := kwargs.get("stem", "patch")) != "patch":
+        overlay["first_conv"] = "patch_embed.backbone.0.conv" if stem == "conv" else None
+    if "img_size" in kwargs:
+        overlay["input_size"] = (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"]))
+    kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
     return build_model_with_cfg(LookupViT, variant, pretrained, **kwargs)
 
 

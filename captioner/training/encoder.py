@@ -17,8 +17,10 @@ from torch import nn
 
 from captioner.data.stream import draw_grid
 from captioner.encoders import TokenEncoder, create_encoder, encoder_config
-from captioner.encoders.from_vit import init_from_vit
+from captioner.encoders.base import has_weights
+from captioner.encoders.from_vit import create_timm, init_from_vit
 from captioner.encoders.lookupvit import LookupViT
+from captioner.encoders.stems import NetworkStem, init_stem
 from captioner.processes import start_processes
 from captioner.training.batches import Batches
 from captioner.training.checkpoint import check_finite, not_finite, resume, save_checkpoint
@@ -30,7 +32,7 @@ from captioner.training.precision import pick_precision
 from captioner.training.probe import open_pictures, probe_encoder
 from captioner.training.run_log import RunLog
 from captioner.training.schedule import learning_rates
-from captioner.training.teachers import create_teacher
+from captioner.training.teachers import Teacher, create_teacher
 from captioner.whole_files import share_weights
 
 ASK_EVERY, SLOW = 10, 0.5
@@ -38,8 +40,8 @@ ASK_EVERY, SLOW = 10, 0.5
 this many seconds, every step looks."""
 
 FIXED = (
-    *("encoder", "encoder_options", "optimizer", "seed", "ema"),
-    *("grids", "image_size", "early_size", "early_share", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
+    *("encoder", "encoder_options", "freeze_stem", "optimizer", "seed", "ema", "grids", "image_size", "early_size"),
+    *("early_share", "late_size", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
     *("label_weight", "label_smoothing", "word_weight", "words_from"),
 )
 """Settings that a resumed run cannot change, beside pictures and teachers."""
@@ -68,8 +70,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     with interruption.at_once():  # decoding may take hours
         teachers = [create_teacher(teacher).to(accelerator.device) for teacher in config.teachers]
         encoder = create_encoder(config.encoder, **config.encoder_options)
-        if config.init_from is not None:
-            init_from_vit(encoder, config.init_from)
+        begin(encoder, config, teachers)
         patch = check_grids(config, encoder)
         if config.probe_train:
             with accelerator.main_process_first():  # the others find them decoded
@@ -106,7 +107,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     look_from, look_at = step, step + 1
     while step < config.steps:
         batch = batches.batch(step * per_step + accelerator.process_index * config.batch_size)
-        size = config.early_size if step < config.early_share * config.steps else config.image_size
+        size = config.early_size if step < config.early_share * config.steps else config.student_size
         pixels = batch.pop("pixels")
         if size != pixels.shape[-1]:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
@@ -160,6 +161,34 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     return config.output
 
 
+def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]) -> None:
+    """Give the encoder the weights it is to start from: a ViT's, or those of the network that its stem is cut from.
+
+    Raises:
+        ValueError: they cannot be had, they do not fit, or a stem without any would be frozen.
+    """
+    stem = getattr(encoder, "patch_embed", None)
+    if config.freeze_stem:
+        if not isinstance(stem, NetworkStem):
+            raise ValueError("--freeze-stem is for the stem of a trained network: --encoder-options stem=NETWORK")
+        if config.init_from is None and not has_weights(config.encoder):
+            raise ValueError("--freeze-stem would keep random weights: give --init-from")
+        stem.backbone.requires_grad_(False)
+    if config.init_from is None:
+        return
+    if not isinstance(stem, NetworkStem):
+        return init_from_vit(encoder, config.init_from)
+    if config.init_from == "teacher":
+        named = [teacher for teacher in teachers if teacher.config.name.split(".")[0] == stem.name]
+        if not named:
+            raise ValueError(f"--init-from teacher: no teacher is a '{stem.name}', as the stem is")
+        network, mean, std = named[0].model, named[0].mean, named[0].std
+    else:
+        network = create_timm("network", config.init_from, pretrained=True)
+        mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+    init_stem(stem, network, encoder.default_cfg, mean, std)
+
+
 def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
     """Return the patch side in pixels of a LookupViT; 1 for an encoder that does not choose a grid.
 
@@ -171,11 +200,11 @@ def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
         try_views(config, encoder)
         return 1
     patch = encoder.patch_embed.feat_ratio()
-    if max(config.grids) > config.image_size // patch:
-        side = config.image_size // patch
+    if max(config.grids) > config.student_size // patch:
+        side = config.student_size // patch
         raise ValueError(
-            f"grid {max(config.grids)} is larger than the lookup grid {side}x{side} of {config.image_size} px views; "
-            "lower --grids or raise --image-size"
+            f"grid {max(config.grids)} is larger than the lookup grid {side}x{side} of "
+            f"{config.student_size} px views; lower --grids or raise --late-size"
         )
     return patch
 
@@ -188,19 +217,19 @@ def try_views(config: PretrainConfig, encoder: TokenEncoder) -> None:
         ValueError: the encoder cannot.
     """
     encoder.eval()
-    for size in {config.image_size, config.early_size if config.early_share else config.image_size}:
+    for size in {config.student_size, config.early_size if config.early_share else config.student_size}:
         try:
             encoder.forward_tokens(torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"'{config.encoder}' does not take views of {size} px ({str(error).splitlines()[0]}); "
-                "change --image-size or --early-size, or give --encoder-options such as img_size"
+                "change --late-size or --early-size, or give --encoder-options such as img_size"
             ) from None
     if config.probe_train:
         try:
-            encoder.forward_tokens(torch.zeros(1, 3, config.image_size, config.image_size), (max(config.grids),) * 2)
+            encoder.forward_tokens(torch.zeros(1, 3, *(config.student_size,) * 2), (max(config.grids),) * 2)
         except ValueError as error:
-            raise ValueError(f"the probe cannot be made: {error}; lower --grids or raise --image-size") from None
+            raise ValueError(f"the probe cannot be made: {error}; lower --grids or raise --late-size") from None
 
 
 def pick_grid(config: PretrainConfig, step: int, largest: int) -> int:

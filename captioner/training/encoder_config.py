@@ -96,7 +96,16 @@ class TeacherConfig:
             raise ValueError(f"say which outputs of '{self.name}' to learn from, with nodes or maps")
 
 
-AT_LEAST_ONE = ("image_size", "early_size", "store_size", "views", "captions_repeat", "num_words", "batch_size")
+AT_LEAST_ONE = (
+    "image_size",
+    "early_size",
+    "late_size",
+    "store_size",
+    "views",
+    "captions_repeat",
+    "num_words",
+    "batch_size",
+)
 AT_LEAST_ONE += ("workers", "probe_pictures", "log_every")
 SHARES = ("early_share", "min_crop", "label_smoothing", "warmup", "ema")
 
@@ -112,7 +121,11 @@ class PretrainConfig:
     encoder_options: Options = field(default_factory=dict)
     """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`."""
     init_from: str | None = None
-    """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too)."""
+    """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too); an encoder
+    whose stem is a timm network (`--encoder-options stem=mobilenetv2_100`): from that network's, or, by `teacher`, from
+    those of the teacher that is one."""
+    freeze_stem: bool = False
+    """Leave such a stem as it begins: cheaper, and a good start is not unlearned."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
     """Compressed grids, one drawn per step, so that one set of weights serves all; a repeated one comes more often."""
     image_size: int = 224
@@ -121,6 +134,8 @@ class PretrainConfig:
     """Side in pixels at which the student sees the view early on: cheaper, and most is learned on small views."""
     early_share: float = 0.0
     """Share of the steps that take `early_size`."""
+    late_size: int | None = None
+    """Side in pixels at which the student sees the view after that, and is probed; `None` for `image_size`."""
 
     images: tuple[str, ...] = ()
     """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, by path or glob."""
@@ -197,6 +212,11 @@ class PretrainConfig:
     an `output` that has checkpoints; anything else is the folder of a checkpoint to go on from."""
     max_minutes: float | None = None
     """Stop after this many minutes with a checkpoint (a further run goes on); `None` runs to the end."""
+
+    @property
+    def student_size(self) -> int:
+        """Side in pixels of the view as the student sees it at last."""
+        return self.late_size or self.image_size
 
     def __post_init__(self):
         if not self.grids or min(self.grids) < 1:

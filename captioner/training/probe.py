@@ -66,7 +66,7 @@ def probe_encoder(
     records = []
     for grid in sorted(set(config.grids)):
         train, val = (
-            pooled_features(encoder, store, r, grid, config.image_size, device)
+            pooled_features(encoder, store, r, grid, config.student_size, device)
             for store, r in zip(stores, rows, strict=True)
         )
         record = {"grid": grid}
