@@ -1,20 +1,23 @@
-import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from captioner import recipes
-from captioner.encoders import build_encoder, create_encoder
+from captioner.encoders import build_encoder, create_encoder, stems
 from captioner.encoders.stems import NetworkStem, init_stem
-from captioner.training import encoder as encoder_training
+from captioner.modeling import CaptionerConfig, CaptionerModel
+from captioner.training.distill import Student
 from captioner.training.encoder import pretrain
 from captioner.training.encoder_config import TeacherConfig
 
 SMALL = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5, "grid": (2, 2)}
+timm_create = timm.create_model
 OWN = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
@@ -42,7 +45,7 @@ def teacher(network, tmp_path):
 def debug(output, teacher, captioned, **kwargs):
     options = {"depth": 1, "stem": "resnet10t", "img_size": 48}
     config = replace(recipes.pretrain_debug(), output=output, teachers=(teacher,), captions=str(captioned))
-    return replace(config, **{"encoder_options": options, "init_from": "teacher", "freeze_stem": True, **kwargs})
+    return replace(config, **{"encoder_options": options, **kwargs})
 
 
 def test_a_conv_stem_sees_over_the_edges_of_a_patch():
@@ -122,6 +125,13 @@ def test_a_network_stem_keeps_its_statistics_in_training(network):
         ({"stem": "resnet10t", "stem_options": {"pretrained": True}}, "may not ask for 'pretrained'"),
         ({"stem": "resnet10t", "stem_options": {"checkpoint_path": "x"}}, "may not ask for 'checkpoint_path'"),
         ({"stem": "resnet10t", "stem_options": {"nonsense": 1}}, "'resnet10t' into stages: .*nonsense"),
+        ({"stem": "resnet10t", "stem_options": {"output_stride": 7}}, "'resnet10t' into stages: wrong options"),
+        ({"stem": "resnet10t", "stem_options": {"out_indices": [3]}}, "may not ask for 'out_indices'"),
+        ({"stem": "resnet10t", "stem_options": [1]}, "the options of a stem may not be '\\[1\\]'"),
+        ({"stem": "resnet10t.c3_in1k"}, "by name without a tag"),
+        ({"stem": 5}, "stem is '5'"),
+        ({"stem": "conv", "stem_options": {"act_layer": "relu"}}, "a stem of 'conv' takes no options"),
+        ({"stem": "lookupvit_tiny_patch16_224"}, "cannot cut the stem 'lookupvit_tiny_patch16_224' into stages"),
     ],
 )
 def test_stems_that_cannot_be_are_named(kwargs, message):
@@ -130,21 +140,25 @@ def test_stems_that_cannot_be_are_named(kwargs, message):
 
 
 def test_a_configuration_cannot_make_a_stem_fetch_weights():
+    options = {"stem": "resnet10t", "stem_options": {"pretrained": True}}
     with pytest.raises(ValueError, match="may not ask for 'pretrained'"):
-        build_encoder(
-            {
-                "name": "lookupvit_tiny_patch16_224",
-                "kwargs": {"stem": "resnet10t", "stem_options": {"pretrained": True}},
-            }
-        )
+        build_encoder({"name": "lookupvit_tiny_patch16_224", "kwargs": options})
+
+
+def test_a_configuration_cannot_nest_stems():
+    kwargs, built = {}, []
+    for _ in range(12):  # each would be built twice for the one around it
+        kwargs = {"stem": "lookupvit_tiny_patch16_224", "stem_options": kwargs}
+    count = patch.object(stems.timm, "create_model", lambda *a, **k: (built.append(a), timm_create(*a, **k))[1])
+    with count, pytest.raises(ValueError, match="cannot cut the stem"):
+        build_encoder({"name": "lookupvit_tiny_patch16_224", "kwargs": kwargs})
+    assert len(built) <= 14
 
 
 def test_a_stem_begins_from_the_teacher_and_stays(captioned, teacher, network, tmp_path, monkeypatch):
     sizes = []
-    look = encoder_training.Student.look
-    monkeypatch.setattr(
-        encoder_training.Student, "look", lambda *args: (sizes.append(args[1].shape[-1]), look(*args))[1]
-    )
+    look = Student.look
+    monkeypatch.setattr(Student, "look", lambda *args: (sizes.append(args[1].shape[-1]), look(*args))[1])
     config = debug(tmp_path / "run", teacher, captioned, early_share=0.5, early_size=32, late_size=48, ema=0.9)
     folder = pretrain(config)
     assert sizes == [32, 32, 48, 48]  # of views of 64 px, which the teacher saw
@@ -152,25 +166,55 @@ def test_a_stem_begins_from_the_teacher_and_stays(captioned, teacher, network, t
     kept = {key.removeprefix("patch_embed.backbone.model."): key for key in exported if "backbone" in key}
     assert kept
     assert all(torch.equal(exported[key], trained[name]) for name, key in kept.items())
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(exported["patch_embed.scale"], 0.5 / std)
+    torch.testing.assert_close(exported["patch_embed.shift"], (0.5 - mean) / std)
     encoder = create_encoder(f"local-dir:{folder}")
-    assert encoder.default_cfg["input_size"] == (3, 48, 48)
-    assert encoder.encode(torch.rand(1, 3, 48, 48), "2x2").shape == (1, 5, 192)
-    again = replace(config, output=tmp_path / "again", encoder=f"local-dir:{folder}", init_from=None)
-    pretrain(replace(again, encoder_options={}, steps=1))  # it has weights of its own to keep
-    run = json.loads((folder / "run_config.json").read_text())
-    assert run["encoder_options"]["stem"] == "resnet10t"
+    assert list(encoder.default_cfg["input_size"]) == [3, 48, 48]
+    torch.manual_seed(config.seed)
+    fresh = create_encoder(config.encoder, **config.encoder_options)
+    assert not torch.equal(encoder.patch_embed.proj.weight, fresh.patch_embed.proj.weight)  # that was trained
+    again = replace(config, output=tmp_path / "again", encoder=f"local-dir:{folder}", train_stem=True)
+    pretrain(replace(again, encoder_options={}, steps=1, warmup=0.0))  # it has weights of its own to begin from
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert any(not torch.equal(after[key], exported[key]) for key in kept.values())
+    assert all(torch.equal(after[key], exported[key]) for key in kept.values() if "running" in key)
+
+
+def test_a_stem_begins_from_a_network_by_name(captioned, network, tmp_path):
+    save_for_hf(network, tmp_path / "network", safe_serialization=True)
+    config = debug(tmp_path / "run", None, captioned, teachers=(), init_from=f"local-dir:{tmp_path / 'network'}")
+    exported = load_file(pretrain(replace(config, steps=1)) / "model.safetensors")
+    torch.testing.assert_close(exported["patch_embed.backbone.model.conv1.0.weight"], network.conv1[0].weight.detach())
+
+
+def test_a_captioner_keeps_its_network_stem(network, tmp_path):
+    encoder = make(stem="resnet10t", stem_options={"act_layer": "silu"}, num_classes=0)
+    init_stem(encoder.patch_embed, network, OWN, (0.4,) * 3, (0.3,) * 3)
+    kwargs = {**SMALL, "num_classes": 0, "stem": "resnet10t", "stem_options": {"act_layer": "silu"}}
+    decoder = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50}
+    model = CaptionerModel(CaptionerConfig({"name": "lookupvit_tiny_patch16_224", "kwargs": kwargs}, decoder))
+    model.encoder.load_state_dict(encoder.float().state_dict())
+    pixels = torch.rand(1, 3, 64, 64)
+    wanted = model.eval().encoder.encode(pixels)
+    model.half().save_pretrained(tmp_path)
+    loaded = CaptionerModel.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(loaded.encoder.encode(pixels), wanted, atol=0.02, rtol=0.02)
+    assert not loaded.train().encoder.patch_embed.backbone.training
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"init_from": None}, "would keep random weights: give --init-from"),
-        ({"encoder_options": {"depth": 1}}, "--freeze-stem is for the stem of a trained network"),
-        ({"encoder_options": {"depth": 1, "stem": "resnet14t"}}, "no teacher is a 'resnet14t', as the stem is"),
+        ({"teachers": ()}, "the stem needs weights of a 'resnet10t' to start from: give --init-from, or a teacher"),
+        ({"encoder_options": {"stem": "resnet10t", "stem_options": {"act_layer": "silu"}}}, "the stem's options {'act"),
+        ({"encoder_options": {"depth": 1, "stem": "resnet14t"}}, "the stem needs weights of a 'resnet14t'"),
         ({"init_from": "resnet10t.nobodys"}, "no weights of the network 'resnet10t.nobodys'"),
         ({"late_size": 16}, "grid 3 is larger than the lookup grid 1x1 of 16 px views"),
+        ({"late_size": 50}, "does not take views of 50 px .image of 50x50 px is not a multiple of the patch"),
     ],
 )
 def test_beginnings_that_cannot_be_are_named(captioned, teacher, tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         pretrain(debug(tmp_path / "run", teacher, captioned, **kwargs))
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -169,8 +169,11 @@ def build_encoder(description: dict) -> TokenEncoder:
         ValueError: it names what lies elsewhere, or what timm does not know; a configuration may be hostile.
     """
     name, kwargs = description["name"], description.get("kwargs", {})
-    elsewhere = [name] * name.startswith(EXPORTED)
-    elsewhere += [key for key in kwargs if key.startswith(("pretrained", "checkpoint")) or key == "cache_dir"]
-    if elsewhere:
+    if elsewhere := [name] * name.startswith(EXPORTED) + loading_options(kwargs):
         raise ValueError(f"a captioner's configuration may not ask for '{elsewhere[0]}' of its encoder")
     return create_encoder(name.split(".")[0], **kwargs, pretrained=False)
+
+
+def loading_options(kwargs: dict) -> list[str]:
+    """Name those of timm's keyword arguments that make it load something."""
+    return [key for key in kwargs if str(key).startswith(("pretrained", "checkpoint")) or key == "cache_dir"]

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -239,12 +239,9 @@ def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> LookupViT:
-    overlay = {}
     if (stem := kwargs.get("stem", "patch")) != "patch":
-        overlay["first_conv"] = "patch_embed.backbone.0.conv" if stem == "conv" else None
-    if "img_size" in kwargs:
-        overlay["input_size"] = (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"]))
-    kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
+        overlay = {"first_conv": "patch_embed.backbone.0.conv" if stem == "conv" else None}
+        kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
     return build_model_with_cfg(LookupViT, variant, pretrained, **kwargs)
 
 

@@ -4,12 +4,15 @@ Letters: B batch, C image channels, H W pixels, (h, w) the token grid, D width.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import timm
 import torch
 from timm.layers import HybridEmbed, PatchEmbed, to_2tuple
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
+
+from captioner.encoders.base import loading_options
 
 
 class NetworkStem(HybridEmbed):
@@ -19,7 +22,7 @@ class NetworkStem(HybridEmbed):
     trained weights (`init_stem`), so its running statistics stay as they are, in training too.
 
     Args:
-        name: timm name of the network.
+        name: timm name of the network, without a tag.
         img_size: image size in pixels.
         patch_size: stride in pixels at which a stage of the network must end.
         in_chans: image channels C.
@@ -27,35 +30,38 @@ class NetworkStem(HybridEmbed):
         options: further keyword arguments of the network.
 
     Raises:
-        ValueError: timm has no such network, cannot cut it there, or the options ask for weights.
+        ValueError: timm has no such network, it cannot be cut there, or the options ask for weights.
     """
 
     def __init__(
         self, name: str, img_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, options: dict | None
     ):
-        if not timm.is_model(name):
-            raise ValueError(f"stem is '{name}'; LookupViT knows 'patch', 'conv' and the networks of timm")
-        if asked := [
-            key for key in options or {} if key.startswith(("pretrained", "checkpoint")) or key == "cache_dir"
-        ]:
-            raise ValueError(f"the options of a stem may not ask for '{asked[0]}'; begin one from weights by init_stem")
-        options = {**(options or {}), "features_only": True, "feature_cls": "getter", "in_chans": in_chans}
+        if not isinstance(name, str) or "." in name or not timm.is_model(name):
+            raise ValueError(
+                f"stem is '{name}'; LookupViT knows 'patch', 'conv' and the networks of timm, by name without a tag"
+            )
+        options = options or {}
+        if not isinstance(options, dict) or (asked := [*loading_options(options), *({"out_indices"} & options.keys())]):
+            what = f"ask for '{asked[0]}'" if isinstance(options, dict) else f"be '{options}'"
+            raise ValueError(f"the options of a stem may not {what}")
+        make = partial(timm.create_model, name, features_only=True, feature_cls="getter", in_chans=in_chans, **options)
         try:
-            strides = timm.create_model(name, **options).feature_info.reduction()
-        except (AttributeError, RuntimeError, TypeError) as error:
-            raise ValueError(f"timm cannot cut the stem '{name}' into stages: {str(error).splitlines()[0]}") from None
+            network = make()
+            strides = network.feature_info.reduction()
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"timm cannot cut the stem '{name}' into stages: {str(error) or 'wrong options'}") from None
+        if not hasattr(network.model, "forward_intermediates"):
+            raise ValueError(f"timm cannot cut the stem '{name}' into stages")
         if patch_size not in strides:
             raise ValueError(f"stem '{name}' has strides {strides}, none of which is the patch, {patch_size} px")
         stage = max(i for i, stride in enumerate(strides) if stride == patch_size)
-        network = timm.create_model(name, **options, out_indices=(stage,))
-        network.num_features = network.feature_info.channels()[-1]  # with it, HybridEmbed need not try an image
         sizes = {"feature_size": [side // patch_size for side in to_2tuple(img_size)], "feature_ratio": patch_size}
-        super().__init__(
-            network, img_size, **sizes, in_chans=in_chans, embed_dim=dim, output_fmt="NHWC", strict_img_size=False
-        )
-        self.name = name
+        formats = {"output_fmt": "NHWC", "strict_img_size": False}
+        super().__init__(make(out_indices=(stage,)), img_size, **sizes, in_chans=in_chans, embed_dim=dim, **formats)
+        self.name, self.options = name, options
         self.register_buffer("scale", torch.ones(in_chans, 1, 1))
         self.register_buffer("shift", torch.zeros(in_chans, 1, 1))
+        self.backbone.eval()
 
     def train(self, mode: bool = True) -> "NetworkStem":
         """Switch training mode; the network stays in eval mode."""
@@ -82,7 +88,9 @@ def init_stem(stem: NetworkStem, network: nn.Module, own: dict, mean: Sequence[f
     Raises:
         ValueError: the network is another.
     """
-    own_mean, own_std, mean, std = (torch.as_tensor(v).view(-1, 1, 1) for v in (own["mean"], own["std"], mean, std))
+    own_mean, own_std, mean, std = (
+        torch.as_tensor(v, device="cpu").view(-1, 1, 1) for v in (own["mean"], own["std"], mean, std)
+    )
     weights, trained = stem.backbone.model.state_dict(), network.state_dict()
     if wrong := [key for key, value in weights.items() if key not in trained or trained[key].shape != value.shape]:
         raise ValueError(f"{type(network).__name__} does not fit the stem '{stem.name}': '{wrong[0]}' differs")
@@ -104,10 +112,12 @@ def create_stem(
     Raises:
         ValueError: the stem is unknown, or its strides do not make the patch.
     """
+    if stem not in ("patch", "conv"):
+        return NetworkStem(stem, img_size, patch_size, in_chans, dim, options)
+    if options:
+        raise ValueError(f"a stem of '{stem}' takes no options, only a network does")
     if stem == "patch":
         return PatchEmbed(img_size, patch_size, in_chans, dim, output_fmt="NHWC", flatten=False, strict_img_size=False)
-    if stem != "conv":
-        return NetworkStem(stem, img_size, patch_size, in_chans, dim, options)
     first = patch_size // 4
     if first * 4 != patch_size:
         raise ValueError(f"a conv stem has strides {first}, 2, 2, which do not make a patch of {patch_size} px")

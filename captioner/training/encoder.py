@@ -21,6 +21,7 @@ from captioner.encoders.base import has_weights
 from captioner.encoders.from_vit import create_timm, init_from_vit
 from captioner.encoders.lookupvit import LookupViT
 from captioner.encoders.stems import NetworkStem, init_stem
+from captioner.grids import Grid
 from captioner.processes import start_processes
 from captioner.training.batches import Batches
 from captioner.training.checkpoint import check_finite, not_finite, resume, save_checkpoint
@@ -32,7 +33,7 @@ from captioner.training.precision import pick_precision
 from captioner.training.probe import open_pictures, probe_encoder
 from captioner.training.run_log import RunLog
 from captioner.training.schedule import learning_rates
-from captioner.training.teachers import Teacher, create_teacher
+from captioner.training.teachers import Teacher, TimmTeacher, create_teacher
 from captioner.whole_files import share_weights
 
 ASK_EVERY, SLOW = 10, 0.5
@@ -40,7 +41,7 @@ ASK_EVERY, SLOW = 10, 0.5
 this many seconds, every step looks."""
 
 FIXED = (
-    *("encoder", "encoder_options", "freeze_stem", "optimizer", "seed", "ema", "grids", "image_size", "early_size"),
+    *("encoder", "encoder_options", "train_stem", "optimizer", "seed", "ema", "grids", "image_size", "early_size"),
     *("early_share", "late_size", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
     *("label_weight", "label_smoothing", "word_weight", "words_from"),
 )
@@ -150,7 +151,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     final, head = ema.module if ema else learned
     if accelerator.is_main_process:
         rebuilt = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
-        export_encoder(final, rebuilt, config.output)
+        export_encoder(final, rebuilt, config.student_size, config.output)
     if config.probe_train and accelerator.is_main_process:
         classes = batches.store.classes if config.label_weight > 0 else ()
         for record in probe_encoder(final, config, accelerator.device, head, classes):
@@ -165,28 +166,25 @@ def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]
     """Give the encoder the weights it is to start from: a ViT's, or those of the network that its stem is cut from.
 
     Raises:
-        ValueError: they cannot be had, they do not fit, or a stem without any would be frozen.
+        ValueError: they cannot be had, or they do not fit.
     """
     stem = getattr(encoder, "patch_embed", None)
-    if config.freeze_stem:
-        if not isinstance(stem, NetworkStem):
-            raise ValueError("--freeze-stem is for the stem of a trained network: --encoder-options stem=NETWORK")
-        if config.init_from is None and not has_weights(config.encoder):
-            raise ValueError("--freeze-stem would keep random weights: give --init-from")
-        stem.backbone.requires_grad_(False)
-    if config.init_from is None:
-        return
     if not isinstance(stem, NetworkStem):
-        return init_from_vit(encoder, config.init_from)
-    if config.init_from == "teacher":
-        named = [teacher for teacher in teachers if teacher.config.name.split(".")[0] == stem.name]
-        if not named:
-            raise ValueError(f"--init-from teacher: no teacher is a '{stem.name}', as the stem is")
-        network, mean, std = named[0].model, named[0].mean, named[0].std
-    else:
+        if config.init_from is not None:
+            init_from_vit(encoder, config.init_from)
+        return
+    stem.backbone.requires_grad_(config.train_stem)
+    if config.init_from is not None:
         network = create_timm("network", config.init_from, pretrained=True)
-        mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
-    init_stem(stem, network, encoder.default_cfg, mean, std)
+        init_stem(stem, network, encoder.default_cfg, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    elif not has_weights(config.encoder):
+        named = [teacher for teacher in teachers if isinstance(teacher, TimmTeacher) and teacher.fits(stem)]
+        if not named:
+            raise ValueError(
+                f"the stem needs weights of a '{stem.name}' to start from: give --init-from, or a teacher that is one, "
+                f"of RGB input and with the stem's options {stem.options}"
+            )
+        init_stem(stem, named[0].model, encoder.default_cfg, named[0].mean, named[0].std)
 
 
 def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
@@ -200,6 +198,7 @@ def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
         try_views(config, encoder)
         return 1
     patch = encoder.patch_embed.feat_ratio()
+    try_views(config, encoder, (1, 1))
     if max(config.grids) > config.student_size // patch:
         side = config.student_size // patch
         raise ValueError(
@@ -210,8 +209,11 @@ def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
 
 
 @torch.no_grad()
-def try_views(config: PretrainConfig, encoder: TokenEncoder) -> None:
+def try_views(config: PretrainConfig, encoder: TokenEncoder, grid: Grid | None = None) -> None:
     """Encode an empty view of each size, as the run and its probe will.
+
+    Args:
+        grid: a compressed grid that every size allows; `None` where the encoder has no choice.
 
     Raises:
         ValueError: the encoder cannot.
@@ -219,10 +221,11 @@ def try_views(config: PretrainConfig, encoder: TokenEncoder) -> None:
     encoder.eval()
     for size in {config.student_size, config.early_size if config.early_share else config.student_size}:
         try:
-            encoder.forward_tokens(torch.zeros(1, 3, size, size))
-        except (AssertionError, RuntimeError) as error:
+            encoder.forward_tokens(torch.zeros(1, 3, size, size), grid)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            why = str(error).partition("\n")[0]
             raise ValueError(
-                f"'{config.encoder}' does not take views of {size} px ({str(error).splitlines()[0]}); "
+                f"'{config.encoder}' does not take views of {size} px ({why}); "
                 "change --late-size or --early-size, or give --encoder-options such as img_size"
             ) from None
     if config.probe_train:
@@ -237,8 +240,9 @@ def pick_grid(config: PretrainConfig, step: int, largest: int) -> int:
     return min(draw_grid(config.grids, config.seed, step), largest)
 
 
-def export_encoder(encoder: TokenEncoder, options: dict, folder: Path) -> None:
-    """Write the encoder as timm reads it: `create_encoder("local-dir:FOLDER", pretrained=True)`."""
+def export_encoder(encoder: TokenEncoder, options: dict, size: int, folder: Path) -> None:
+    """Write the encoder as timm reads it, for pictures of `size` px: `create_encoder("local-dir:FOLDER")`."""
+    encoder.timm_model.pretrained_cfg["input_size"] = (3, size, size)
     settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}
     save_for_hf(encoder.timm_model, folder, **settings)
     share_weights(folder)

@@ -96,17 +96,8 @@ class TeacherConfig:
             raise ValueError(f"say which outputs of '{self.name}' to learn from, with nodes or maps")
 
 
-AT_LEAST_ONE = (
-    "image_size",
-    "early_size",
-    "late_size",
-    "store_size",
-    "views",
-    "captions_repeat",
-    "num_words",
-    "batch_size",
-)
-AT_LEAST_ONE += ("workers", "probe_pictures", "log_every")
+AT_LEAST_ONE = ("image_size", "early_size", "late_size", "store_size", "views", "captions_repeat", "num_words")
+AT_LEAST_ONE += ("batch_size", "workers", "probe_pictures", "log_every")
 SHARES = ("early_share", "min_crop", "label_smoothing", "warmup", "ema")
 
 
@@ -121,11 +112,11 @@ class PretrainConfig:
     encoder_options: Options = field(default_factory=dict)
     """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`."""
     init_from: str | None = None
-    """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too); an encoder
-    whose stem is a timm network (`--encoder-options stem=mobilenetv2_100`): from that network's, or, by `teacher`, from
-    those of the teacher that is one."""
-    freeze_stem: bool = False
-    """Leave such a stem as it begins: cheaper, and a good start is not unlearned."""
+    """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too). An encoder
+    whose stem is a timm network (`--encoder-options stem=mobilenetv2_100`) starts from that network's instead, or,
+    unless they are named here, from those of the teacher that is this network."""
+    train_stem: bool = False
+    """Train such a stem with the rest; else all of it but its last, linear layer stays as it begins."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
     """Compressed grids, one drawn per step, so that one set of weights serves all; a repeated one comes more often."""
     image_size: int = 224
@@ -135,7 +126,8 @@ class PretrainConfig:
     early_share: float = 0.0
     """Share of the steps that take `early_size`."""
     late_size: int | None = None
-    """Side in pixels at which the student sees the view after that, and is probed; `None` for `image_size`."""
+    """Side in pixels at which the student sees the view after that, as captioners then will; `None` for
+    `image_size`."""
 
     images: tuple[str, ...] = ()
     """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, by path or glob."""

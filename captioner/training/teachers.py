@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from captioner.encoders.from_vit import create_timm
+from captioner.encoders.stems import NetworkStem
 from captioner.hub import hub_options
 from captioner.training.encoder_config import TeacherConfig
 from captioner.training.targets import Targets
@@ -113,6 +114,11 @@ class TimmTeacher(Teacher):
         if missing:
             raise ValueError(f"'{path}' lacks weights of {self.config.name}: '{missing[0]}', {len(missing)} in all")
         self.model.load_state_dict(weights, strict=False)
+
+    def fits(self, stem: NetworkStem) -> bool:
+        """Tell whether a stem of the same weights would compute what this network does."""
+        same = (self.model.pretrained_cfg["architecture"], dict(self.config.options)) == (stem.name, stem.options)
+        return same and self.config.channel_order == "rgb"
 
     def look(self, pixels: torch.Tensor) -> Targets:
         """Return logits (if there are classes), pooled features and the feature map."""
