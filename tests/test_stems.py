@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import launch
 
 from captioner import recipes
 from captioner.encoders import build_encoder, create_encoder, stems
@@ -174,11 +175,37 @@ def test_a_stem_begins_from_the_teacher_and_stays(captioned, teacher, network, t
     torch.manual_seed(config.seed)
     fresh = create_encoder(config.encoder, **config.encoder_options)
     assert not torch.equal(encoder.patch_embed.proj.weight, fresh.patch_embed.proj.weight)  # that was trained
-    again = replace(config, output=tmp_path / "again", encoder=f"local-dir:{folder}", train_stem=True)
+    again = replace(config, output=tmp_path / "again", encoder=f"local-dir:{folder}", train_stem=1.0)
     pretrain(replace(again, encoder_options={}, steps=1, warmup=0.0))  # it has weights of its own to begin from
     after = load_file(tmp_path / "again" / "model.safetensors")
     assert any(not torch.equal(after[key], exported[key]) for key in kept.values())
     assert all(torch.equal(after[key], exported[key]) for key in kept.values() if "running" in key)
+
+
+def test_a_stem_joins_in_late(captioned, teacher, network, tmp_path, monkeypatch):
+    seen, look = [], Student.look
+
+    def watched(student, *args):
+        seen.append(student.encoder.patch_embed.backbone.model.conv1[0].weight.detach().clone())
+        return look(student, *args)
+
+    monkeypatch.setattr(Student, "look", watched)
+    folder = pretrain(debug(tmp_path, teacher, captioned, train_stem=0.5, steps=4, learning_rate=1e-2))
+    assert [torch.equal(weight, network.conv1[0].weight) for weight in seen] == [True, True, True, False]
+    assert not torch.equal(
+        load_file(folder / "model.safetensors")["patch_embed.backbone.model.conv1.0.weight"], seen[3]
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_let_a_stem_join_in(captioned, teacher, network, tmp_path):
+    args = ["pretrain.py", "debug", "--captions", captioned, "--batch-size", "2", "--train-stem", "0.5"]
+    args += ["--teachers.0.name", "resnet10t", "--teachers.0.checkpoint", teacher.checkpoint]
+    args += ["--teachers.0.num-classes", "7", "--encoder-options", "depth=1", "stem=resnet10t"]
+    result = launch(*args, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    after = load_file(tmp_path / "model.safetensors")["patch_embed.backbone.model.conv1.0.weight"]
+    assert not torch.equal(after, network.conv1[0].weight)
 
 
 def test_a_stem_begins_from_a_network_by_name(captioned, network, tmp_path):

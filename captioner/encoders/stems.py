@@ -49,7 +49,9 @@ class NetworkStem(HybridEmbed):
             network = make()
             strides = network.feature_info.reduction()
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"timm cannot cut the stem '{name}' into stages: {str(error) or 'wrong options'}") from None
+            raise ValueError(
+                f"timm cannot cut the stem '{name}' into stages: {str(error) or 'wrong options'}"
+            ) from None
         if not hasattr(network.model, "forward_intermediates"):
             raise ValueError(f"timm cannot cut the stem '{name}' into stages")
         if patch_size not in strides:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
@@ -65,13 +66,16 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     """Set up, then train: step, save where due, at the end export and probe; see `pretrain`."""
     if not config.images and config.captions is None:
         raise ValueError("nothing to train on: name pictures with --images, or captions with --captions")
-    accelerator = start_processes(mixed_precision=pick_precision(config.mixed_precision))
+    accelerator = start_processes(
+        DistributedDataParallelKwargs(find_unused_parameters=config.train_stem > 0),
+        mixed_precision=pick_precision(config.mixed_precision),
+    )
     per_step, checkpoints = config.batch_size * accelerator.num_processes, config.output / "checkpoints"
     set_seed(config.seed)
     with interruption.at_once():  # decoding may take hours
         teachers = [create_teacher(teacher).to(accelerator.device) for teacher in config.teachers]
         encoder = create_encoder(config.encoder, **config.encoder_options)
-        begin(encoder, config, teachers)
+        stem = begin(encoder, config, teachers)
         patch = check_grids(config, encoder)
         if config.probe_train:
             with accelerator.main_process_first():  # the others find them decoded
@@ -112,6 +116,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         pixels = batch.pop("pixels")
         if size != pixels.shape[-1]:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+        if stem is not None:
+            stem.requires_grad_(step >= config.steps * (1 - config.train_stem))
         with accelerator.autocast():
             losses = student(pixels, pick_grid(config, step, size // patch), **batch)
         accelerator.backward(losses["loss"])
@@ -162,8 +168,11 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     return config.output
 
 
-def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]) -> None:
+def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]) -> nn.Module | None:
     """Give the encoder the weights it is to start from: a ViT's, or those of the network that its stem is cut from.
+
+    Returns:
+        That network's stages, if the stem is one.
 
     Raises:
         ValueError: they cannot be had, or they do not fit.
@@ -172,8 +181,7 @@ def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]
     if not isinstance(stem, NetworkStem):
         if config.init_from is not None:
             init_from_vit(encoder, config.init_from)
-        return
-    stem.backbone.requires_grad_(config.train_stem)
+        return None
     if config.init_from is not None:
         network = create_timm("network", config.init_from, pretrained=True)
         init_stem(stem, network, encoder.default_cfg, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
@@ -185,6 +193,7 @@ def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]
                 f"of RGB input and with the stem's options {stem.options}"
             )
         init_stem(stem, named[0].model, encoder.default_cfg, named[0].mean, named[0].std)
+    return stem.backbone.requires_grad_(config.train_stem > 0)
 
 
 def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:

@@ -98,7 +98,7 @@ class TeacherConfig:
 
 AT_LEAST_ONE = ("image_size", "early_size", "late_size", "store_size", "views", "captions_repeat", "num_words")
 AT_LEAST_ONE += ("batch_size", "workers", "probe_pictures", "log_every")
-SHARES = ("early_share", "min_crop", "label_smoothing", "warmup", "ema")
+SHARES = ("train_stem", "early_share", "min_crop", "label_smoothing", "warmup", "ema")
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ class PretrainConfig:
     """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too). An encoder
     whose stem is a timm network (`--encoder-options stem=mobilenetv2_100`) starts from that network's instead, or,
     unless they are named here, from those of the teacher that is this network."""
-    train_stem: bool = False
-    """Train such a stem with the rest; else all of it but its last, linear layer stays as it begins."""
+    train_stem: float = 0.0
+    """Share of the steps, the last ones, in which such a stem is trained with the rest; before, all of it but its last,
+    linear layer stays as it began."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
     """Compressed grids, one drawn per step, so that one set of weights serves all; a repeated one comes more often."""
     image_size: int = 224
