@@ -19,7 +19,7 @@ def test_the_comparison_has_a_line_for_each_encoder_and_grid_and_goes_on(caption
     args += ["--probe-train", classes, "--probe-val", classes]
     for name in ("lookupvit", "vit"):
         encoder = create_encoder(f"{name}_tiny_patch16_224", depth=2)
-        export_encoder(encoder, {"depth": 2}, tmp_path / name)
+        export_encoder(encoder, {"depth": 2}, 64, tmp_path / name)
         args += [f"--{name}", tmp_path / name]
     done = subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -217,7 +217,7 @@ def test_slow_steps_look_for_signals_each_time(captioned, tmp_path, monkeypatch)
 def test_processes_wait_two_hours_for_one_another(captioned, tmp_path, monkeypatch):
     started = []
     start = encoder_training.start_processes
-    monkeypatch.setattr(encoder_training, "start_processes", lambda **kwargs: started.append(1) or start(**kwargs))
+    monkeypatch.setattr(encoder_training, "start_processes", lambda *a, **k: started.append(1) or start(*a, **k))
     pretrain(debug(tmp_path, captions=str(captioned), steps=0))
     assert started
 
