@@ -77,7 +77,13 @@ class NetworkStem(HybridEmbed):
         return super().forward(x.contiguous(memory_format=torch.channels_last))  # far faster on CPUs
 
 
-def init_stem(stem: NetworkStem, network: nn.Module, own: dict, mean: Sequence[float], std: Sequence[float]) -> None:
+def init_stem(
+    stem: NetworkStem,
+    network: nn.Module,
+    own: dict,
+    mean: Sequence[float] | torch.Tensor,
+    std: Sequence[float] | torch.Tensor,
+) -> None:
     """Copy a trained network's first stages into a stem, in place; its input is brought to what the network knows.
 
     Args:
