@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from score_data import coco
-from training_runs import COLOURS
+from training_runs import COLOURS, debug
 from transformers import GenerationConfig, GPT2Config
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -133,6 +134,20 @@ def captioned(tmp_path_factory):
             content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
         (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture(scope="session")
+def unbroken(captioned, tmp_path_factory):
+    """The settings and folder of a run of 12 steps, validated at each fourth, that was never stopped.
+
+    It has dropout, so that a resumed run is equal only if its random numbers go on where they were.
+    """
+    from captioner.training.decoder import train
+
+    config = debug(captioned, tmp_path_factory.mktemp("unbroken"), epochs=3, log_every=2, grids=("2x2", "3x3"))
+    config = replace(config, model=replace(config.model, dropout=0.2))
+    train(config)
+    return config
 
 
 @pytest.fixture(scope="session")

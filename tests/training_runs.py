@@ -59,3 +59,7 @@ def stop_at(monkeypatch, step, number, before=decoder.train_step):
         return before(*args)
 
     monkeypatch.setattr(decoder, "train_step", train_step)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])

@@ -179,6 +179,11 @@ def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]
     """
     stem = getattr(encoder, "patch_embed", None)
     if not isinstance(stem, NetworkStem):
+        if config.train_stem:
+            raise ValueError(
+                "--train-stem is for a stem that is a timm network (--encoder-options stem=mobilenetv2_100); "
+                "any other is trained all along"
+            )
         if config.init_from is not None:
             init_from_vit(encoder, config.init_from)
         return None
