@@ -164,6 +164,8 @@ def read_done(config: CaptionConfig) -> tuple[set[str], set[str]]:
     whole = content.rfind(b"\n") + 1
     text = content[:whole].decode(errors="surrogateescape")
     try:
+        if content and not whole:
+            raise ValueError
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n")[:-1]]
             done = {row["path"] for row in rows if row["error"] is None}
@@ -174,7 +176,7 @@ def read_done(config: CaptionConfig) -> tuple[set[str], set[str]]:
             rows = [{"path": line.split("\t")[-2]} for line in text.split("\n")[:-1]]
             done = {row["path"] for row in rows}
         failed = {row["path"] for row in rows} - done
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, csv.Error):
         raise ValueError(f"'{path}' is not what captioner caption writes; name another file with --output") from None
     os.truncate(path, whole)  # a killed run may have left half a line, to which the next would be joined
     return done, failed
@@ -233,6 +235,8 @@ WRITERS = {".jsonl": json_writer, ".csv": csv_writer, ".txt": line_writer}
 def open_writer(path: Path | None, go_on: bool) -> Iterator[Callable[[dict], None]]:
     """Open the output, to its end when the job goes on, and flush it with every row; standard output without a path."""
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
         yield line_writer(sys.stdout)
         return
     options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "", "buffering": 1}

@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -59,16 +58,14 @@ def open_image(source: ImageSource) -> Image.Image:
             raise ImageError(f"{name} is empty")
         if size > MAX_BYTES:
             raise ImageError(f"{name} is {size / 2**20:.0f} MiB; files over {MAX_BYTES // 2**20} MiB are refused")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF and our own size limit make Pillow warn
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=supported()) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImageError(
-                        f"{name} is {image.width}x{image.height} px; over {MAX_PIXELS // 10**6} megapixels is refused"
-                    )
-                image.draft("RGB", (1024, 1024))  # a large JPEG decodes at a fraction of its size
-                image.load()
-                return to_rgb(image)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=supported()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(
+                    f"{name} is {image.width}x{image.height} px; over {MAX_PIXELS // 10**6} megapixels is refused"
+                )
+            image.draft("RGB", (1024, 1024))  # a large JPEG decodes at a fraction of its size
+            image.load()
+            return to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except UnidentifiedImageError:
@@ -92,10 +89,10 @@ def supported() -> tuple[str, ...]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any PIL image upright and into mode RGB."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 257).convert("L")
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
     elif image.mode in ("I", "F"):
         low, high = image.getextrema()
         if high > 255 or low < 0:

@@ -126,6 +126,10 @@ def test_odd_values_of_rows_are_told(tmp_path, caplog):
     write(tmp_path / "captions.jsonl", "\n".join(map(json.dumps, [good, {"image": 5, "caption": "two"}])))
     assert len(read_captions(tmp_path)) == 1
     assert "1 missing images (5)" in caplog.text
+    for record in ({"path": "/x.png"}, {"bytes": "/x.png", "path": "../x.png"}):
+        write(tmp_path / "captions.jsonl", json.dumps(good | {"image": record}))
+        with pytest.raises(ValueError, match=r"x.png' leaves the image folder"):
+            read_captions(tmp_path)
     write(tmp_path / "captions.jsonl", json.dumps(good | {"image_id": [1]}))
     with pytest.raises(ValueError, match="row 1: the image id .* is neither a whole number nor text"):
         read_captions(tmp_path)
@@ -160,15 +164,16 @@ def test_pictures_in_several_splits_are_in_none(tmp_path, caplog):
     assert "1 images in several splits (x.png)" in caplog.text
 
 
-def test_saved_datasets_set_keeps_pictures_encoded(tmp_path):
+def test_saved_datasets_set_keeps_pictures_encoded(tmp_path, caplog):
     data = datasets.Dataset.from_dict(
-        {"picture": [Image.new("RGB", (4, 4), "red")], "text": [["a", "b"]]},
+        {"picture": [None, Image.new("RGB", (4, 4), "red")], "text": [["no picture"], ["a", "b"]]},
         features=datasets.Features({"picture": datasets.Image(), "text": datasets.List(datasets.Value("string"))}),
     )
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "set")
     table = read_captions(tmp_path / "set", "train", image_column="picture", caption_column="text")
     assert table[0]["captions"] == ["a", "b"]
     assert isinstance(table[0]["image"]["bytes"], bytes)
+    assert "1 missing images (0)" in caplog.text
     with pytest.raises(ValueError, match="no split 'val', only train"):
         read_captions(tmp_path / "set", "val")
 

@@ -1,11 +1,9 @@
 """Never lose work: kills, signals, damage, full disks."""
 
-import contextlib
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from training_runs import ROOT, losses, stop_at, truncate
+from training_runs import ROOT, full_disk, losses, stop_at, truncate
 
 import captioner
 from captioner.data.token_cache import encoder_fingerprint
@@ -194,17 +192,6 @@ def test_without_any_whole_checkpoint_a_run_refuses_to_begin_anew(unbroken, tmp_
     truncate(tmp_path / "checkpoints" / "step_00000004" / "model.safetensors")
     with pytest.raises(ValueError, match=r"every checkpoint in '.*' is damaged; delete that folder to start over"):
         train(config)
-
-
-@contextlib.contextmanager
-def full_disk():
-    """As on a full disk, writing fails midway, wherever a file grows beyond 100 kB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_best_model(unbroken, tmp_path):

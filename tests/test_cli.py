@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 import pytest
 
 from captioner import cli
+from captioner.caption_files import open_writer
 from captioner.grids import parse_grid
 from captioner.recipes import PRETRAIN
 
@@ -154,8 +156,17 @@ def test_pictures_that_failed_are_tried_again(saved_model, pictures, tmp_path, e
     assert "not a picture" not in lines[-1]
 
 
+def test_names_that_are_not_utf_8_are_written_as_they_are(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), "utf-8", write_through=True))
+        with open_writer(None, False) as write:
+            write({"path": os.fsdecode(b"caf\xe9.jpg"), "caption": "a cup", "error": None})
+        assert raw.getvalue() == b"caf\xe9.jpg\ta cup\n"
+
+
 def test_a_file_of_another_kind_is_not_gone_on_with(pictures, tmp_path, capsys):
-    for name, content in (("a.jsonl", '{"x": 1}\n'), ("b.csv", "x,y\n1,2\n"), ("c.txt", "a note\nof mine")):
+    foreign = {"a.jsonl": '{"x": 1}\n', "b.csv": "x,y\n1,2\n", "c.txt": "a note\nof mine", "d.txt": "a note"}
+    for name, content in {**foreign, "e.jsonl": "[]", "f.csv": "x,y", "g.csv": "path,caption\n\r,\n"}.items():
         (tmp_path / name).write_text(content)
         assert run("caption", pictures, "--output", tmp_path / name, "--resume") == 1
         assert f"{name}' is not what captioner caption writes" in capsys.readouterr().err

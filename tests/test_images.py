@@ -25,6 +25,8 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
         "cmyk": encoded(Image.new("CMYK", (30, 20), (0, 255, 255, 0)), "JPEG"),
         "alpha": encoded(Image.new("RGBA", (30, 20), (255, 0, 0, 0)), "PNG"),
         "grey16": encoded(grey16, "PNG"),
+        "big-endian": encoded(Image.frombytes("I;16B", (30, 20), np.full(600, 40000, ">u2").tobytes()), "TIFF"),
+        "key": encoded(Image.new("RGB", (30, 20), "red"), "PNG", transparency=(255, 0, 0)),
         "one bit": encoded(Image.new("1", (30, 20), 1), "PNG"),
         "animated": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "float": encoded(Image.fromarray(np.linspace(0, 1000, 600, dtype=np.float32).reshape(20, 30)), "TIFF"),
@@ -33,7 +35,9 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     assert {image.mode for image in opened.values()} == {"RGB"}
     assert {image.size for image in opened.values()} == {(30, 20)}
     assert opened["grey16"].getpixel((0, 0)) == (155, 155, 155)
+    assert opened["big-endian"].getpixel((0, 0)) == (155, 155, 155)
     assert opened["alpha"].getpixel((0, 0)) == (255, 255, 255)
+    assert opened["key"].getpixel((0, 0)) == (255, 255, 255)
     assert opened["one bit"].getpixel((0, 0)) == (255, 255, 255)
     assert opened["float"].getpixel((0, 0))[0] == 0
     assert opened["float"].getpixel((29, 19))[0] == 255

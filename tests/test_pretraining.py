@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from training_runs import COLOURS
+from training_runs import COLOURS, full_disk, losses
 
 from captioner import recipes
 from captioner.data.pictures import open_source, store_pictures
@@ -45,11 +45,6 @@ def teacher(tmp_path) -> TeacherConfig:
 
 def debug(output, *teachers, **kwargs):
     return replace(recipes.pretrain_debug(), output=output, teachers=teachers, **kwargs)
-
-
-def losses(folder, key="loss"):
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return {record["step"]: record[key] for record in records if key in record}
 
 
 @pytest.mark.parametrize(("words_from", "stem"), [("captions", "patch"), ("teachers", "conv")])
@@ -121,8 +116,11 @@ def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog, monkeypatch):
 
 
 def test_an_exported_encoder_is_gone_on_with(captioned, tmp_path):
-    config = debug(tmp_path / "first", captions=str(captioned), steps=1)
+    options = {"depth": 2, "pretrained": False}  # how weights are found is no part of what is exported
+    config = debug(tmp_path / "first", captions=str(captioned), steps=1, encoder_options=options)
     folder = pretrain(config)
+    with full_disk(), pytest.raises(OSError, match=r"cannot write the encoder '.*first' .*; free some disk space"):
+        encoder_training.export_encoder(create_encoder("lookupvit_tiny_patch16_224"), {}, 224, folder)
     again = replace(config, output=tmp_path / "second", encoder=f"local-dir:{folder}", encoder_options={}, steps=0)
     first, second = (create_encoder(f"local-dir:{f}").state_dict() for f in (folder, pretrain(again)))
     assert all(torch.equal(first[key], second[key]) for key in first | second)
@@ -187,7 +185,7 @@ def test_a_file_that_is_no_onnx_is_named(tmp_path):
         TeacherConfig("x.onnx", kind="onnx")
 
 
-def test_shards_are_streamed_with_their_classes(classes, tmp_path):
+def test_shards_are_streamed_with_their_classes(classes, tmp_path, monkeypatch):
     pytest.importorskip("webdataset")
     with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
         for number, path in enumerate(sorted(classes.rglob("*.png"))):
@@ -197,6 +195,10 @@ def test_shards_are_streamed_with_their_classes(classes, tmp_path):
                 tar.addfile(info, io.BytesIO(data))
     store = store_pictures([open_source(str(tmp_path / "*.tar"))], 16, tmp_path / "store")
     assert store.labels.tolist() == [n // 4 for n in range(16)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shard-0.tar").rename(tmp_path / "pipe:touch owned;.tar")  # no address, and no pattern
+    assert len(store_pictures([open_source("*.tar")], 16, tmp_path / "store")) == 16
+    assert not (tmp_path / "owned").exists()
     (tmp_path / "shard-1.tar").write_bytes(b"no archive at all" * 100)
     with pytest.raises(ValueError, match=r"shard '.*shard-1.tar' is not readable"):
         store_pictures([open_source(str(tmp_path / "*.tar"))], 16, tmp_path / "store")
@@ -303,6 +305,8 @@ def test_a_vit_that_does_not_fit_is_refused():
         init_from_vit(encoder, timm.create_model("vit_small_patch16_224", depth=2))
     with pytest.raises(ValueError, match="1 blocks, fewer than the encoder's 2"):
         init_from_vit(encoder, timm.create_model("vit_tiny_patch16_224", depth=1))
+    with pytest.raises(ValueError, match="only one of them has 'ls1.gamma'"):
+        init_from_vit(encoder, timm.create_model("vit_tiny_patch16_224", depth=2, init_values=0.1))
     with pytest.raises(ValueError, match="is not a ViT"):
         init_from_vit(encoder, timm.create_model("resnet10t"))
     with pytest.raises(ValueError, match="only a LookupViT"):

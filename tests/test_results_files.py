@@ -80,6 +80,7 @@ def test_empty_captions_count_zero_when_allowed(write, annotations, capsys):
 def test_references_that_are_left_out_are_told(write, capsys):
     content = coco(CAPTIONS | {13: ["a cat", "  "], 14: []})
     content["annotations"].append({"image_id": 77, "id": 1, "caption": "a ghost"})
+    content["images"][0]["file_name"] = None
     found = read_references(write("captions_val.json", content))
     assert list(found.captions) == [11, 12, 13]
     assert found.captions[13] == ["a cat"]

@@ -237,7 +237,6 @@ def test_a_captioner_keeps_its_network_stem(network, tmp_path):
         ({"encoder_options": {"stem": "resnet10t", "stem_options": {"act_layer": "silu"}}}, "the stem's options {'act"),
         ({"encoder_options": {"depth": 1, "stem": "resnet14t"}}, "the stem needs weights of a 'resnet14t'"),
         ({"init_from": "resnet10t.nobodys"}, "no weights of the network 'resnet10t.nobodys'"),
-        ({"encoder_options": {"depth": 1}, "train_stem": 0.5}, "--train-stem is for a stem that is a timm network"),
         ({"late_size": 16}, "grid 3 is larger than the lookup grid 1x1 of 16 px views"),
         ({"late_size": 50}, "does not take views of 50 px .image of 50x50 px is not a multiple of the patch"),
     ],

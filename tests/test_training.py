@@ -88,6 +88,8 @@ def test_grids_that_do_not_fit_are_refused_before_training(captioned, tmp_path, 
 
 
 def test_training_stops_early(captioned, tmp_path):
+    with pytest.raises(ValueError, match="patience must be positive, not 0"):
+        debug(captioned, tmp_path, patience=0)
     train(debug(captioned, tmp_path, epochs=20, learning_rate=1e-9, patience=2))
     assert len(losses(tmp_path, "CIDEr")) == 3
 

@@ -1,7 +1,9 @@
 """Small training runs that several test files share."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -59,6 +61,17 @@ def stop_at(monkeypatch, step, number, before=decoder.train_step):
         return before(*args)
 
     monkeypatch.setattr(decoder, "train_step", train_step)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """As on a full disk, writing fails midway, wherever a file grows beyond 100 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def truncate(path):

@@ -26,6 +26,7 @@ from captioner.hub import hub_trouble
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import ChunkedArray
 
 logger = logging.getLogger(__name__)
 
@@ -293,8 +294,19 @@ def dataset_records(
     if isinstance(rows.features.get(image_column), datasets.Image):
         images = rows.select_columns(image_column)
         images = images if image_column == "image" else images.rename_column(image_column, "image")
-        rows = rows.remove_columns(image_column).map(lambda _, i: {image_column: i}, with_indices=True)
+        encoded = images.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
+        missing = [lacks for part in encoded.iter(1000) for lacks in _lack_picture(part["image"])]
+        numbers = [None if lacks else number for number, lacks in enumerate(missing)]
+        rows = rows.remove_columns(image_column).add_column(image_column, numbers)
     return _join_rows(rows, (image_column, *columns[1:]), name, splits), images
+
+
+def _lack_picture(images: "ChunkedArray") -> list[bool]:
+    """Tell which encoded pictures of a `datasets` column are none: null, or without bytes and path."""
+    from pyarrow import compute
+
+    nothing = [compute.is_null(compute.struct_field(images, field)) for field in ("bytes", "path")]
+    return compute.and_(*nothing).to_pylist()
 
 
 def _join_rows(

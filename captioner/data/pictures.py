@@ -124,7 +124,7 @@ def read_shards(files: list[str]) -> Iterator[tuple[bytes, str | None]]:
         raise ValueError("reading .tar shards needs webdataset: pip install 'captioner[webdataset]'") from None
     for file in files:
         try:
-            for sample in webdataset.WebDataset(file, shardshuffle=False, empty_check=False):
+            for sample in webdataset.WebDataset([os.path.abspath(file)], shardshuffle=False, empty_check=False):
                 image = next((value for key, value in sample.items() if f".{key.lower()}" in SUFFIXES), None)
                 if image is not None:
                     label = sample.get("cls", sample.get("cls.txt"))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from timm.layers import PatchEmbed
 from torch import nn
 
-from captioner.encoders.base import TokenEncoder
+from captioner.encoders.base import EXPORTED, TokenEncoder
 from captioner.encoders.lookupvit import LookupBlock, LookupViT, resize_tokens
 
 
@@ -56,7 +56,7 @@ def create_timm(what: str, name: str, **options) -> nn.Module:
     Raises:
         ValueError: there is no such model, its weights cannot be had, or it does not take the options.
     """
-    if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+    if not name.startswith(EXPORTED) and not timm.is_model(name.split(".")[0]):
         raise ValueError(f"no {what} named '{name}' in timm")
     try:
         return timm.create_model(name, **options)
@@ -67,7 +67,11 @@ def create_timm(what: str, name: str, **options) -> nn.Module:
 
 
 def check_fit(encoder: LookupViT, vit: nn.Module) -> None:
-    """Refuse a ViT whose shapes differ from the encoder's."""
+    """Refuse a ViT whose shapes differ from the encoder's.
+
+    Raises:
+        ValueError: they do, or it has other layers, or fewer blocks.
+    """
     if not hasattr(vit, "blocks") or not hasattr(vit, "patch_embed") or not hasattr(vit.blocks[0], "attn"):
         raise ValueError(f"{type(vit).__name__} is not a ViT of attention blocks")
     ours, theirs = encoder.blocks[0].refine, vit.blocks[0]
@@ -80,6 +84,9 @@ def check_fit(encoder: LookupViT, vit: nn.Module) -> None:
     for what, (own, other) in pairs.items():
         if own != other:
             raise ValueError(f"the ViT's {what} is {other}, the encoder's {own}; they must be equal")
+    names = set(ours.state_dict()) ^ set(theirs.state_dict())
+    if names:
+        raise ValueError(f"the ViT's blocks are not those of the encoder: only one of them has '{min(names)}'")
     if len(vit.blocks) < len(encoder.blocks):
         raise ValueError(f"the ViT has {len(vit.blocks)} blocks, fewer than the encoder's {len(encoder.blocks)}")
 

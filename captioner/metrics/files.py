@@ -57,8 +57,9 @@ def read_references(path: Path, split: str | None = None, restval: bool = False)
         raise ValueError(f"'{path}' is not Karpathy's and has no splits; leave --split out")
     else:
         records = list(read_coco(content, path, None))
-        if stray := [record.image_id for record in records if record.image is None]:
-            records = records[: -len(stray)]
+        listed = {image["id"] for image in content["images"]}
+        if stray := [record.image_id for record in records if record.image_id not in listed]:
+            records = [record for record in records if record.image_id in listed]
             warnings.append(f"captions of images that '{path.name}' does not list: left out {name_ids(stray)}")
 
     twice, odd, empty, silent = [], [], 0, []

@@ -194,7 +194,8 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = ("epochs", "batch_size", "accumulation", "learning_rate", "evaluate_every", "num_beams")
-        for name in (*positive, "evaluate_images", "max_new_tokens", "log_every", "keep_checkpoints", "save_steps"):
+        positive += ("evaluate_images", "max_new_tokens", "log_every", "keep_checkpoints", "save_steps", "patience")
+        for name in positive:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.data.streaming and self.stage == "scst":

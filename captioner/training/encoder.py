@@ -4,6 +4,7 @@ Pictures are decoded once (data/pictures.py); views are cut on the device (data/
 view is kept where views repeat (training/targets.py); batches.py joins all that; heads and losses are in distill.py.
 """
 
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -18,7 +20,7 @@ from torch import nn
 
 from captioner.data.stream import draw_grid
 from captioner.encoders import TokenEncoder, create_encoder, encoder_config
-from captioner.encoders.base import has_weights
+from captioner.encoders.base import has_weights, loading_options
 from captioner.encoders.from_vit import create_timm, init_from_vit
 from captioner.encoders.lookupvit import LookupViT
 from captioner.encoders.stems import NetworkStem, init_stem
@@ -128,7 +130,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         step += 1
         if ema:
             ema.update(learned, step)
-        measured = {name: loss.detach() for name, loss in losses.items()}
+        means = accelerator.reduce(torch.stack([loss.detach().float() for loss in losses.values()]), "mean")
+        measured = dict(zip(losses, means, strict=True))
         if step % config.log_every == 0 and not torch.isfinite(measured["loss"]):
             raise ValueError(not_finite(f"the loss is {measured['loss'].item()}", step, checkpoints))
         log.step(step, {**measured, "images": per_step}, schedule.get_last_lr()[0])
@@ -156,7 +159,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         return config.output
     final, head = ema.module if ema else learned
     if accelerator.is_main_process:
-        rebuilt = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
+        options = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
+        rebuilt = {key: value for key, value in options.items() if key not in loading_options(options)}
         export_encoder(final, rebuilt, config.student_size, config.output)
     if config.probe_train and accelerator.is_main_process:
         classes = batches.store.classes if config.label_weight > 0 else ()
@@ -179,11 +183,6 @@ def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]
     """
     stem = getattr(encoder, "patch_embed", None)
     if not isinstance(stem, NetworkStem):
-        if config.train_stem:
-            raise ValueError(
-                "--train-stem is for a stem that is a timm network (--encoder-options stem=mobilenetv2_100); "
-                "any other is trained all along"
-            )
         if config.init_from is not None:
             init_from_vit(encoder, config.init_from)
         return None
@@ -255,8 +254,20 @@ def pick_grid(config: PretrainConfig, step: int, largest: int) -> int:
 
 
 def export_encoder(encoder: TokenEncoder, options: dict, size: int, folder: Path) -> None:
-    """Write the encoder as timm reads it, for pictures of `size` px: `create_encoder("local-dir:FOLDER")`."""
+    """Write the encoder as timm reads it, for pictures of `size` px: `create_encoder("local-dir:FOLDER")`.
+
+    Raises:
+        OSError: the disk is full or not writable; an encoder that was there is as it was.
+    """
     encoder.timm_model.pretrained_cfg["input_size"] = (3, size, size)
     settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}
-    save_for_hf(encoder.timm_model, folder, **settings)
-    share_weights(folder)
+    temporary = folder / ".encoder"
+    try:
+        save_for_hf(encoder.timm_model, temporary, **settings)
+        share_weights(temporary)
+        for file in temporary.iterdir():
+            file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write the encoder '{folder}' ({error}); free some disk space and run again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

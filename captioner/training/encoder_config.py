@@ -117,7 +117,7 @@ class PretrainConfig:
     unless they are named here, from those of the teacher that is this network."""
     train_stem: float = 0.0
     """Share of the steps, the last ones, in which such a stem is trained with the rest; before, all of it but its last,
-    linear layer stays as it began."""
+    linear layer stays as it began. Any other stem is trained all along."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
     """Compressed grids, one drawn per step, so that one set of weights serves all; a repeated one comes more often."""
     image_size: int = 224
