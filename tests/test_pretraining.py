@@ -196,7 +196,7 @@ def test_shards_are_streamed_with_their_classes(classes, tmp_path, monkeypatch):
     store = store_pictures([open_source(str(tmp_path / "*.tar"))], 16, tmp_path / "store")
     assert store.labels.tolist() == [n // 4 for n in range(16)]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "shard-0.tar").rename(tmp_path / "pipe:touch owned;.tar")  # no address, and no pattern
+    (tmp_path / "shard-0.tar").rename(tmp_path / "pipe:touch owned .tar")  # no address, and no pattern
     assert len(store_pictures([open_source("*.tar")], 16, tmp_path / "store")) == 16
     assert not (tmp_path / "owned").exists()
     (tmp_path / "shard-1.tar").write_bytes(b"no archive at all" * 100)

@@ -110,7 +110,7 @@ class PretrainConfig:
     encoder: str = "lookupvit_small_patch16_224"
     """timm name of the student, or `local-dir:FOLDER` to go on from an exported encoder."""
     encoder_options: Options = field(default_factory=dict)
-    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`."""
+    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`. They replace all that a recipe has."""
     init_from: str | None = None
     """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too). An encoder
     whose stem is a timm network (`--encoder-options stem=mobilenetv2_100`) starts from that network's instead, or,
