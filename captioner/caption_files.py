@@ -19,6 +19,8 @@ from captioner.grids import parse_grid
 from captioner.images import SUFFIXES
 from captioner.progress import progress_bar
 
+CSV_COLUMNS = ["path", "caption", "logprob", "error"]
+
 
 @dataclass(frozen=True)
 class CaptionConfig:
@@ -164,13 +166,16 @@ def read_done(config: CaptionConfig) -> tuple[set[str], set[str]]:
     whole = content.rfind(b"\n") + 1
     text = content[:whole].decode(errors="surrogateescape")
     try:
-        if content and not whole:
+        if content and not whole and not content.startswith(b'{"path": '):
             raise ValueError
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n")[:-1]]
             done = {row["path"] for row in rows if row["error"] is None}
         elif path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            rows = list(reader)
+            if reader.fieldnames not in (None, CSV_COLUMNS):
+                raise ValueError
             done = {row["path"] for row in rows if row["caption"]}
         else:
             rows = [{"path": line.split("\t")[-2]} for line in text.split("\n")[:-1]]
@@ -222,7 +227,7 @@ def json_writer(file) -> Callable[[dict], None]:
 
 def csv_writer(file) -> Callable[[dict], None]:
     """Write comma-separated rows under a header."""
-    writer = csv.DictWriter(file, ["path", "caption", "logprob", "error"])
+    writer = csv.DictWriter(file, CSV_COLUMNS)
     if file.tell() == 0:
         writer.writeheader()
     return writer.writerow
@@ -235,7 +240,7 @@ WRITERS = {".jsonl": json_writer, ".csv": csv_writer, ".txt": line_writer}
 def open_writer(path: Path | None, go_on: bool) -> Iterator[Callable[[dict], None]]:
     """Open the output, to its end when the job goes on, and flush it with every row; standard output without a path."""
     if path is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
         yield line_writer(sys.stdout)
         return

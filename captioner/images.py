@@ -23,6 +23,9 @@ MAX_PIXELS = 128 * 2**20
 MAX_BYTES = 512 * 2**20
 """Encoded size in bytes above which a file is refused unread."""
 
+BROKEN = (OSError, SyntaxError, EOFError, IndexError, OverflowError, RuntimeError, TypeError, ValueError, Warning)
+"""What Pillow's decoders raise on broken data; warnings where Python is told to raise them."""
+
 ImageSource = str | os.PathLike | bytes | Mapping | Image.Image
 
 
@@ -65,6 +68,8 @@ def open_image(source: ImageSource) -> Image.Image:
                 )
             image.draft("RGB", (1024, 1024))  # a large JPEG decodes at a fraction of its size
             image.load()
+            if image.mode == "RGB" and image.has_transparency_data and max(image.info["transparency"]) < 256:
+                return to_rgb(image.convert("RGBA"))  # a PNG whose key colour is transparent
             return to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
@@ -72,8 +77,7 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"{name} is not a picture of a supported format") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name} is too large: over {MAX_PIXELS // 10**6} megapixels is refused") from None
-    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        # Pillow's decoders raise all of these on broken data
+    except BROKEN as error:
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{name} cannot be read: {error}") from None
@@ -89,7 +93,7 @@ def supported() -> tuple[str, ...]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any PIL image upright and into mode RGB."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and not image.has_transparency_data:
+    if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")

@@ -72,6 +72,10 @@ def test_two_processes_share_stores_and_probe_once(captioned, classes, weights, 
     args += ["--workers", "1", "--mixed-precision", "no"]
     result = launch(*args, "--output", tmp_path / "two")
     assert result.returncode == 0, result.stderr
+    alone = [*args, "--batch-size", "4", "--steps", "1", "--output", tmp_path / "one"]
+    assert launch(*alone, processes=1).returncode == 0
+    first = [losses(tmp_path / name, "logits")[1] for name in ("one", "two")]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)  # of the whole batch, before the first update
     records = (tmp_path / "two" / "log.jsonl").read_text()
     assert records.count("probe_top1") == 2  # a record for each grid
     assert 0 in losses(tmp_path / "two", "labels").values()  # some batches have none

@@ -102,8 +102,6 @@ def build_table(
         captions = [" ".join(c.split()) for c in record.captions if isinstance(c, str) and c.strip()]
         report.empty_captions += [label] * (len(record.captions) - len(captions))
         image = record.image
-        if images is None and isinstance(image, dict) and not isinstance(image.get("bytes"), bytes):
-            image = image.get("path")
         if isinstance(image, str):
             path = find(image, record.split)
             image = {"path": str(path), "bytes": None} if path else None

@@ -241,7 +241,10 @@ def read_karpathy(content: dict, path: Path, restval: bool = False) -> Iterator[
 
 def read_rows(path: Path, columns: tuple[str, str, str]) -> Iterator[Record]:
     """Yield the records of a CSV or JSONL file; rows of the same image are joined."""
-    yield from _join_rows(load_rows(path), columns, str(path))
+    for record in _join_rows(load_rows(path), columns, str(path)):
+        if isinstance(record.image, dict):  # as `datasets` has pictures; its path is a name like any other
+            record.image = record.image.get("path")
+        yield record
 
 
 def load_rows(path: Path) -> list[Any]:

@@ -101,7 +101,10 @@ def init_stem(
     )
     weights, trained = stem.backbone.model.state_dict(), network.state_dict()
     if wrong := [key for key, value in weights.items() if key not in trained or trained[key].shape != value.shape]:
-        raise ValueError(f"{type(network).__name__} does not fit the stem '{stem.name}': '{wrong[0]}' differs")
+        raise ValueError(
+            f"{type(network).__name__} does not fit the stem '{stem.name}': '{wrong[0]}' differs; "
+            "give --encoder-options without that stem"
+        )
     stem.backbone.model.load_state_dict({key: trained[key] for key in weights})
     stem.scale.copy_(own_std / std)
     stem.shift.copy_((own_mean - mean) / std)

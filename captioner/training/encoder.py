@@ -194,7 +194,8 @@ def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]
         if not named:
             raise ValueError(
                 f"the stem needs weights of a '{stem.name}' to start from: give --init-from, or a teacher that is one, "
-                f"of RGB input and with the stem's options {stem.options}"
+                f"of RGB input and with the stem's options {stem.options}, or other --encoder-options (without a stem, "
+                "LookupViT has the paper's linear patches)"
             )
         init_stem(stem, named[0].model, encoder.default_cfg, named[0].mean, named[0].std)
     return stem.backbone.requires_grad_(config.train_stem > 0)
@@ -262,6 +263,7 @@ def export_encoder(encoder: TokenEncoder, options: dict, size: int, folder: Path
     encoder.timm_model.pretrained_cfg["input_size"] = (3, size, size)
     settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}
     temporary = folder / ".encoder"
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     try:
         save_for_hf(encoder.timm_model, temporary, **settings)
         share_weights(temporary)
