@@ -166,7 +166,7 @@ def test_names_that_are_not_utf_8_are_written_as_they_are(monkeypatch):
 
 def test_a_file_of_another_kind_is_not_gone_on_with(pictures, tmp_path, capsys):
     foreign = {"a.jsonl": '{"x": 1}\n', "b.csv": "x,y\n1,2\n", "c.txt": "a note\nof mine", "d.txt": "a note"}
-    for name, content in {**foreign, "e.jsonl": "[]", "f.csv": "x,y", "g.csv": "x" * 200_000 + "\n"}.items():
+    for name, content in {**foreign, "e.jsonl": "[]", "f.csv": "x,y\n", "g.csv": "x" * 200_000 + "\n"}.items():
         (tmp_path / name).write_text(content)
         assert run("caption", pictures, "--output", tmp_path / name, "--resume") == 1
         assert f"{name}' is not what captioner caption writes" in capsys.readouterr().err
@@ -224,6 +224,8 @@ def test_further_arguments_of_an_encoder_are_keys_and_values(capsys):
     args = ["debug", "--encoder-options", "depth=3", "drop_path_rate=0.1", "class_token=False", "act=gelu"]
     config = cli.parse_recipe("pretrain", PRETRAIN, args)
     assert config.encoder_options == {"depth": 3, "drop_path_rate": 0.1, "class_token": False, "act": "gelu"}
+    config = cli.parse_recipe("pretrain", PRETRAIN, ["lookupvit_tiny_distill_cpu", "--encoder-options", "depth=3"])
+    assert config.encoder_options == {"depth": 3}
     assert run("pretrain", "debug", "--encoder-options", "depth") == 2
     assert "'depth' is not of the form KEY=VALUE" in capsys.readouterr().err
 

@@ -10,6 +10,8 @@ from training_runs import COLOURS, debug, launch, losses
 
 import captioner
 from captioner import recipes
+from captioner.encoders import create_encoder
+from captioner.encoders.stems import NetworkStem
 from captioner.evaluation import evaluate
 from captioner.training.config import DataConfig, EvaluateConfig
 from captioner.training.decoder import train
@@ -20,6 +22,11 @@ def test_every_recipe_builds():
     for recipe in (*recipes.TRAIN.values(), *recipes.PRETRAIN.values()):
         assert recipe().output.parts[0] == "runs"
         assert "captioner " in recipe.__doc__ or "accelerate launch" in recipe.__doc__
+    for recipe in recipes.PRETRAIN.values():
+        config = recipe()
+        stem = create_encoder(config.encoder, **config.encoder_options).patch_embed
+        if isinstance(stem, NetworkStem):
+            assert any((stem.name, stem.options) == (teacher.name, teacher.options) for teacher in config.teachers)
 
 
 @pytest.mark.slow
