@@ -97,6 +97,9 @@ def caption_files(config: CaptionConfig) -> int:
                 tqdm.write(f"captioner caption: skipped: {result.error}", file=sys.stderr)
     if failed:
         print(f"captioner caption: {failed} of {len(pictures)} pictures could not be captioned", file=sys.stderr)
+    if config.output is not None:
+        before = f", beside {len(done)} from before" * bool(done)
+        print(f"captioner caption: {len(pictures) - failed} captions in '{config.output}'{before}", file=sys.stderr)
     return failed + len(empty)
 
 

@@ -74,6 +74,7 @@ def test_bad_pictures_are_reported_and_skipped(saved_model, pictures, tmp_path, 
     assert "b.png' is not a picture" in error
     assert "gone.jpg' does not exist" in error
     assert "2 of 4 pictures could not be captioned" in error
+    assert f"2 captions in '{output}'\n" in error
 
 
 def test_an_empty_folder_stops_nothing(saved_model, pictures, tmp_path, capsys):
@@ -126,6 +127,8 @@ def test_an_output_is_never_lost_and_can_be_gone_on_with(saved_model, pictures, 
     assert run("caption", pictures, "--model", saved_model, "--output", output, "--resume") == 0
     whole = output.read_text()
     assert whole.startswith(first)
+    assert "2 captions in" in (said := capsys.readouterr().err)
+    assert "beside 1 from before" in said
     assert [whole.count(name) for name in ("a.jpg", "b.png", "c.webp")] == [1, 1, 1]
     assert run("caption", pictures, "--model", saved_model, "--output", output, "--overwrite") == 0
     assert output.read_text() == whole
