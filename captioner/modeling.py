@@ -1,30 +1,26 @@
 """The captioner: a frozen encoder, a projector, a causal language model; readable top to bottom.
 
-Letters: B images, K captions of each, M image tokens, D encoder width, E decoder width, T text tokens, V vocabulary.
+Letters: B images, K captions of each, M image tokens, D encoder width, E decoder width, T text tokens, V vocabulary,
+N text positions at which a prediction is wanted.
 
     pixel_values (B, 3, H, W) -> encoder (frozen) -> image_tokens (B, M, D) -> projector -> prefix (B, M, E) -> decoder
 
-Two ways to fuse. `prefix` puts the projected tokens before the text, and works with every causal language model;
-`cross_attention` lets every decoder layer attend to them, for decoders that have such layers (GPT-2, for one).
+How the decoder takes the prefix is in `fusion.py`.
 """
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from captioner.encoders import build_encoder
+from captioner.fusion import FUSIONS, Reader
 from captioner.grids import Grid, parse_grid
-
-FUSIONS = ("prefix", "cross_attention")
-IGNORED = -100
-"""Label of text positions that carry no loss, as everywhere in transformers."""
+from captioner.labels import IGNORED, label_generated, next_tokens
 
 
 class CaptionerConfig(PretrainedConfig):
@@ -97,7 +93,7 @@ class Projector(nn.Module):
 
 @dataclass
 class CaptionerOutput(ModelOutput):
-    """What a forward pass returns: mean `loss` over the labels, if there are any, and `logits` (B*K, T, V)."""
+    """What a forward pass returns: mean `loss` over the labels, if any, and `logits`, (B*K, T, V) or (N, V)."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -189,6 +185,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         image_tokens: torch.Tensor | None = None,
         grid: Grid | None = None,
         label_smoothing: float = 0.0,
+        wanted: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CaptionerOutput:
         """Predict each text token from the image and the text before it.
@@ -197,70 +194,37 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             pixel_values: images (B, 3, H, W).
             input_ids: text (B*K, T), the K captions of an image in a row; each begins with the start token.
             attention_mask: 1 for text, 0 for padding (B*K, T).
-            labels: text to predict (B*K, T), usually `input_ids` with `IGNORED` for padding and prompt.
+            labels: text to predict (B*K, T), usually `input_ids` with -100 (`IGNORED`) for padding and prompt.
             image_tokens: encoded images (B, M, D), in place of pixels.
             grid: compressed grid asked of the encoder; `None` for the configured one.
             label_smoothing: share of the probability spread over the vocabulary in the loss.
+            wanted: where logits are wanted (B*K, T), true at N positions: they are then (N, V), in the order of the
+                positions. Padding, and prompts that are given, need none: more than half of a batch. Without labels.
             kwargs: handed to the decoder.
 
         Raises:
-            ValueError: no text, or captions that cannot be shared out among the images.
+            ValueError: no text, captions that cannot be shared out among the images, or labels with `wanted`.
         """
         if input_ids is None:
             raise ValueError("no text: give input_ids that begin with the start token")
+        if labels is not None and wanted is not None:
+            raise ValueError("labels need logits everywhere: leave wanted out")
         prefix = self.prefix(pixel_values, image_tokens, grid)  # (B, M, E)
         if len(input_ids) % len(prefix):
             raise ValueError(f"{len(input_ids)} captions do not divide among {len(prefix)} images")
-        count = len(input_ids) // len(prefix)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if count > 1 and not kwargs and self.shares_prefix():
-            inputs = self.share(prefix, input_ids, attention_mask, count)
-        else:
-            inputs = self.fuse(prefix.repeat_interleave(count, 0), input_ids, attention_mask) | {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(self.decoder.forward).parameters:
-            inputs["logits_to_keep"] = input_ids.shape[1]  # the image's positions predict nothing
-        logits = self.decoder(**inputs, **kwargs).logits[:, -input_ids.shape[1] :]  # (B*K, T, V)
+        logits = self.reader().predict(prefix, input_ids, attention_mask, wanted, **kwargs)
         loss = None
         if labels is not None:
-            loss = caption_loss(logits, labels, label_smoothing) / (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+            said, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            loss = F.cross_entropy(said, targets, label_smoothing=label_smoothing, reduction="sum")
+            loss = loss / (targets != IGNORED).sum().clamp(min=1)
         return CaptionerOutput(loss=loss, logits=logits)
 
-    def fuse(
-        self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Arrange prefix (B, M, E) and text (B, T) as the decoder's arguments, by the configured fusion."""
-        if self.config.fusion == "cross_attention":
-            return {"input_ids": input_ids, "attention_mask": attention_mask, "encoder_hidden_states": prefix}
-        text = self.get_input_embeddings()(input_ids)  # (B, T, E)
-        seen = attention_mask.new_ones(prefix.shape[:2])
-        return {
-            "inputs_embeds": torch.cat([prefix.to(text.dtype), text], 1),  # (B, M+T, E)
-            "attention_mask": torch.cat([seen, attention_mask], 1),
-        }
-
-    def shares_prefix(self) -> bool:
-        """Whether the K captions of an image can share the decoder's pass over its prefix: see `share`."""
-        layers = set(getattr(self.config.text_config, "layer_types", None) or ["full_attention"])
-        recomputing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.decoder.modules())
-        attention_only = layers == {"full_attention"} and not getattr(self.decoder, "_is_stateful", False)
-        sharded = isinstance(self, FSDPModule)  # its weights are there for one pass at a time
-        return self.config.fusion == "prefix" and attention_only and not recomputing and not sharded
-
-    def share(
-        self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int
-    ) -> dict[str, Any]:
-        """Run the decoder over each prefix (B, M, E) once, and arrange text (B*K, T) to continue it.
-
-        In a causal decoder no prefix position sees the text, so keys and values of the prefix are the same for all K
-        captions of an image: B * M + B * K * T positions are computed in place of B * K * (M + T), gradients included.
-        """
-        weight = self.get_input_embeddings().weight
-        past = self.decoder.base_model(inputs_embeds=prefix.to(weight.dtype), use_cache=True).past_key_values
-        past.batch_repeat_interleave(count)
-        seen = attention_mask.new_ones(len(input_ids), prefix.shape[1])
-        mask = torch.cat([seen, attention_mask], 1)  # (B*K, M+T)
-        return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": past, "use_cache": True}
+    def reader(self) -> Reader:
+        """Return the decoder as it reads texts about images, by the configured fusion."""
+        return Reader(self.decoder, self.config.fusion)
 
     @torch.no_grad()
     def generate(
@@ -291,7 +255,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         if "generation_config" not in kwargs:
             kwargs = self.generation_config.to_diff_dict() | kwargs
             kwargs.pop("transformers_version", None)
-        inputs = self.fuse(prefix, input_ids, torch.ones_like(input_ids))
+        inputs = self.reader().fuse(prefix, input_ids, torch.ones_like(input_ids))
         sequences = self.decoder.generate(**inputs, **kwargs)
         return sequences[:, input_ids.shape[1] :] if self.config.fusion == "cross_attention" else sequences
 
@@ -309,26 +273,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         Returns:
             One natural logarithm for each caption (B*K,), in float32.
         """
-        start = self.generation_config.bos_token_id
         if input_ids is None:
-            input_ids = sequences.new_full((len(image_tokens), 1), start)
+            input_ids = sequences.new_full((len(image_tokens), 1), self.generation_config.bos_token_id)
         prompt = input_ids.repeat_interleave(len(sequences) // len(input_ids), 0)
-        ended = (sequences == self.generation_config.eos_token_id).cumsum(1)
-        after_end = (ended - (sequences == self.generation_config.eos_token_id).long()) > 0
-        text = torch.cat([prompt, sequences], 1)
-        mask = torch.cat([torch.ones_like(prompt), (~after_end).long()], 1)
-        logits = self.forward(input_ids=text, attention_mask=mask, image_tokens=image_tokens).logits
-        logits = logits[:, prompt.shape[1] - 1 : -1].float()  # (B*K, T, V)
-        logprobs = logits.log_softmax(-1).gather(-1, sequences[..., None])[..., 0]  # (B*K, T)
-        return logprobs.masked_fill(after_end, 0).sum(1)
-
-
-def caption_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Sum the cross-entropy of every labelled token, given logits (B, T, V) and labels (B, T) of the same text."""
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        labels[:, 1:].flatten(),
-        ignore_index=IGNORED,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+        text = label_generated(prompt, sequences, self.generation_config.eos_token_id)
+        read, said = next_tokens(text)
+        logits = self.forward(image_tokens=image_tokens, **read).logits.float()  # (N, V)
+        logprobs = -F.cross_entropy(logits, said, reduction="none")  # (N,)
+        return logprobs.new_zeros(read["wanted"].shape).masked_scatter(read["wanted"], logprobs).sum(1)

@@ -8,7 +8,7 @@ from timm.data import create_transform
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from captioner.images import ImageSource, open_image
-from captioner.modeling import IGNORED
+from captioner.labels import IGNORED
 
 IMAGE_DEFAULTS = {
     "input_size": (3, 224, 224),

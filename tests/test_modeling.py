@@ -1,12 +1,23 @@
+import random
+
 import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 import captioner
 from captioner import CaptionerConfig, CaptionerModel
-from captioner.modeling import IGNORED
+from captioner.fusion import PLAIN_HEADS, Reader
+from captioner.labels import IGNORED, next_tokens
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 DECODERS = {
@@ -94,7 +105,7 @@ def test_pixels_and_their_tokens_give_the_same(make_model, processor, pixels):
 @pytest.mark.parametrize(("name", "fusion"), CASES)
 def test_captions_of_one_image_share_its_encoding_and_prefix(name, fusion, make_model, processor, pixels):
     model, text = make_model(DECODERS[name](), fusion=fusion), processor.text(CAPTIONS)
-    assert model.shares_prefix() is (fusion == "prefix")
+    assert model.reader().shares_prefix(2) is (fusion == "prefix")
     logits, gradients = [], []
     for images in (pixels, pixels.repeat_interleave(2, 0)):
         output = model(images, **text)
@@ -104,6 +115,51 @@ def test_captions_of_one_image_share_its_encoding_and_prefix(name, fusion, make_
         model.zero_grad()
     torch.testing.assert_close(*logits)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "fusion"), [*((name, "prefix") for name in [*PLAIN_HEADS, "granite"]), ("gpt2", "cross_attention")]
+)
+def test_logits_where_they_are_wanted_are_those_of_the_whole_text(name, fusion, make_model, processor, pixels):
+    special = {"granite": {"logits_scaling": 3.0}, "opt": {"word_embed_proj_dim": 16}}
+    grouped = {"num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+    config = AutoConfig.for_model(name, **SMALL, **grouped, **special.get(name, {}))
+    model, text = make_model(config, fusion=fusion), processor.text(random.Random(0).sample(CAPTIONS * 15, 60))
+    read, said = next_tokens(text)
+    assert len(list(model.reader().groups(read["wanted"]))) == 2
+    whole, found = model(pixels, **text).logits[:, :-1][read["wanted"]], model(pixels, **read).logits
+    assert 0 < len(found) < read["wanted"].numel()
+    torch.testing.assert_close(found, whole)
+    assert torch.equal(said, text["input_ids"][:, 1:][read["wanted"]])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = [torch.nn.functional.cross_entropy(logits, said) for logits in (found, whole)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, parameters) for loss in losses))
+
+
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"add_cross_attention": True}),
+        ("openai-gpt", {}),  # it tells no keys and values
+        ("mistral", {"num_key_value_heads": 1, "sliding_window": 4}),  # fewer than the prefix has
+    ],
+)
+def test_sharing_the_prefix_and_reading_in_groups_change_nothing(
+    name, special, make_model, processor, pixels, monkeypatch
+):
+    model = make_model(AutoConfig.for_model(name, **SMALL, pad_token_id=0, **special))
+    read, _ = next_tokens(processor.text(random.Random(0).sample(CAPTIONS * 15, 60)))
+    shared = model(pixels, **read).logits
+    monkeypatch.setattr(Reader, "shares_prefix", lambda self, count: False)
+    monkeypatch.setattr(Reader, "groups", lambda self, wanted: iter([(slice(None), wanted.shape[1])]))
+    torch.testing.assert_close(shared, model(pixels, **read).logits)
+
+
+def test_labels_and_wanted_logits_exclude_each_other(make_model, processor, pixels):
+    model, text = make_model(), processor.text(CAPTIONS)
+    with pytest.raises(ValueError, match="leave wanted out"):
+        model(pixels, **text, wanted=text["attention_mask"].bool())
 
 
 def test_padding_changes_no_logits(make_model, processor, pixels):

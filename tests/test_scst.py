@@ -9,8 +9,8 @@ from training_runs import debug, losses, stop_at
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import captioner
+from captioner.labels import IGNORED, label_generated
 from captioner.metrics import CiderD, score, tokenize_caption
-from captioner.modeling import IGNORED
 from captioner.training.config import ScstConfig
 from captioner.training.decoder import train
 from captioner.training.scst import END, CaptionReward, SelfCritical, silence_dropout
@@ -79,8 +79,7 @@ def test_beams_may_stand_for_samples(make_model, make_objective):
 
 def test_samples_are_labelled_up_to_their_end(make_objective):
     sequences = torch.tensor([[9, 8, 7, 6], [9, 8, 2, 0], [2, 0, 0, 0], [9, 2, 2, 2]])  # 2 ends, 0 or 2 pads
-    objective = make_objective()
-    made = objective.text(sequences)
+    made = label_generated(torch.ones(4, 1, dtype=torch.long), sequences, 2)
     assert made["input_ids"].tolist() == [[1, *row] for row in sequences.tolist()]
     assert made["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert made["labels"].masked_fill(made["labels"] == IGNORED, -1).tolist() == [
@@ -89,7 +88,7 @@ def test_samples_are_labelled_up_to_their_end(make_objective):
         [-1, 2, -1, -1, -1],
         [-1, 9, 2, -1, -1],
     ]
-    assert objective.read(sequences)[1] == [False, True, True, True]
+    assert make_objective().read(sequences)[1] == [False, True, True, True]
 
 
 def test_pixels_are_encoded_once_for_all_samples(make_model, make_objective, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
@@ -22,7 +23,8 @@ from torch import nn
 
 from captioner.data.collate import open_pictures
 from captioner.data.token_cache import encoder_fingerprint, open_cache
-from captioner.modeling import IGNORED, CaptionerModel, caption_loss
+from captioner.labels import IGNORED, next_tokens
+from captioner.modeling import CaptionerModel
 from captioner.processes import start_processes
 from captioner.processing import CaptionerProcessor
 from captioner.training.build import starting_point, trainable_parameters, training_grids
@@ -72,8 +74,10 @@ class CrossEntropy:
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross-entropy, smoothed, summed over tokens."""
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
-        return caption_loss(model(**inputs).logits, batch["labels"], self.label_smoothing), {}
+        read, said = next_tokens(batch)
+        pictures = {name: batch[name] for name in ("pixel_values", "image_tokens", "grid") if name in batch}
+        logits = model(**pictures, **read).logits.float()  # (N, V)
+        return F.cross_entropy(logits, said, label_smoothing=self.label_smoothing, reduction="sum"), {}
 
 
 def train(config: TrainConfig) -> Path:

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from captioner.labels import label_generated, next_tokens
 from captioner.metrics import CiderD, tokenize_caption
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
 from captioner.metrics.overlap import bleu, bleu_statistics
-from captioner.modeling import IGNORED
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import ScstConfig
 from captioner.training.sharding import whole_weights
@@ -125,32 +125,25 @@ class SelfCritical:
                 found |= dict(zip(("greedy_captions", "greedy_ended"), greedy, strict=True))
         captioner.train()
         images = np.repeat(batch["rows"].cpu().numpy(), count)  # (B*K,)
-        return {"image_tokens": tokens, "images": images, **found, **self.text(sampled)}
+        prompt = self.start.expand(len(sampled), -1)
+        text = label_generated(prompt, sampled, self.processor.tokenizer.eos_token_id)
+        return {"image_tokens": tokens, "images": images, **found, **text}
 
     def read(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
         """Decode generated tokens (B, T) into texts, and say of each whether it ended."""
         ended = (sequences == self.processor.tokenizer.eos_token_id).any(1)
         return self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True), ended.tolist()
 
-    def text(self, sequences: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Arrange generated tokens (B*K, T) as text to learn; start, prompt and what follows the end have no label."""
-        ends = sequences == self.processor.tokenizer.eos_token_id
-        after = ends.cumsum(1) - ends.long() > 0
-        start = self.start.expand(len(sequences), -1)  # (B*K, T0)
-        labels = torch.cat([torch.full_like(start, IGNORED), sequences.masked_fill(after, IGNORED)], 1)
-        mask = torch.cat([torch.ones_like(start), (~after).long()], 1)
-        return {"input_ids": torch.cat([start, sequences], 1), "attention_mask": mask, "labels": labels}
-
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """Sum the negative log-likelihood of every sampled token, weighted by its caption's advantage."""
-        inputs = {name: batch[name] for name in ("image_tokens", "input_ids", "attention_mask")}
-        logits = model(**inputs).logits[:, :-1].float()  # (B*K, T-1, V)
-        losses = F.cross_entropy(logits.mT, batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
+        read, said = next_tokens(batch)  # before the forward, for it waits for the device
+        logits = model(image_tokens=batch["image_tokens"], **read).logits.float()  # (N, V)
+        losses = F.cross_entropy(logits, said, reduction="none")  # (N,)
         start = time.perf_counter()
         advantage, means = self.advantage(batch)  # the forward above is still under way on a GPU
         means["reward_ms"] = 1000 * (time.perf_counter() - start)
-        weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)  # (B*K,)
-        return (losses.sum(1) * weights).sum(), means
+        weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)[:, None]  # (B*K, 1)
+        return (losses * weights.expand(read["wanted"].shape)[read["wanted"]]).sum(), means
 
     def advantage(self, batch: dict) -> tuple[np.ndarray, dict[str, float]]:
         """Return by how much each sample's reward exceeds its baseline (B*K,), and the mean rewards."""

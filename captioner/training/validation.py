@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
 from captioner.data.collate import PictureRows, Pictures
 from captioner.evaluation import caption_split, score_results
-from captioner.modeling import IGNORED, caption_loss
+from captioner.labels import next_tokens
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import TrainConfig
 
@@ -67,11 +68,12 @@ def validation_loss(
             continue
         groups = table[[row for row, _ in good]]["captions"]
         captions = [group[k % len(group)] for group in groups for k in range(count)]
-        batch = pictures.batch([picture for _, picture in good]) | processor.text(captions)
-        batch = send_to_device(batch, accelerator.device)
-        labels = batch.pop("labels")
+        seen, text = pictures.batch([picture for _, picture in good]), processor.text(captions)
+        seen, text = send_to_device((seen, text), accelerator.device)
+        read, said = next_tokens(text)
         with accelerator.autocast():
-            logits = accelerator.unwrap_model(model)(**batch).logits
-        sums += torch.stack([caption_loss(logits, labels), (labels[:, 1:] != IGNORED).sum()])
+            logits = accelerator.unwrap_model(model)(**seen, **read).logits.float()  # (N, V)
+        sums[0] += F.cross_entropy(logits, said, reduction="sum")
+        sums[1] += len(said)
     total, tokens = accelerator.reduce(sums, "sum").tolist()
     return total / max(tokens, 1)
