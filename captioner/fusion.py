@@ -141,7 +141,7 @@ class Reader:
     def groups(self, wanted: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, int]]:
         """Yield the rows of each group of texts that is read at once, and how far: to the last `wanted` (B*K, T).
 
-        On a CPU, groups of 24 to 47: 160 captions in groups took two thirds of the time of one pass. On a GPU, one: each
+        On a CPU, groups of 24 to 47: 160 captions took two thirds of the time of one pass. On a GPU, one: each
         costs the start of a pass, which is what bounds small decoders there. With sharded weights, one, too.
         """
         count = len(wanted) // 24
