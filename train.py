@@ -1,4 +1,4 @@
-"""Train a caption decoder: `accelerate launch train.py RECIPE --data.root DIR`."""
+"""Train a caption decoder, under a launcher: `accelerate launch train.py flickr8k --data.root DIR`."""
 
 import sys
 

@@ -2,7 +2,7 @@
 
     python benchmarks/comparison.py --root flickr8k --lookupvit runs/lookupvit --vit runs/vit --output results
 
-Both encoders are exported by `captioner pretrain`, ideally by the same recipe. For each, pictures are encoded once into
+Both encoders are exported by `captioner pretrain`, ideally by the same recipe. For each, images are encoded once into
 a token cache and a decoder is trained on it: on all tokens of the ViT; on LookupViT's at a grid drawn for each step.
 Then the test split is captioned and scored, with LookupViT at each of its grids, from one set of weights of encoder and
 decoder alike. What is done already is not done again, so a run that was cut goes on. Writes `comparison.json`,
@@ -21,17 +21,18 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from captioner import recipes
+from captioner.commands.cache import CacheConfig, fill_cache
+from captioner.commands.evaluate import EvaluateConfig, evaluate
+from captioner.data.config import DataConfig
 from captioner.encoders import create_encoder
-from captioner.evaluation import evaluate
 from captioner.grids import parse_grid
 from captioner.metrics import confidence
+from captioner.pretraining.config import PretrainConfig
+from captioner.pretraining.probes import probe_encoder
 from captioner.report.tradeoff import Point, draw_tradeoff
-from captioner.training.cache import fill_cache
-from captioner.training.config import CacheConfig, DataConfig, EncoderConfig, EvaluateConfig, TrainConfig
-from captioner.training.decoder import train
-from captioner.training.encoder_config import PretrainConfig
-from captioner.training.probe import probe_encoder
-from captioner.whole_files import open_whole
+from captioner.runs.files import open_whole
+from captioner.training.config import EncoderConfig, TrainConfig
+from captioner.training.loop import train
 
 SCORES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
@@ -59,20 +60,20 @@ class Settings:
     split: str = "test"
     """Split to score on."""
     image_size: int | None = None
-    """Side of the picture in pixels; `None` for the encoder's own."""
+    """Side of the image in pixels; `None` for the encoder's own."""
     grids: tuple[str, ...] = ("3x3", "5x5", "5x5", "5x5", "7x7", "10x10")
     """Compressed grids of LookupViT: each step of its decoder draws one, each is a line of the table; the most frequent
     is validated at, and so chooses the best decoder."""
     views: int = 4
-    """Views of each training picture in the cache."""
+    """Views of each training image in the cache."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision in which pictures are encoded for the cache and decoders are trained."""
+    """Precision in which images are encoded for the cache and decoders are trained."""
     probe_train: str | None = None
-    """Labelled pictures for a linear probe of every encoder and grid (see `captioner pretrain --help`)."""
+    """Labelled images for a linear probe of every encoder and grid (see `captioner pretrain --help`)."""
     probe_val: str | None = None
-    """Labelled pictures on which the probe is scored."""
+    """Labelled images on which the probe is scored."""
     batch: int = 32
-    """Pictures per forward when encoders are timed."""
+    """Images per forward when encoders are timed."""
 
     def __post_init__(self):
         if not self.grids:
@@ -153,7 +154,7 @@ def decided_by(settings: Settings) -> dict:
 
 
 def probe(settings: Settings, folder: Path, grids: tuple[str, ...]) -> dict[str | None, float]:
-    """Classify pictures by a linear layer on the frozen tokens (`captioner.training.probe`), for each square grid."""
+    """Classify images by a linear layer on the frozen tokens (`captioner.training.probe`), for each square grid."""
     if settings.probe_train is None or settings.probe_val is None:
         return {}
     encoder = create_encoder(f"local-dir:{folder}")
@@ -163,7 +164,7 @@ def probe(settings: Settings, folder: Path, grids: tuple[str, ...]) -> dict[str 
     config = PretrainConfig(
         grids=tuple(sides),
         image_size=side,
-        store=settings.work / "pictures",
+        store=settings.work / "images",
         store_size=64,
         probe_train=settings.probe_train,
         probe_val=settings.probe_val,
@@ -174,7 +175,7 @@ def probe(settings: Settings, folder: Path, grids: tuple[str, ...]) -> dict[str 
 
 @torch.inference_mode()
 def measure_costs(rows: list[Row], settings: Settings) -> None:
-    """Fill in GFLOPs for one picture, tokens, bytes and pictures a second; rounds go through all rows in turn."""
+    """Fill in GFLOPs for one image, tokens, bytes and images a second; rounds go through all rows in turn."""
     encoders = [create_encoder(f"local-dir:{row.folder}").freeze() for row in rows]
     side = settings.image_size or encoders[0].default_cfg["input_size"][-1]
     pixels, seconds = torch.randn(settings.batch, 3, side, side), [[] for _ in rows]
@@ -211,7 +212,7 @@ def write_table(rows: list[Row], settings: Settings) -> None:
     points = [
         Point(row.encoder, row.grid, row.gflops, row.scores["CIDEr"], row.cider_low, row.cider_high) for row in rows
     ]
-    plot = draw_tradeoff(points, "encoder GFLOPs per picture", f"CIDEr, {settings.split} split")
+    plot = draw_tradeoff(points, "encoder GFLOPs per image", f"CIDEr, {settings.split} split")
     (settings.output / "comparison.svg").write_text(plot)
     print("\n".join(lines))
 

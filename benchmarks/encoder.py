@@ -2,7 +2,7 @@
 
     python benchmarks/encoder.py [--sizes 224 448] [--grids 3 5 7 10] [--batch 32] [--repeats 5] [--device cpu]
 
-One GFLOP is 10^9 multiplications and additions, counted by torch for one picture through the whole encoder, patch
+One GFLOP is 10^9 multiplications and additions, counted by torch for one image through the whole encoder, patch
 embedding included. Every model is timed in turn, `repeats` times over, and its median taken, so that a change of the
 machine's mood falls on all alike.
 """
@@ -27,11 +27,11 @@ class Settings:
     """Settings of the run."""
 
     sizes: tuple[int, ...] = (224, 448)
-    """Sides of the picture in pixels."""
+    """Sides of the image in pixels."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
     """Compressed grids."""
     batch: int = 32
-    """Pictures per forward."""
+    """Images per forward."""
     repeats: int = 5
     """Timed rounds."""
     device: str = "cpu"
@@ -41,7 +41,7 @@ class Settings:
 
 
 def build(settings: Settings, size: int) -> dict[str, tuple[nn.Module, tuple[Grid, ...]]]:
-    """Build the models of one picture size, by name, each with the arguments of its forward beside the pixels."""
+    """Build the models of one image size, by name, each with the arguments of its forward beside the pixels."""
     name = f"{settings.scale}_patch16_224"
     models = {f"ViT-{settings.scale}": (timm.create_model(f"vit_{name}", num_classes=0, img_size=size), ())}
     for absorb, form in ((False, "direct"), (True, "absorbed"), (None, "as picked")):
@@ -52,7 +52,7 @@ def build(settings: Settings, size: int) -> dict[str, tuple[nn.Module, tuple[Gri
 
 
 def measure(settings: Settings, size: int) -> None:
-    """Print the table of one picture size."""
+    """Print the table of one image size."""
     models = build(settings, size)
     one = torch.randn(1, 3, size, size, device=settings.device)
     pixels = torch.randn(settings.batch, 3, size, size, device=settings.device)

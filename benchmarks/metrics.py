@@ -22,8 +22,9 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from captioner.metrics import CiderD, DocumentFrequency, java, overlap, ptb, score, tokenize
+from captioner.metrics import CiderD, DocumentFrequency, java, overlap, score, tokenize
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
+from captioner.metrics.ptb import tokenizer as ptb
 
 Captions = dict[int, list[str]]
 

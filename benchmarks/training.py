@@ -3,11 +3,11 @@
     python benchmarks/training.py --root flickr8k [--fusion cross_attention] [--mixed-precision bf16] [--batch 32]
 
 All train the same decoder from scratch (GPT-2's architecture, width, depth, vocabulary) on a frozen encoder of ViT-S
-size at 224 px, in one precision, on the same pictures and captions, opened by the same code in the training process:
+size at 224 px, in one precision, on the same images and captions, opened by the same code in the training process:
 
-- ours: `captioner train`'s own stream and step, with LookupViT-S at 5x5; K captions of a picture share its encoding.
+- ours: `captioner train`'s own stream and step, with LookupViT-S at 5x5; K captions of an image share its encoding.
 - the peer: `VisionEncoderDecoderModel` (`ViTModel`, frozen, and `GPT2LMHeadModel` with cross-attention) under
-  `Trainer`, fed pairs of a picture and a caption, as its documentation does.
+  `Trainer`, fed pairs of an image and a caption, as its documentation does.
 
 Encoders have random weights: speed does not depend on them. Rounds go through all variants in turn, so that a change
 of the machine's mood falls on all alike; a variant's figure is the median over all its steps but the first of each
@@ -39,14 +39,16 @@ from transformers import (
     ViTModel,
 )
 
-from captioner.data.collate import CaptionStream, open_pictures
+from captioner.commands.cache import CacheConfig, fill_cache
+from captioner.data.batches import CaptionStream, open_images
+from captioner.data.config import DataConfig
+from captioner.data.readers import read_split
 from captioner.data.token_cache import open_cache
-from captioner.evaluation import read_split
 from captioner.recipes import flickr8k
 from captioner.training.build import build_captioner
-from captioner.training.cache import fill_cache
-from captioner.training.config import CacheConfig, DataConfig, TrainConfig
-from captioner.training.decoder import CrossEntropy, create_optimizer, train_step
+from captioner.training.config import TrainConfig
+from captioner.training.loop import create_optimizer, train_step
+from captioner.training.objectives import CrossEntropy
 
 
 @dataclass
@@ -54,13 +56,13 @@ class Settings:
     """Settings of the run."""
 
     root: str
-    """Captioned pictures; their `train` split is used."""
-    pictures: int = 256
-    """Pictures used, again and again; only they are cached."""
+    """Captioned images; their `train` split is used."""
+    images: int = 256
+    """Images used, again and again; only they are cached."""
     batch: int = 128
-    """Pictures per step; with one caption each, near the 160 captions of a step of the recipe `flickr8k`."""
+    """Images per step; with one caption each, near the 160 captions of a step of the recipe `flickr8k`."""
     captions: tuple[int, ...] = (1, 5)
-    """Captions K of a picture in one step of ours; the peer has 1."""
+    """Captions K of an image in one step of ours; the peer has 1."""
     steps: int = 4
     """Timed steps in a round."""
     rounds: int = 3
@@ -82,7 +84,7 @@ class Ours:
         table = read_split(config.data, "train")
         model, self.processor = build_captioner(config.model, captions)
         cache = open_cache(config.data.tokens, model, self.processor)
-        found = open_pictures(table, self.processor, cache)
+        found = open_images(table, self.processor, cache)
         stream = CaptionStream(table, self.processor, config.data.captions_per_image, config.seed, found)
         optimizer = create_optimizer(model, config)
         self.table, self.captioner = table, model
@@ -109,7 +111,7 @@ class Ours:
 
 
 class Pairs(Dataset):
-    """Pictures of a table, each with one caption: `pixel_values` (3, H, W) and `labels`, as the peer takes them."""
+    """Images of a table, each with one caption: `pixel_values` (3, H, W) and `labels`, as the peer takes them."""
 
     def __init__(self, ours: Ours):
         self.ours = ours
@@ -182,11 +184,11 @@ class Peer:
 
 
 def build(settings: Settings, folder: Path) -> dict[str, Ours | Peer]:
-    """Build the variants, by name, over one set of pictures and one cache of them."""
+    """Build the variants, by name, over one set of images and one cache of them."""
     table = read_split(DataConfig(root=settings.root), "train")
     captions = [caption for group in table["captions"] for caption in group]
-    DatasetDict({"train": table.select(range(settings.pictures))}).save_to_disk(folder / "pictures")
-    data = DataConfig(root=str(folder / "pictures"), workers=0)
+    DatasetDict({"train": table.select(range(settings.images))}).save_to_disk(folder / "images")
+    data = DataConfig(root=str(folder / "images"), workers=0)
     options = {"splits": ("train",), "mixed_precision": settings.mixed_precision}
     fill_cache(CacheConfig(output=folder / "tokens", data=data, **options))
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision)
@@ -197,10 +199,10 @@ def build(settings: Settings, folder: Path) -> dict[str, Ours | Peer]:
     for count in settings.captions:
         for name, tokens in (("online", None), ("from the cache", folder / "tokens")):
             config = replace(recipe, data=replace(data, captions_per_image=count, tokens=tokens))
-            label = f"ours, {name}, {count} caption{'s' * (count > 1)} a picture"
+            label = f"ours, {name}, {count} caption{'s' * (count > 1)} an image"
             variants[label] = Ours(config, captions, accelerator)
     first = next(iter(variants.values()))
-    variants["transformers' Trainer, 1 caption a picture"] = Peer(first, settings)
+    variants["transformers' Trainer, 1 caption an image"] = Peer(first, settings)
     return variants
 
 
@@ -221,7 +223,7 @@ def main() -> None:
     peer = rates[list(rates)[-1]]
     precision = "float32" if settings.mixed_precision == "no" else settings.mixed_precision
     machine = f"{settings.device}, {platform.machine()}, {torch.get_num_threads()} threads, {precision}"
-    print(f"\ntorch {torch.__version__}, {machine}, {settings.batch} pictures a step, encoders frozen")
+    print(f"\ntorch {torch.__version__}, {machine}, {settings.batch} images a step, encoders frozen")
     print(f"\n{'':<48}{'M trained':>10}{'captions/s':>12}{'of the peer':>12}{'of online':>11}")
     for name, rate in rates.items():
         online = rates.get(name.replace("from the cache", "online")) if "cache" in name else None

@@ -4,44 +4,61 @@ Public names are imported when first touched, so that `import captioner` stays l
 """
 
 from importlib import import_module
-from importlib.metadata import version
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-__version__ = version("captioner")
+if TYPE_CHECKING:
+    from captioner.data.readers import read_captions as read_captions
+    from captioner.encoders import LookupViT as LookupViT
+    from captioner.encoders import PooledEncoder as PooledEncoder
+    from captioner.encoders import TokenEncoder as TokenEncoder
+    from captioner.encoders import create_encoder as create_encoder
+    from captioner.images import ImageError as ImageError
+    from captioner.images import open_image as open_image
+    from captioner.inference import Caption as Caption
+    from captioner.inference import Captioner as Captioner
+    from captioner.inference import caption as caption
+    from captioner.inference import load as load
+    from captioner.modeling import CaptionerConfig as CaptionerConfig
+    from captioner.modeling import CaptionerModel as CaptionerModel
+    from captioner.modeling import Projector as Projector
+    from captioner.processing import CaptionerProcessor as CaptionerProcessor
+    from captioner.transformers_auto import ImageToTextPipeline as ImageToTextPipeline
+    from captioner.transformers_auto import register as register
+
+try:
+    __version__ = version("captioner")
+except PackageNotFoundError:
+    raise ImportError("captioner is not installed here: run `pip install .` in its repository first") from None
 
 _HOME = {
-    "Caption": "pipeline",
-    "Captioner": "pipeline",
+    "Caption": "inference",
+    "Captioner": "inference",
     "CaptionerConfig": "modeling",
     "CaptionerModel": "modeling",
     "CaptionerProcessor": "processing",
     "ImageError": "images",
-    "ImageToTextPipeline": "pipeline",
+    "ImageToTextPipeline": "transformers_auto",
     "LookupViT": "encoders",
     "PooledEncoder": "encoders",
     "Projector": "modeling",
     "TokenEncoder": "encoders",
-    "caption": "pipeline",
+    "caption": "inference",
     "create_encoder": "encoders",
-    "load": "pipeline",
+    "load": "inference",
     "open_image": "images",
-    "read_captions": "data.captions",
+    "read_captions": "data.readers",
+    "register": "transformers_auto",
 }
 
-__all__ = ["__version__", "register", *_HOME]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'captioner' has no attribute '{name}'")
-    register()
     return getattr(import_module(f"captioner.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-def register() -> None:
-    """Register the encoders with timm, and model, processor and `image-to-text` pipeline with transformers."""
-    import_module("captioner.registration")

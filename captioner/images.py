@@ -1,4 +1,4 @@
-"""Opening untrusted images safely: any file or bytes in, an upright 8-bit RGB picture out, or one clear error."""
+"""Opening untrusted images safely: any file or bytes in, an upright 8-bit RGB image out, or one clear error."""
 
 import io
 import os
@@ -15,10 +15,10 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
     + (".avif", ".jp2", ".ico", ".tga")
 )
-"""File endings taken for pictures when a folder is searched."""
+"""File endings taken for images when a folder is searched."""
 
 MAX_PIXELS = 128 * 2**20
-"""Pixels above which a picture is refused as a decompression bomb; a 128-megapixel camera still passes."""
+"""Pixels above which an image is refused as a decompression bomb; a 128-megapixel camera still passes."""
 
 MAX_BYTES = 512 * 2**20
 """Encoded size in bytes above which a file is refused unread."""
@@ -30,11 +30,11 @@ ImageSource = str | os.PathLike | bytes | Mapping | Image.Image
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names it and says why."""
+    """An image that cannot be used; the message names it and says why."""
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Open one picture as upright, 8-bit RGB.
+    """Open one image as upright, 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit and float data are scaled to 8 bits, and of an
     animation the first frame is taken.
@@ -43,7 +43,7 @@ def open_image(source: ImageSource) -> Image.Image:
         source: a path, encoded bytes, a `datasets` record `{"path": ..., "bytes": ...}`, or a PIL image.
 
     Raises:
-        ImageError: missing, empty, truncated, not a picture, of a refused format, or larger than `MAX_PIXELS`.
+        ImageError: missing, empty, truncated, not an image, of a refused format, or larger than `MAX_PIXELS`.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
@@ -51,7 +51,7 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Mapping):
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if not isinstance(source, bytes | str | os.PathLike):
-        raise ImageError(f"{kind} is no picture; give a path, encoded bytes or a PIL image")
+        raise ImageError(f"{kind} is no image; give a path, encoded bytes or a PIL image")
     name = "image in memory" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
     try:
         if not isinstance(source, bytes) and not Path(source).is_file() and Path(source).exists():
@@ -74,7 +74,7 @@ def open_image(source: ImageSource) -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture of a supported format") from None
+        raise ImageError(f"{name} is not an image of a supported format") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name} is too large: over {MAX_PIXELS // 10**6} megapixels is refused") from None
     except BROKEN as error:

@@ -18,16 +18,16 @@ IMAGE_DEFAULTS = {
     "crop_pct": 1.0,
     "crop_mode": "squash",
 }
-"""Keys are timm's. `squash` shows the encoder the whole picture; `center` crops it as classifiers do."""
+"""Keys are timm's. `squash` shows the encoder the whole image; `center` crops it as classifiers do."""
 
 
 def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: str = "squash") -> dict:
-    """Derive the picture transform's settings from an encoder's timm configuration.
+    """Derive the image transform's settings from an encoder's timm configuration.
 
     Args:
         default_cfg: the encoder's `default_cfg`.
-        image_size: side of the picture in pixels; `None` for the encoder's own.
-        crop_mode: how a picture becomes a square; `center` takes the encoder's own share of it.
+        image_size: side of the image in pixels; `None` for the encoder's own.
+        crop_mode: how an image becomes a square; `center` takes the encoder's own share of it.
     """
     image = {key: default_cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
     if image_size is not None:
@@ -68,10 +68,10 @@ class CaptionerProcessor(ProcessorMixin):
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def pixels(self, image: ImageSource) -> torch.Tensor:
-        """Open one picture and transform it into pixels (3, H, W).
+        """Open one image and transform it into pixels (3, H, W).
 
         Raises:
-            ImageError: the picture cannot be used.
+            ImageError: the image cannot be used.
         """
         return self._transform(open_image(image))
 
@@ -101,7 +101,7 @@ class CaptionerProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **kwargs,
     ) -> BatchFeature:
-        """Turn pictures into `pixel_values` (B, 3, H, W) and captions into what `text` of this class returns."""
+        """Turn images into `pixel_values` (B, 3, H, W) and captions into what `text` of this class returns."""
         if images is None and text is None:
             raise ValueError("nothing to process: give images, text or both")
         data = {}

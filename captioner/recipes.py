@@ -7,8 +7,9 @@ docstring gives its command, how long it takes, and the score it measured.
 from dataclasses import replace
 from pathlib import Path
 
-from captioner.training.config import DataConfig, ModelConfig, ScstConfig, TrainConfig
-from captioner.training.encoder_config import PretrainConfig, TeacherConfig
+from captioner.data.config import DataConfig
+from captioner.pretraining.config import PretrainConfig, TeacherConfig
+from captioner.training.config import ModelConfig, ScstConfig, TrainConfig
 
 
 def debug() -> TrainConfig:
@@ -57,7 +58,7 @@ def flickr8k_scst() -> TrainConfig:
     return replace(
         flickr8k(),
         stage="scst",
-        scst=ScstConfig(samples=5, search="beam"),  # random samples overfit 6,000 pictures within half an epoch
+        scst=ScstConfig(samples=5, search="beam"),  # random samples overfit 6,000 images within half an epoch
         epochs=3,
         evaluate_every=0.5,
         learning_rate=1e-4,
@@ -175,7 +176,7 @@ COCO_TEACHER = TeacherConfig(
 
 
 STEM = {"stem": IMAGENET_TEACHER.name, "stem_options": IMAGENET_TEACHER.options}
-"""The first stages of the classifier, as they are: more than an encoder learns of its own where pictures are few."""
+"""The first stages of the classifier, as they are: more than an encoder learns of its own where images are few."""
 
 
 def lookupvit_small_distill() -> PretrainConfig:
@@ -214,7 +215,7 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
         teachers=(IMAGENET_TEACHER, replace(COCO_TEACHER, image_size=320)),
         captions_repeat=2,
         word_weight=0.2,
-        words_from="teachers",  # a picture's own words are learned by heart, and rewards then teach the decoder nothing
+        words_from="teachers",  # an image's own words are learned by heart, and rewards then teach the decoder nothing
         grids=(3, 5, 5, 5, 7, 10),
         early_size=112,
         early_share=0.75,

@@ -77,9 +77,9 @@ def saved_model(make_model, processor, tmp_path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder of three small pictures."""
-    folder = tmp_path / "pictures"
+def images(tmp_path) -> Path:
+    """A folder of three small images."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, colour in (("a.jpg", "red"), ("b.png", "green"), ("c.webp", "blue")):
         Image.new("RGB", (80, 60), colour).save(folder / name)
@@ -88,7 +88,7 @@ def pictures(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory) -> Path:
-    """COCO-format captions of noise: 40 pictures to train on, 8 to validate on."""
+    """COCO-format captions of noise: 40 images to train on, 8 to validate on."""
     root = tmp_path_factory.mktemp("noise")
     (root / "images").mkdir()
     (root / "annotations").mkdir()
@@ -99,7 +99,7 @@ def noise(tmp_path_factory) -> Path:
             pixels = random.integers(0, 256, (4, 5, 3), np.uint8)
             Image.fromarray(pixels).resize((40, 32)).save(root / "images" / f"{split}{number}.png")
             content["images"].append({"id": number, "file_name": f"{split}{number}.png"})
-            texts = (f"the {split} picture number {number}", "some noise in many colours .")
+            texts = (f"the {split} image number {number}", "some noise in many colours .")
             content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
         (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
     return root
@@ -108,7 +108,8 @@ def noise(tmp_path_factory) -> Path:
 @pytest.fixture
 def cache_config(noise):
     """Return a function that makes the settings of a cache of the noise, or of other data."""
-    from captioner.training.config import CacheConfig, DataConfig
+    from captioner.commands.cache import CacheConfig
+    from captioner.data.config import DataConfig
 
     def make(output, captioner=None, root=noise, **kwargs) -> CacheConfig:
         data = DataConfig(root=str(root), workers=0)
@@ -119,7 +120,7 @@ def cache_config(noise):
 
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory):
-    """COCO-format captions of plain colours: 32 pictures to train on, 8 to validate on."""
+    """COCO-format captions of plain colours: 32 images to train on, 8 to validate on."""
     root = tmp_path_factory.mktemp("captioned")
     (root / "images").mkdir()
     (root / "annotations").mkdir()
@@ -130,7 +131,7 @@ def captioned(tmp_path_factory):
             file = f"{split}{number}.png"
             Image.new("RGB", (32, 32), tuple(min(255, c + number) for c in rgb)).save(root / "images" / file)
             content["images"].append({"id": number, "file_name": file})
-            texts = (f"a plain {name} square", f"this picture is all {name} .")
+            texts = (f"a plain {name} square", f"this image is all {name} .")
             content["annotations"] += [{"image_id": number, "caption": text} for text in texts]
         (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
     return root
@@ -142,7 +143,7 @@ def unbroken(captioned, tmp_path_factory):
 
     It has dropout, so that a resumed run is equal only if its random numbers go on where they were.
     """
-    from captioner.training.decoder import train
+    from captioner.training.loop import train
 
     config = debug(captioned, tmp_path_factory.mktemp("unbroken"), epochs=3, log_every=2, grids=("2x2", "3x3"))
     config = replace(config, model=replace(config.model, dropout=0.2))
@@ -152,7 +153,7 @@ def unbroken(captioned, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def classes(tmp_path_factory):
-    """A folder of plain pictures, one subfolder a colour, four pictures each."""
+    """A folder of plain images, one subfolder a colour, four images each."""
     root = tmp_path_factory.mktemp("classes")
     for name, rgb in COLOURS.items():
         (root / name).mkdir()

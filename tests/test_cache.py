@@ -16,20 +16,21 @@ from PIL import Image
 
 import captioner
 from captioner import cli
-from captioner.data.captions import read_captions
-from captioner.data.collate import CaptionStream
+from captioner.commands import cache as caching
+from captioner.commands.cache import fill_cache
+from captioner.commands.evaluate import EvaluateConfig, evaluate
+from captioner.data.batches import CaptionStream
+from captioner.data.config import DataConfig
+from captioner.data.encoding import disk_bytes, make_view
+from captioner.data.readers import read_captions
 from captioner.data.token_cache import TokenCache, open_cache
-from captioner.evaluation import evaluate
 from captioner.images import ImageError
-from captioner.training import cache as caching
-from captioner.training.cache import disk_bytes, fill_cache, make_view
-from captioner.training.config import DataConfig, EvaluateConfig
 
 ROOT = Path(__file__).parents[1]
 
 
 def read_all(folder) -> dict[str, torch.Tensor]:
-    """Read every picture's tokens (V, M, D), by grid and name."""
+    """Read every image's tokens (V, M, D), by grid and name."""
     found = {}
     for grid in json.loads((folder / "cache.json").read_text())["grids"]:
         cache = TokenCache(folder, grids=[grid])
@@ -43,21 +44,21 @@ def same(one: dict, other: dict) -> bool:
 
 
 def driver(config: dict, *, shard: int, before: str = "") -> list[str]:
-    """Return the command that fills a cache in a process of its own, in shards of so many pictures."""
+    """Return the command that fills a cache in a process of its own, in shards of so many images."""
     args = [part for name, value in config.items() for part in (f"--{name}", *map(str, np.atleast_1d(value)))]
-    code = f"from captioner.training import cache; cache.SHARD_PICTURES = {shard}\n{before}\n"
+    code = f"from captioner.training import cache; cache.SHARD_IMAGES = {shard}\n{before}\n"
     return [sys.executable, "-c", f"{code}from captioner import cli; cli.main({['cache', *args]!r})"]
 
 
-def test_crops_lie_within_the_picture():
-    picture = Image.new("RGB", (7, 3))
+def test_crops_lie_within_the_image():
+    image = Image.new("RGB", (7, 3))
     random = np.random.default_rng(0)
     for _ in range(100):
-        view = make_view(picture, 2, 0.3, random)
+        view = make_view(image, 2, 0.3, random)
         assert 1 <= view.width <= 7
         assert 1 <= view.height <= 3
         assert view.width * view.height >= 0.15 * 21  # sides are rounded to pixels
-    assert make_view(picture, 0, 0.3, random) is picture
+    assert make_view(image, 0, 0.3, random) is image
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_a_killed_run_goes_on_where_it_was(cache_config, noise, saved_model, tmp
     fill_cache(cache_config(tmp_path / "whole", saved_model, grids=("2x2", "4x4")))
     folder = tmp_path / "broken"
     config = {"data.root": noise, "data.workers": 0, "captioner": saved_model, "output": folder, "batch-size": 1}
-    slowly = "import time; from captioner.training.cache import PictureViews as P; get = P.__getitem__\n"
+    slowly = "import time; from captioner.training.cache import ImageViews as P; get = P.__getitem__\n"
     slowly += "P.__getitem__ = lambda self, row: (time.sleep(0.05), get(self, row))[1]"
     command = driver(config | {"grids": ["2x2", "4x4"]}, shard=2, before=slowly)
     kept: dict[str, int] = {}
@@ -98,14 +99,14 @@ def test_two_processes_share_the_work(cache_config, noise, saved_model, tmp_path
     result = subprocess.run([*map(str, command), "train", "val"], capture_output=True, text=True, env=env, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "two").glob("tokens-*"))) == 2
-    assert "tokens of 48 pictures" in result.stdout
+    assert "tokens of 48 images" in result.stdout
     assert same(read_all(tmp_path / "one"), read_all(tmp_path / "two"))
 
 
-def test_shards_are_dealt_out_and_pictures_of_an_embedded_set_are_named(
+def test_shards_are_dealt_out_and_images_of_an_embedded_set_are_named(
     cache_config, noise, saved_model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(caching, "SHARD_PICTURES", 16)
+    monkeypatch.setattr(caching, "SHARD_IMAGES", 16)
     fill_cache(cache_config(tmp_path / "files", saved_model, splits=("train",)))
     assert len(list((tmp_path / "files").glob("tokens-*"))) == 3
     table = read_captions(noise, "train")
@@ -128,27 +129,27 @@ def test_splits_are_added_to_a_cache(cache_config, noise, saved_model, tmp_path,
     fill_cache(cache_config(folder, saved_model, splits=("val",)))
     loaded = captioner.load(saved_model, "cpu")
     table = read_captions(noise, "train")
-    with pytest.raises(ValueError, match="lacks 40 of 40 pictures of the split 'train'; add them: captioner cache"):
-        open_cache(folder, loaded.model, loaded.processor).pictures(table)
+    with pytest.raises(ValueError, match="lacks 40 of 40 images of the split 'train'; add them: captioner cache"):
+        open_cache(folder, loaded.model, loaded.processor).images(table)
     capsys.readouterr()
     fill_cache(cache_config(folder, saved_model, splits=("train", "val")))
-    assert "40 of 48 pictures to encode (2x2: 5 tokens of width 32; views: 1): 1.28e-05 GB" in capsys.readouterr().out
-    assert len(open_cache(folder, loaded.model, loaded.processor).pictures(table)) == 40
+    assert "40 of 48 images to encode (2x2: 5 tokens of width 32; views: 1): 1.28e-05 GB" in capsys.readouterr().out
+    assert len(open_cache(folder, loaded.model, loaded.processor).images(table)) == 40
     with pytest.raises(ValueError, match="made with grids .*, not .*; choose another folder with --output"):
         fill_cache(cache_config(folder, saved_model, grids=("3x3",)))
 
 
-def test_two_pictures_of_one_name_are_refused(cache_config, saved_model, tmp_path):
+def test_two_images_of_one_name_are_refused(cache_config, saved_model, tmp_path):
     for split, colour in (("train", "red"), ("val", "blue")):
         (tmp_path / f"{split}2017").mkdir()
         Image.new("RGB", (30 if split == "val" else 9, 9), colour).save(tmp_path / f"{split}2017" / "1.png")
         content = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
         (tmp_path / f"captions_{split}2017.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="different pictures under one id and name, '1 1.png'"):
+    with pytest.raises(ValueError, match="different images under one id and name, '1 1.png'"):
         fill_cache(cache_config(tmp_path / "tokens", saved_model, tmp_path))
 
 
-def test_an_unreadable_picture_is_left_out_and_read_once_repaired(cache_config, noise, saved_model, tmp_path, capsys):
+def test_an_unreadable_image_is_left_out_and_read_once_repaired(cache_config, noise, saved_model, tmp_path, capsys):
     root, folder = tmp_path / "data", tmp_path / "tokens"
     shutil.copytree(noise, root)
     good = (root / "images" / "train5.png").read_bytes()
@@ -156,20 +157,20 @@ def test_an_unreadable_picture_is_left_out_and_read_once_repaired(cache_config, 
     (root / "images" / "val0.png").write_bytes(b"broken")
     fill_cache(cache_config(folder, saved_model, root))
     captured = capsys.readouterr()
-    assert "tokens of 46 pictures" in captured.out
+    assert "tokens of 46 images" in captured.out
     assert "2 of them could not be read and are left out" in captured.out
     assert captured.err.count("captioner cache: skipped") == 2
     fill_cache(cache_config(folder, saved_model, root))
-    assert "0 of 48 pictures to encode" in capsys.readouterr().out
+    assert "0 of 48 images to encode" in capsys.readouterr().out
 
     loaded = captioner.load(saved_model, "cpu")
     cache = open_cache(folder, loaded.model, loaded.processor)
     table = read_captions(root, "train")
-    pictures = cache.pictures(table)
+    images = cache.images(table)
     with pytest.raises(ImageError, match="train5.png"):
-        pictures.open(5)
-    stream = CaptionStream(table, loaded.processor, 1, seed=0, pictures=pictures)
-    assert 5 not in {stream[i]["picture"] for i in range(80)}
+        images.open(5)
+    stream = CaptionStream(table, loaded.processor, 1, seed=0, images=images)
+    assert 5 not in {stream[i]["image"] for i in range(80)}
     data = DataConfig(root=str(root), workers=0, tokens=folder)
     evaluate(EvaluateConfig(model=str(saved_model), data=data, split="val", output=tmp_path / "out"))
     captions = [result["caption"] for result in json.loads((tmp_path / "out" / "results.json").read_text())]
@@ -177,8 +178,8 @@ def test_an_unreadable_picture_is_left_out_and_read_once_repaired(cache_config, 
 
     (root / "images" / "train5.png").write_bytes(good)
     fill_cache(cache_config(folder, saved_model, root))
-    assert "1 of 48 pictures to encode" in capsys.readouterr().out
-    assert open_cache(folder, loaded.model, loaded.processor).pictures(table).open(5) == 5
+    assert "1 of 48 images to encode" in capsys.readouterr().out
+    assert open_cache(folder, loaded.model, loaded.processor).images(table).open(5) == 5
 
 
 def test_the_disk_is_estimated_before_and_never_overrun(cache_config, saved_model, tmp_path, monkeypatch):

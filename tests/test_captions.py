@@ -7,12 +7,12 @@ import pyarrow
 import pytest
 from PIL import Image
 
-from captioner.data.captions import read_captions
+from captioner.data.readers import read_captions
 
 
 @pytest.fixture
 def root(tmp_path):
-    """COCO 2017 layout of two training pictures and one to validate on."""
+    """COCO 2017 layout of two training images and one to validate on."""
     for split, names in (("train", ("1.jpg", "2.jpg")), ("val", ("3.jpg",))):
         (tmp_path / f"{split}2017").mkdir()
         for name in names:
@@ -80,7 +80,7 @@ def test_karpathy_flavours(tmp_path, flavour, folder, first):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_rows_of_a_picture_are_joined(tmp_path, kind):
+def test_rows_of_a_image_are_joined(tmp_path, kind):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     rows = [{"file": "x.png", "text": "one"}, {"file": "x.png", "text": "two, three"}]
     if kind == "csv":
@@ -155,7 +155,7 @@ def test_rows_without_a_split_are_counted(tmp_path, caplog):
         read_captions(tmp_path, "train", on_bad="refuse")
 
 
-def test_pictures_in_several_splits_are_in_none(tmp_path, caplog):
+def test_images_in_several_splits_are_in_none(tmp_path, caplog):
     for name in "xy":
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
     rows = ["x.png,one,train", "x.png,two,val", "y.png,three,", "y.png,four,train"]
@@ -164,13 +164,13 @@ def test_pictures_in_several_splits_are_in_none(tmp_path, caplog):
     assert "1 images in several splits (x.png)" in caplog.text
 
 
-def test_saved_datasets_set_keeps_pictures_encoded(tmp_path, caplog):
+def test_saved_datasets_set_keeps_images_encoded(tmp_path, caplog):
     data = datasets.Dataset.from_dict(
-        {"picture": [None, Image.new("RGB", (4, 4), "red")], "text": [["no picture"], ["a", "b"]]},
-        features=datasets.Features({"picture": datasets.Image(), "text": datasets.List(datasets.Value("string"))}),
+        {"image": [None, Image.new("RGB", (4, 4), "red")], "text": [["no image"], ["a", "b"]]},
+        features=datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))}),
     )
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "set")
-    table = read_captions(tmp_path / "set", "train", image_column="picture", caption_column="text")
+    table = read_captions(tmp_path / "set", "train", image_column="image", caption_column="text")
     assert table[0]["captions"] == ["a", "b"]
     assert isinstance(table[0]["image"]["bytes"], bytes)
     assert "1 missing images (0)" in caplog.text
@@ -178,7 +178,7 @@ def test_saved_datasets_set_keeps_pictures_encoded(tmp_path, caplog):
         read_captions(tmp_path / "set", "val")
 
 
-def test_pictures_of_a_datasets_set_are_never_all_in_memory(tmp_path):
+def test_images_of_a_datasets_set_are_never_all_in_memory(tmp_path):
     size, count = 2**18, 64
     rows = {
         "image": [{"bytes": os.urandom(size), "path": None} for _ in range(count)],

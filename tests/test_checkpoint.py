@@ -19,11 +19,13 @@ from training_runs import ROOT, full_disk, losses, stop_at, truncate
 
 import captioner
 from captioner.data.token_cache import encoder_fingerprint
-from captioner.training import checkpoint, decoder
-from captioner.training.checkpoint import find_damage, list_checkpoints, recover_folder, replace_folder
-from captioner.training.decoder import train
-from captioner.training.export import save_best
-from captioner.training.interruption import Interruption
+from captioner.runs import checkpoint
+from captioner.runs.checkpoint import find_damage, list_checkpoints
+from captioner.runs.files import recover_folder, replace_folder
+from captioner.runs.interruption import Interruption
+from captioner.training import loop as decoder
+from captioner.training.loop import train
+from captioner.training.saving import save_best
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -70,7 +72,7 @@ def test_a_repeated_signal_is_the_same_wish_for_a_while_and_kills_later(monkeypa
             os.kill(os.getpid(), signal.SIGINT)
         assert interruption.received == signal.SIGINT
         assert not killed
-        monkeypatch.setattr("captioner.training.interruption.GRACE", -1.0)
+        monkeypatch.setattr("captioner.runs.interruption.GRACE", -1.0)
         os.kill(os.getpid(), signal.SIGINT)
         assert killed
     signal.signal(signal.SIGINT, before)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from captioner.encoders import create_encoder
-from captioner.training.encoder import export_encoder
+from captioner.pretraining.loop import export_encoder
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "comparison.py"
 

@@ -22,9 +22,10 @@ from transformers import (
 import captioner
 from captioner import cli
 from captioner.processing import train_tokenizer
-from captioner.training.build import build_captioner, merged_weights, starting_point, trainable_parameters, tune
+from captioner.training.build import build_captioner, starting_point, trainable_parameters
 from captioner.training.config import ModelConfig, TrainConfig
-from captioner.training.decoder import train
+from captioner.training.loop import train
+from captioner.training.lora import merged_weights, tune
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 16}
@@ -155,7 +156,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_decoder, name, how):
 @pytest.mark.slow
 def test_a_lora_run_ends_in_a_folder_that_captions(captioned, make_decoder, tmp_path, capsys):
     config = debug(captioned, tmp_path, epochs=2, gradient_checkpointing=True)
-    config = replace(config, model=model_config(make_decoder("smollm2"), tune="lora", prompt="a picture of"))
+    config = replace(config, model=model_config(make_decoder("smollm2"), tune="lora", prompt="an image of"))
     best = train(config)
     keys = next(tmp_path.glob("checkpoints/*/model.safetensors"))
     assert keys.stat().st_size < 0.7 * (best / "model.safetensors").stat().st_size  # the frozen decoder is left out
@@ -165,7 +166,7 @@ def test_a_lora_run_ends_in_a_folder_that_captions(captioned, make_decoder, tmp_
         cli.main(["caption", str(captioned / "images" / "val0.png"), "--model", str(best)])
     path, caption = capsys.readouterr().out.strip().splitlines()[-1].split("\t")
     assert path.endswith("val0.png")
-    assert "picture of" not in caption
+    assert "image of" not in caption
     scst = train(replace(config, stage="scst", epochs=1))
     assert scst == tmp_path / "scst" / "best"
 

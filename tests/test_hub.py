@@ -2,7 +2,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 import captioner
-from captioner.data.captions import read_captions
+from captioner.data.readers import read_captions
 
 
 def test_a_folder_that_is_not_there_is_named_where_the_hub_does_not_answer(monkeypatch):

@@ -16,7 +16,7 @@ def encoded(image, fmt, **kwargs):
     return buffer.getvalue()
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
+def test_every_kind_of_image_becomes_rgb(tmp_path):
     grey16 = Image.fromarray(np.full((20, 30), 40000, np.uint16))
     frames = [Image.new("P", (30, 20), i) for i in range(3)]
     cases = {
@@ -80,9 +80,9 @@ def test_broken_files_are_refused_with_their_name(tmp_path):
     whole = encoded(Image.effect_noise((64, 64), 50), "JPEG")
     cases = {
         "truncated.jpg": (whole[: len(whole) // 2], "cannot be read"),
-        "text.jpg": (b"this is no picture", "not a picture of a supported format"),
+        "text.jpg": (b"this is no image", "not an image of a supported format"),
         "empty.png": (b"", "is empty"),
-        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a supported format"),
+        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a supported format"),
     }
     for name, (data, message) in cases.items():
         path = tmp_path / name
@@ -94,7 +94,7 @@ def test_broken_files_are_refused_with_their_name(tmp_path):
     with pytest.raises(ImageError, match="is not a file"):
         open_image(tmp_path)
     for nothing in (None, 5, {"path": None, "bytes": None}):
-        with pytest.raises(ImageError, match="is no picture"):
+        with pytest.raises(ImageError, match="is no image"):
             open_image(nothing)
 
 

@@ -205,19 +205,19 @@ def test_gradient_checkpointing_changes_nothing(make_model, processor, pixels):
         torch.testing.assert_close(a, b)
 
 
-def test_the_image_to_text_pipeline_is_back(saved_model, pictures):
+def test_the_image_to_text_pipeline_is_back(saved_model, images):
     captioner.register()
     pipe = transformers.pipeline("image-to-text", model=str(saved_model))
-    one = pipe(str(pictures / "a.jpg"))
-    several = pipe([str(pictures / "a.jpg"), Image.new("L", (30, 90))], batch_size=2, max_new_tokens=4)
+    one = pipe(str(images / "a.jpg"))
+    several = pipe([str(images / "a.jpg"), Image.new("L", (30, 90))], batch_size=2, max_new_tokens=4)
     assert list(one[0]) == ["generated_text"]
     assert len(several) == 2
-    assert one[0]["generated_text"] == captioner.caption(pictures / "a.jpg", model=saved_model)
+    assert one[0]["generated_text"] == captioner.caption(images / "a.jpg", model=saved_model)
 
 
-def test_auto_processor_round_trip(saved_model, processor, pictures):
+def test_auto_processor_round_trip(saved_model, processor, images):
     loaded = AutoProcessor.from_pretrained(saved_model)
-    path = pictures / "b.png"
+    path = images / "b.png"
     assert torch.equal(loaded(images=path).pixel_values, processor(images=path).pixel_values)
     assert loaded.text(CAPTIONS)["input_ids"].tolist() == processor.text(CAPTIONS)["input_ids"].tolist()
 

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from training_runs import launch, losses
 
 from captioner import recipes
-from captioner.data.pictures import open_source, stamp_images, store_pictures
 from captioner.encoders import create_encoder
 from captioner.encoders.from_vit import init_from_vit
-from captioner.training import encoder as encoder_training
-from captioner.training.distill import Student
-from captioner.training.encoder import pretrain
-from captioner.training.encoder_config import PretrainConfig, TeacherConfig
-from captioner.training.targets import TargetStore
-from captioner.training.teachers import create_teacher
+from captioner.pretraining import loop as encoder_training
+from captioner.pretraining.config import PretrainConfig, TeacherConfig
+from captioner.pretraining.image_store import open_source, stamp_images, store_images
+from captioner.pretraining.loop import pretrain
+from captioner.pretraining.student import Student
+from captioner.pretraining.targets import TargetStore
+from captioner.pretraining.teachers import create_teacher
 
 
 @pytest.fixture
@@ -128,23 +128,23 @@ def test_a_teacher_is_known_by_its_weights_and_input(weights, tmp_path):
     assert len(others | {stamp}) == 3
 
 
-def test_changed_pictures_are_decoded_again_and_the_same_ones_have_the_same_stamp(tmp_path):
-    folder, picture = tmp_path / "in", tmp_path / "in" / "a.png"
+def test_changed_images_are_decoded_again_and_the_same_ones_have_the_same_stamp(tmp_path):
+    folder, image = tmp_path / "in", tmp_path / "in" / "a.png"
     folder.mkdir()
 
     def store(colour):
-        Image.new("RGB", (8, 8), colour).save(picture)
-        return store_pictures([open_source(str(folder))], 8, tmp_path / "store")
+        Image.new("RGB", (8, 8), colour).save(image)
+        return store_images([open_source(str(folder))], 8, tmp_path / "store")
 
     red = store("red")
-    before = (tmp_path / "store" / "pictures.u8").stat().st_mtime_ns
-    os.utime(picture, (0, 0))
-    assert store_pictures([open_source(str(folder))], 8, tmp_path / "store").stamp == red.stamp
-    assert (tmp_path / "store" / "pictures.u8").stat().st_mtime_ns > before
+    before = (tmp_path / "store" / "images.u8").stat().st_mtime_ns
+    os.utime(image, (0, 0))
+    assert store_images([open_source(str(folder))], 8, tmp_path / "store").stamp == red.stamp
+    assert (tmp_path / "store" / "images.u8").stat().st_mtime_ns > before
     assert store("blue").stamp != red.stamp  # a file of the same name and size
     assert red.squares[0, :, 0, 0].tolist() == [255, 0, 0]  # who has the old file mapped keeps it
-    (tmp_path / "store" / "pictures.u8").write_bytes(b"")
-    assert store_pictures([open_source(str(folder))], 8, tmp_path / "store").squares[0, 2, 0, 0] == 255
+    (tmp_path / "store" / "images.u8").write_bytes(b"")
+    assert store_images([open_source(str(folder))], 8, tmp_path / "store").squares[0, 2, 0, 0] == 255
 
 
 def test_captioned_images_are_known_by_content(tmp_path):
@@ -166,7 +166,7 @@ def test_captioned_images_are_known_by_content(tmp_path):
         ({"num_words": 0}, "--num-words must be at least 1"),
         ({"early_share": 1.5}, "--early-share is a share of 1, not 1.5"),
         ({"mixup": 0.2, "label_weight": 1.0, "views": None, "batch_size": 3}, "--batch-size must be even, not 3"),
-        ({"probe_train": "x"}, "a probe needs pictures to learn from and others"),
+        ({"probe_train": "x"}, "a probe needs images to learn from and others"),
         ({"grids": ()}, "grids are positive"),
         ({"words_from": "teachers", "teachers": ()}, "--words-from teachers needs teachers to tell them"),
     ],
@@ -191,7 +191,7 @@ def test_what_cannot_be_learned_or_built_is_said_before_training(captioned, clas
         ({"encoder_options": {"foo": 1}}, "has no such option: .*'foo'"),
         ({"encoder": "resnet10t", "encoder_options": {}, **probe}, "the probe cannot be made: grid 3x3 is larger"),
         ({"encoder": "vit_tiny_patch16_224", "encoder_options": {"depth": 1}, "image_size": 72}, "views of 72 px"),
-        ({**probe, "probe_val": str(captioned / "images")}, "the probe's pictures have no classes"),
+        ({**probe, "probe_val": str(captioned / "images")}, "the probe's images have no classes"),
     ):
         change = {"captions": None if "images" in change else str(captioned), **change}
         with pytest.raises(ValueError, match=message):

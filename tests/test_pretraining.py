@@ -12,20 +12,20 @@ from safetensors.torch import save_file
 from training_runs import COLOURS, full_disk, losses
 
 from captioner import recipes
-from captioner.data.pictures import open_source, store_pictures
-from captioner.data.views import ViewOrder, cut_views, draw_views, whole_views
 from captioner.encoders import create_encoder
 from captioner.encoders.from_vit import init_from_vit
-from captioner.training import encoder as encoder_training
-from captioner.training.encoder import pretrain
-from captioner.training.encoder_config import TeacherConfig
-from captioner.training.targets import TargetStore
-from captioner.training.teachers import create_teacher
+from captioner.pretraining import loop as encoder_training
+from captioner.pretraining.config import TeacherConfig
+from captioner.pretraining.image_store import open_source, store_images
+from captioner.pretraining.loop import pretrain
+from captioner.pretraining.targets import TargetStore
+from captioner.pretraining.teachers import create_teacher
+from captioner.pretraining.views import ViewOrder, cut_views, draw_views, whole_views
 
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """Plain pictures with captions in a JSON lines file."""
+    """Plain images with captions in a JSON lines file."""
     root = tmp_path_factory.mktemp("captioned")
     lines = []
     for number, (name, rgb) in enumerate(list(COLOURS.items()) * 2):
@@ -75,7 +75,7 @@ def test_labels_are_learned_and_probed(classes, tmp_path):
     assert min(record["label_top1"] for record in records if "label_top1" in record) > 0.5  # of four classes
 
 
-def test_mixed_labels_leave_unlabelled_pictures_out(captioned, classes, tmp_path):
+def test_mixed_labels_leave_unlabelled_images_out(captioned, classes, tmp_path):
     config = debug(tmp_path, images=(str(classes),), captions=str(captioned), label_weight=1.0)
     assert all(
         np.isfinite(list(losses(pretrain(replace(config, views=None, mixup=0.2, cutmix=1.0)), "labels").values()))
@@ -111,7 +111,7 @@ def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog, monkeypatch):
         pretrain(replace(broken, teachers=(replace(teacher, grid_weight=3.0),)))
     with pytest.raises(ValueError, match="was saved with teachers.0 'resnet10t .*', this run has 'resnet10t"):
         pretrain(replace(broken, teachers=(replace(teacher, mean=(0.5,) * 3),)))
-    with pytest.raises(ValueError, match="was saved with pictures '8 of digest .*', this run has '8 of digest"):
+    with pytest.raises(ValueError, match="was saved with images '8 of digest .*', this run has '8 of digest"):
         pretrain(replace(broken, store_size=48))
 
 
@@ -193,34 +193,34 @@ def test_shards_are_streamed_with_their_classes(classes, tmp_path, monkeypatch):
                 info = tarfile.TarInfo(f"{number:03d}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    store = store_pictures([open_source(str(tmp_path / "*.tar"))], 16, tmp_path / "store")
+    store = store_images([open_source(str(tmp_path / "*.tar"))], 16, tmp_path / "store")
     assert store.labels.tolist() == [n // 4 for n in range(16)]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shard-0.tar").rename(tmp_path / "pipe:touch owned .tar")  # no address, and no pattern
-    assert len(store_pictures([open_source("*.tar")], 16, tmp_path / "store")) == 16
+    assert len(store_images([open_source("*.tar")], 16, tmp_path / "store")) == 16
     assert not (tmp_path / "owned").exists()
     (tmp_path / "shard-1.tar").write_bytes(b"no archive at all" * 100)
     with pytest.raises(ValueError, match=r"shard '.*shard-1.tar' is not readable"):
-        store_pictures([open_source(str(tmp_path / "*.tar"))], 16, tmp_path / "store")
+        store_images([open_source(str(tmp_path / "*.tar"))], 16, tmp_path / "store")
 
 
-def test_broken_pictures_are_left_out_and_stores_reused(classes, tmp_path, caplog):
+def test_broken_images_are_left_out_and_stores_reused(classes, tmp_path, caplog):
     (tmp_path / "in").mkdir()
     for path in classes.rglob("red/*.png"):
         (tmp_path / "in" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
-    store = store_pictures([open_source(str(tmp_path / "in"))], 16, tmp_path / "store")
+    store = store_images([open_source(str(tmp_path / "in"))], 16, tmp_path / "store")
     assert store.usable.tolist() == [True] * 4 + [False]
-    assert "1 of 5 pictures could not be opened" in caplog.text
+    assert "1 of 5 images could not be opened" in caplog.text
     assert store.squares[0, :, 8, 8].tolist() == list(COLOURS["red"])
-    before = (tmp_path / "store" / "pictures.u8").stat().st_mtime_ns
-    store_pictures([open_source(str(tmp_path / "in"))], 16, tmp_path / "store")
-    assert (tmp_path / "store" / "pictures.u8").stat().st_mtime_ns == before
+    before = (tmp_path / "store" / "images.u8").stat().st_mtime_ns
+    store_images([open_source(str(tmp_path / "in"))], 16, tmp_path / "store")
+    assert (tmp_path / "store" / "images.u8").stat().st_mtime_ns == before
     (tmp_path / "in" / "broken.jpg").unlink()
-    assert len(store_pictures([open_source(str(tmp_path / "in"))], 16, tmp_path / "store")) == 4
+    assert len(store_images([open_source(str(tmp_path / "in"))], 16, tmp_path / "store")) == 4
 
 
-def test_views_are_seeded_and_the_whole_view_is_the_picture():
+def test_views_are_seeded_and_the_whole_view_is_the_image():
     squares = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     whole = cut_views(squares, whole_views(2), 8)
     torch.testing.assert_close(whole, squares / 255, atol=1e-5, rtol=0)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from captioner.metrics import ptb, ptb_rules
-from captioner.metrics.ptb import tokenize, tokenize_caption
-from captioner.metrics.ptb_chars import CLASSES
+from captioner.metrics.ptb import rules as ptb_rules
+from captioner.metrics.ptb import tokenizer as ptb
+from captioner.metrics.ptb.chars import CLASSES
+from captioner.metrics.ptb.tokenizer import tokenize, tokenize_caption
 
 DATA = Path(__file__).parents[1].parent / "shared/data"
 FIXTURE = Path(__file__).parent / "fixtures/ptb.json.gz"

@@ -49,9 +49,9 @@ def evaluate(systems=1, images=90, evil=False):
     return evaluate_systems(results, found, metrics=FAST, samples=20)
 
 
-def write(evaluation, path, pictures=None):
+def write(evaluation, path, images=None):
     with path.open("w", encoding="utf-8") as file:
-        unreadable = write_report(file, evaluation, EVIL, pictures or {})
+        unreadable = write_report(file, evaluation, EVIL, images or {})
     return unreadable, path.read_text("utf-8")
 
 
@@ -79,7 +79,7 @@ def test_nothing_a_user_wrote_becomes_markup(tmp_path, systems):
     kinds = {tag for tag, _ in parsed.tags}
     assert not kinds & {"img", "iframe", "link", "object", "base"}
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert [a.get("id") for a in scripts] == ["pictures-0", "data", None]
+    assert [a.get("id") for a in scripts] == ["images-0", "data", None]
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
     data = json.loads(parsed.blocks["data"])
     assert data["systems"][0]["captions"][3] == EVIL
@@ -101,16 +101,16 @@ def test_the_page_needs_nothing_else(tmp_path):
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_pictures_are_small_and_a_bad_one_is_left_out(tmp_path, monkeypatch):
+def test_images_are_small_and_a_bad_one_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "BLOCK", 2)
     exif = Image.Exif()
     exif[0x010E] = "secret place"
     Image.new("RGB", (900, 600), "red").save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "b.jpg").write_bytes(b"broken")
-    pictures = {0: tmp_path / "a.jpg", 2: tmp_path / "b.jpg", 4: tmp_path / "gone.jpg"}
-    unreadable, text = write(evaluate(images=5), tmp_path / "page.html", pictures)
+    images = {0: tmp_path / "a.jpg", 2: tmp_path / "b.jpg", 4: tmp_path / "gone.jpg"}
+    unreadable, text = write(evaluate(images=5), tmp_path / "page.html", images)
     assert unreadable == 2
-    blocks = [json.loads(Tags(text).blocks[f"pictures-{n}"]) for n in range(3)]
+    blocks = [json.loads(Tags(text).blocks[f"images-{n}"]) for n in range(3)]
     assert [len(block) for block in blocks] == [2, 2, 1]
     assert [bool(one) for block in blocks for one in block] == [True, False, False, False, False]
     data = base64.b64decode(blocks[0][0])
@@ -223,8 +223,8 @@ class Browser:
 def browse(tmp_path):
     opened = []
 
-    def browse(evaluation, pictures=None, fragment=""):
-        write(evaluation, tmp_path / "page.html", pictures)
+    def browse(evaluation, images=None, fragment=""):
+        write(evaluation, tmp_path / "page.html", images)
         opened.append(Browser((tmp_path / "page.html").as_uri() + fragment, tmp_path / f"profile{len(opened)}"))
         return opened[-1]
 

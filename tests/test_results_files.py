@@ -5,9 +5,9 @@ import pytest
 from score_data import CAPTIONS, FAST, GOOD, coco, results
 from test_cli import run
 
+from captioner.commands.score import short_names
 from captioner.metrics import match_ids, read_references, read_results, score
 from captioner.metrics.files import ReferenceSet
-from captioner.score_files import short_names
 
 BAD = [
     ("not JSON", "is not JSON"),

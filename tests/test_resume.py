@@ -11,8 +11,8 @@ from training_runs import losses, truncate
 
 import captioner
 from captioner.encoders import create_encoder
-from captioner.training.checkpoint import digests, find_damage, list_checkpoints
-from captioner.training.decoder import train
+from captioner.runs.checkpoint import digests, find_damage, list_checkpoints
+from captioner.training.loop import train
 
 
 def test_what_to_resume_from_can_be_said(unbroken, tmp_path):

@@ -151,7 +151,7 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
         ((ours, annotations, "--output", ours, "--overwrite"), "is a file to read; name another"),
         ((ours, annotations, "--split", "test"), "has no splits; leave --split out"),
         ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path / "gone"), "no image folder at"),
-        ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path), "none of the 3 pictures"),
+        ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path), "none of the 3 images"),
         ((ours, annotations, "--images", tmp_path), "name that too"),
         ((ours, annotations, "--java-timeout", "nan"), "is a number of seconds"),
         ((ours, annotations, "--level", "95"), "level must be between 0 and 1"),
@@ -163,7 +163,7 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
         assert message in error
         assert error.count("\n") == 1
     assert taken.read_text() == "precious"
-    monkeypatch.setattr("captioner.data.captions.MAX_JSON_BYTES", 50)
+    monkeypatch.setattr("captioner.data.readers.MAX_JSON_BYTES", 50)
     assert run("score", ours, annotations, *FAST) == 1
     assert "GiB is refused" in capsys.readouterr().err
     assert run("score", ours, annotations, "--metrics") == 1
@@ -195,7 +195,7 @@ def test_a_references_file_that_holds_the_predictions_is_told(write, annotations
     assert "predictions equal to one of their own references: 3" in capsys.readouterr().out
 
 
-def test_needs_neither_torch_nor_pictures(write, annotations):
+def test_needs_neither_torch_nor_images(write, annotations):
     code = """
 import sys
 from captioner.cli import main

@@ -41,7 +41,7 @@ def leave_one_out(name, limit=None):
 
 @functools.cache
 def our_captions(shared, limit=64):
-    """What the shipped model says of the first pictures of Flickr8k's test split, and their references."""
+    """What the shipped model says of the first images of Flickr8k's test split, and their references."""
     import captioner
 
     content = json.loads((shared / "flickr8k/annotations/captions_test.json").read_text())

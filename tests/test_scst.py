@@ -12,7 +12,7 @@ import captioner
 from captioner.labels import IGNORED, label_generated
 from captioner.metrics import CiderD, score, tokenize_caption
 from captioner.training.config import ScstConfig
-from captioner.training.decoder import train
+from captioner.training.loop import train
 from captioner.training.scst import END, CaptionReward, SelfCritical, silence_dropout
 
 REFERENCES = [

@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 import captioner
-from captioner.pipeline import DEFAULT_WEIGHTS
+from captioner.inference import DEFAULT_WEIGHTS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -20,11 +20,11 @@ def test_the_weights_are_small_half_precision_and_safetensors_alone():
     assert {kind for key, kind in kinds.items() if not key.endswith("num_batches_tracked")} == {"F16"}
 
 
-def test_pictures_are_captioned_at_every_grid():
+def test_images_are_captioned_at_every_grid():
     model = captioner.load()
-    picture = EXAMPLES / "cat.jpg"
+    image = EXAMPLES / "cat.jpg"
     for grid in (None, (3, 3), "5x5", (7, 7), "10x10"):
-        [result] = model.stream(picture, grid=grid)
+        [result] = model.stream(image, grid=grid)
         assert result.error is None
         assert len(result.caption.split()) >= 3
         assert result.logprob < 0

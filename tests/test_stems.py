@@ -13,9 +13,9 @@ from captioner import recipes
 from captioner.encoders import build_encoder, create_encoder, stems
 from captioner.encoders.stems import NetworkStem, init_stem
 from captioner.modeling import CaptionerConfig, CaptionerModel
-from captioner.training.distill import Student
-from captioner.training.encoder import pretrain
-from captioner.training.encoder_config import TeacherConfig
+from captioner.pretraining.config import TeacherConfig
+from captioner.pretraining.loop import pretrain
+from captioner.pretraining.student import Student
 
 SMALL = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5, "grid": (2, 2)}
 timm_create = timm.create_model

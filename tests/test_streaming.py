@@ -16,13 +16,15 @@ from PIL import Image
 from training_runs import COLOURS, debug, launch, losses, stop_at
 
 import captioner
+from captioner.commands.cache import CacheConfig
 from captioner.data import rows
+from captioner.data.config import DataConfig
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first, shuffled
 from captioner.images import ImageError
-from captioner.training.config import CacheConfig, DataConfig, TrainConfig
+from captioner.training.config import TrainConfig
 from captioner.training.data import open_data
-from captioner.training.decoder import train
+from captioner.training.loop import train
 
 FEATURES = datasets.Features(
     {
@@ -40,7 +42,7 @@ def png(colour):
 
 
 def split(count, broken=(), silent=()):
-    """Rows of plain colours; some are no picture, some have no caption."""
+    """Rows of plain colours; some are no image, some have no caption."""
     names = [list(COLOURS)[n % 4] for n in range(count)]
     images = [{"bytes": b"noise" if n in broken else png(COLOURS[name]), "path": None} for n, name in enumerate(names)]
     texts = [[" "] if n in silent else [f"a plain {name} {n}", f"all {name} {n} ."] for n, name in enumerate(names)]
@@ -132,18 +134,18 @@ def test_bad_rows_are_counted_and_the_next_takes_their_place(saved, processor, c
     assert sum(found.values()) == 20
     assert [record.getMessage()[-9:] for record in caplog.records] == ["1 so far)", "2 so far)", "3 so far)"]
     assert "skipped: image 9: it has no caption" in caplog.text
-    assert "skipped: image 3: image in memory is not a picture" in caplog.text
+    assert "skipped: image 3: image in memory is not an image" in caplog.text
 
 
 def test_bad_rows_can_be_refused_and_only_bad_rows_are_not_data(saved, processor):
     source = saved(broken=range(20))
     with pytest.raises(ValueError, match=r"image \d+: .* --data.on-bad skip"):
         stream(source, processor, on_bad="refuse")[0]
-    with pytest.raises(ValueError, match="20 pictures in a row cannot be used"):
+    with pytest.raises(ValueError, match="20 images in a row cannot be used"):
         stream(source, processor)[0]
 
 
-def test_a_row_may_hold_one_text_and_the_name_of_a_picture(tmp_path, processor):
+def test_a_row_may_hold_one_text_and_the_name_of_a_image(tmp_path, processor):
     rows = {"file": [f"{name}.png" for name in COLOURS], "text": [f"all {name}" for name in COLOURS]}
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(tmp_path / "set")
     for name, colour in list(COLOURS.items())[1:]:
@@ -186,18 +188,18 @@ def test_a_hub_set_that_does_not_know_its_rows_asks(saved, monkeypatch):
     assert len(StreamedRows("somebody/set", "train")) == 20
 
 
-def test_pictures_that_are_files_on_the_hub_are_fetched(saved, monkeypatch):
+def test_images_that_are_files_on_the_hub_are_fetched(saved, monkeypatch):
     monkeypatch.setattr(rows, "HUB", "memory://hub/")
     with fsspec.open("memory://hub/there.png", "wb") as file:
         file.write(png("red"))
     there, gone = ({"image": {"path": f"memory://hub/{name}.png", "bytes": None}} for name in ("there", "gone"))
     opened = StreamedRows(saved(), "train")
-    assert opened.picture(there) == rows.fetched(there, "image")["image"]["bytes"] == png("red")
+    assert opened.image(there) == rows.fetched(there, "image")["image"]["bytes"] == png("red")
     assert rows.fetched(gone, "image") == gone
     with pytest.raises(ImageError, match="'memory://hub/gone.png' cannot be read"):
-        opened.picture(gone)
-    with pytest.raises(ImageError, match="column 'image' holds no picture"):
-        opened.picture({"image": 7})
+        opened.image(gone)
+    with pytest.raises(ImageError, match="column 'image' holds no image"):
+        opened.image({"image": 7})
 
 
 def test_a_stream_is_never_all_in_memory(tmp_path):
@@ -220,11 +222,11 @@ def test_a_stream_is_never_all_in_memory(tmp_path):
 
 def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_path):
     source = saved()
-    missing = ("picture", "captions", "image_id")
+    missing = ("image", "captions", "image_id")
     cases = [
         (lambda: StreamedRows(source, "test"), "has no split 'test', only train, val"),
-        (lambda: StreamedRows(source, "train", missing), "has no column 'picture', only image, captions, image_id"),
-        (lambda: read_first(source, "val", missing, 2, "skip"), "lacks 'picture'"),
+        (lambda: StreamedRows(source, "train", missing), "has no column 'image', only image, captions, image_id"),
+        (lambda: read_first(source, "val", missing, 2, "skip"), "lacks 'image'"),
         (lambda: StreamedRows("nobody/nothing", "train"), "'nobody/nothing'"),
         (lambda: StreamedRows(str(captioned), "train"), "no `datasets` set .* leave --data.streaming out"),
         (lambda: DataConfig(streaming=True, tokens=tmp_path), "leave out --data.streaming, or --data.tokens"),
@@ -241,7 +243,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_pa
 
 
 def test_only_training_streams(saved, tmp_path):
-    from captioner.training.cache import fill_cache
+    from captioner.commands.cache import fill_cache
 
     with pytest.raises(ValueError, match="--data.streaming is for training alone"):
         fill_cache(CacheConfig(output=tmp_path / "tokens", data=DataConfig(root=saved(), streaming=True)))

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from captioner.training.teacher_words import FOLDS, TeacherWords, describe
+from captioner.pretraining.words import FOLDS, TeacherWords, describe
 
-PICTURES, FEATURES, WORDS = 200, 6, 3
+IMAGES, FEATURES, WORDS = 200, 6, 3
 
 
 def make(words, features):
-    rows = torch.arange(PICTURES)
+    rows = torch.arange(IMAGES)
     examples = ((rows[part], features[part], words[part]) for part in rows.split(32))
     return TeacherWords(examples, FEATURES, WORDS)
 
@@ -15,43 +15,43 @@ def make(words, features):
 @pytest.fixture
 def data():
     generator = torch.Generator().manual_seed(0)
-    features = torch.rand(PICTURES, FEATURES, generator=generator)
+    features = torch.rand(IMAGES, FEATURES, generator=generator)
     features[:, -1] = 1
     return features, torch.rand(FEATURES, WORDS, generator=generator) / FEATURES
 
 
-def test_words_that_follow_from_features_are_told_of_unseen_pictures(data):
+def test_words_that_follow_from_features_are_told_of_unseen_images(data):
     features, truth = data
     teacher = make(features @ truth, features)
     assert teacher.explained > 0.7  # the smallest penalty still shrinks
-    rows = torch.tensor([3, PICTURES + 7])  # with captions, without
-    told = teacher.tell(rows, features[rows % PICTURES], PICTURES)
-    torch.testing.assert_close(told, (features @ truth)[rows % PICTURES], atol=0.05, rtol=0)
+    rows = torch.tensor([3, IMAGES + 7])  # with captions, without
+    told = teacher.tell(rows, features[rows % IMAGES], IMAGES)
+    torch.testing.assert_close(told, (features @ truth)[rows % IMAGES], atol=0.05, rtol=0)
 
 
-def test_nothing_is_told_of_words_that_have_nothing_to_do_with_the_picture(data):
+def test_nothing_is_told_of_words_that_have_nothing_to_do_with_the_image(data):
     features, _ = data
-    words = torch.rand(PICTURES, WORDS, generator=torch.Generator().manual_seed(1))
+    words = torch.rand(IMAGES, WORDS, generator=torch.Generator().manual_seed(1))
     teacher = make(words, features)
     assert abs(teacher.explained) < 0.05
-    told = teacher.tell(torch.arange(PICTURES), features, PICTURES)
+    told = teacher.tell(torch.arange(IMAGES), features, IMAGES)
     torch.testing.assert_close(told, words.mean(0).expand_as(told), atol=0.1, rtol=0)
 
 
-def test_what_is_told_of_a_picture_does_not_depend_on_its_own_words(data):
+def test_what_is_told_of_a_image_does_not_depend_on_its_own_words(data):
     features, truth = data
     words = features @ truth
     changed = words.clone()
     changed[7] = 1 - words[7]
     others = torch.tensor([7, 7 + FOLDS, 8])  # itself, one of its fold, one of another
-    before, after = (make(w, features).tell(others, features[others], PICTURES) for w in (words, changed))
+    before, after = (make(w, features).tell(others, features[others], IMAGES) for w in (words, changed))
     assert torch.equal(before[:2], after[:2])
     assert not torch.equal(before[2], after[2])
 
 
 def test_processes_that_share_the_views_fit_what_one_would(data):
     features, truth = data
-    words, rows = features @ truth, torch.arange(PICTURES)
+    words, rows = features @ truth, torch.arange(IMAGES)
     sums = []
 
     def fit(part, add_up):
@@ -63,7 +63,7 @@ def test_processes_that_share_the_views_fit_what_one_would(data):
 
 
 def test_without_examples_nothing_is_fitted():
-    with pytest.raises(ValueError, match="no captioned picture can be opened"):
+    with pytest.raises(ValueError, match="no captioned image can be opened"):
         TeacherWords([], FEATURES, WORDS)
 
 

@@ -9,23 +9,24 @@ from PIL import Image, ImageOps
 
 import captioner
 from captioner import recipes
-from captioner.data.captions import read_captions
-from captioner.data.collate import CaptionStream
+from captioner.commands.cache import fill_cache
+from captioner.commands.evaluate import EvaluateConfig, evaluate
+from captioner.data.batches import CaptionStream
+from captioner.data.config import DataConfig
+from captioner.data.readers import read_captions
 from captioner.data.token_cache import open_cache
-from captioner.evaluation import evaluate
 from captioner.grids import parse_grid
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
-from captioner.training.cache import fill_cache
-from captioner.training.config import DataConfig, EncoderConfig, EvaluateConfig, ScstConfig
-from captioner.training.decoder import train
+from captioner.training.config import EncoderConfig, ScstConfig
+from captioner.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 
 
-def forbid_pictures(monkeypatch):
+def forbid_images(monkeypatch):
     def refuse(*args):
-        raise AssertionError("a picture was opened")
+        raise AssertionError("an image was opened")
 
     monkeypatch.setattr(CaptionerProcessor, "pixels", refuse)
 
@@ -37,16 +38,16 @@ def test_tokens_are_the_encoders_in_every_grid_and_view(cache_config, noise, sav
     loaded = captioner.load(saved_model, "cpu")
     for grid in ((2, 2), (3, 3)):
         cache = open_cache(folder, loaded.model, loaded.processor, grid)
-        pictures = cache.pictures(table)
-        assert (pictures.views, len(pictures)) == (3, 40)
+        images = cache.images(table)
+        assert (images.views, len(images)) == (3, 40)
         numbers = [17, 3, 39, 3]
         pixels = [loaded.processor.pixels(table[n]["image"]) for n in numbers]
         mirrored = [loaded.processor.pixels(ImageOps.mirror(Image.open(table[n]["image"]["path"]))) for n in numbers]
         for view, expected in ((None, pixels), ([1] * 4, mirrored)):
-            tokens = pictures.batch([pictures.open(n) for n in numbers], view)["image_tokens"]
+            tokens = images.batch([images.open(n) for n in numbers], view)["image_tokens"]
             assert tokens.dtype == torch.float16
             assert torch.allclose(tokens.float(), loaded.model.encode(torch.stack(expected), grid), atol=5e-3)
-        crops = pictures.batch(numbers, [2] * 4)["image_tokens"]
+        crops = images.batch(numbers, [2] * 4)["image_tokens"]
         assert torch.equal(crops[1], crops[3])
         assert not torch.allclose(crops, tokens, atol=5e-2)
     with pytest.raises(ValueError, match=r"holds the grids 2x2, 3x3, not 4x4; .*captioner cache --grids 4x4"):
@@ -60,7 +61,7 @@ def debug(root, output, tokens=None, **kwargs):
 
 
 @pytest.mark.parametrize("grids", [(), ("2x2", "3x3")])
-def test_training_from_the_cache_equals_training_from_pictures(cache_config, noise, tmp_path, monkeypatch, grids):
+def test_training_from_the_cache_equals_training_from_images(cache_config, noise, tmp_path, monkeypatch, grids):
     config, seen, encode = cache_config(tmp_path / "tokens", grids=("2x2", "3x3")), [], CaptionerModel.encode
 
     def watched(self, pixel_values, grid=None):
@@ -71,7 +72,7 @@ def test_training_from_the_cache_equals_training_from_pictures(cache_config, noi
     fill_cache(replace(config, model=EncoderConfig("lookupvit_tiny_patch16_224", image_size=64)))
     train(debug(noise, tmp_path / "online", grids=grids))
     assert set(seen) == {None, *map(parse_grid, grids)}  # None, the model's own, is what validation asks for
-    forbid_pictures(monkeypatch)
+    forbid_images(monkeypatch)
     train(debug(noise, tmp_path / "cached", tmp_path / "tokens", grids=grids))
     online, cached = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
@@ -86,7 +87,7 @@ def test_training_from_the_cache_equals_training_from_pictures(cache_config, noi
 def test_rewards_are_learned_from_the_cache(cache_config, noise, tmp_path, monkeypatch):
     config = cache_config(tmp_path / "tokens", grids=("2x2", "3x3"))
     fill_cache(replace(config, model=EncoderConfig("lookupvit_tiny_patch16_224", image_size=64)))
-    forbid_pictures(monkeypatch)
+    forbid_images(monkeypatch)
     config = debug(noise, tmp_path / "run", tmp_path / "tokens", grids=("2x2", "3x3"))
     train(config)
     train(replace(config, stage="scst", scst=ScstConfig(samples=2)))
@@ -99,7 +100,7 @@ def test_evaluation_from_the_cache_gives_the_same_captions(cache_config, noise, 
     for name, tokens in (("online", None), ("cached", tmp_path / "tokens")):
         data = DataConfig(root=str(noise), workers=0, tokens=tokens)
         evaluate(EvaluateConfig(model=str(saved_model), data=data, split="val", output=tmp_path / name))
-        forbid_pictures(monkeypatch)
+        forbid_images(monkeypatch)
     online, cached = ((tmp_path / name / "results.json").read_text() for name in ("online", "cached"))
     assert online == cached
 
@@ -108,11 +109,11 @@ def test_each_step_draws_a_view_by_its_position(cache_config, noise, saved_model
     fill_cache(cache_config(tmp_path / "tokens", saved_model, splits=("train",), views=4))
     loaded = captioner.load(saved_model, "cpu")
     table = read_captions(noise, "train")
-    pictures = open_cache(tmp_path / "tokens", loaded.model, loaded.processor).pictures(table)
-    stream = CaptionStream(table, loaded.processor, 2, seed=0, pictures=pictures)
+    images = open_cache(tmp_path / "tokens", loaded.model, loaded.processor).images(table)
+    stream = CaptionStream(table, loaded.processor, 2, seed=0, images=images)
     drawn = [stream[i]["view"] for i in range(80)]
     assert set(drawn) == {0, 1, 2, 3}
-    assert drawn == [CaptionStream(table, loaded.processor, 2, seed=0, pictures=pictures)[i]["view"] for i in range(80)]
+    assert drawn == [CaptionStream(table, loaded.processor, 2, seed=0, images=images)[i]["view"] for i in range(80)]
     batch = stream.collate([stream[i] for i in range(5)])
     assert batch["image_tokens"].shape == (5, 5, 32)
     texts = [
@@ -126,7 +127,7 @@ def test_each_step_draws_a_view_by_its_position(cache_config, noise, saved_model
 
 @pytest.fixture
 def filled(cache_config, noise, saved_model, tmp_path):
-    """A cache of both splits, with the pictures beside it to be spoiled."""
+    """A cache of both splits, with the images beside it to be spoiled."""
     root = tmp_path / "data"
     shutil.copytree(noise, root)
     fill_cache(cache_config(tmp_path / "tokens", saved_model, root))
@@ -137,7 +138,7 @@ def test_a_cache_of_something_else_is_refused(cache_config, filled, saved_model,
     loaded = captioner.load(saved_model, "cpu")
     table = read_captions(tmp_path / "data", "val")
     model, processor = loaded.model, loaded.processor
-    assert len(open_cache(filled, model.half(), processor).pictures(table)) == 8  # saved in half precision: the same
+    assert len(open_cache(filled, model.half(), processor).images(table)) == 8  # saved in half precision: the same
     other = make_model()
     other.encoder.cls_token.data += 0.01
     with pytest.raises(ValueError, match="comes from other weights of lookupvit_tiny.* captioner cache --output"):
@@ -165,7 +166,7 @@ def test_a_damaged_or_foreign_cache_is_refused(cache_config, filled, saved_model
     shard.unlink()
     table = read_captions(tmp_path / "data", "train")
     with pytest.raises(ValueError, match="lacks 40 of 40"):
-        open_cache(filled, loaded.model, loaded.processor).pictures(table)
+        open_cache(filled, loaded.model, loaded.processor).images(table)
     fill_cache(cache_config(tmp_path / "flipped", saved_model, views=2))
     shutil.copy(next((tmp_path / "flipped").glob("tokens-*")), filled)
     with pytest.raises(ValueError, match="belongs to another token cache; delete that file"):
@@ -181,9 +182,9 @@ def test_a_damaged_or_foreign_cache_is_refused(cache_config, filled, saved_model
         fill_cache(cache_config(filled, saved_model))
 
 
-def test_pictures_that_changed_are_refused(filled, saved_model, tmp_path):
+def test_images_that_changed_are_refused(filled, saved_model, tmp_path):
     loaded = captioner.load(saved_model, "cpu")
     Image.new("RGB", (9, 9)).save(tmp_path / "data" / "images" / "val3.png")
     table = read_captions(tmp_path / "data", "val")
     with pytest.raises(ValueError, match=r"val3.png' has \d+ bytes, but \d+ when it was encoded"):
-        open_cache(filled, loaded.model, loaded.processor).pictures(table)
+        open_cache(filled, loaded.model, loaded.processor).images(table)

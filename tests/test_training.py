@@ -10,12 +10,12 @@ from training_runs import COLOURS, debug, launch, losses
 
 import captioner
 from captioner import recipes
+from captioner.commands.evaluate import EvaluateConfig, evaluate
+from captioner.data.config import DataConfig
 from captioner.encoders import create_encoder
 from captioner.encoders.stems import NetworkStem
-from captioner.evaluation import evaluate
-from captioner.training.config import DataConfig, EvaluateConfig
-from captioner.training.decoder import train
-from captioner.training.sharding import check_sharding
+from captioner.runs.sharding import check_sharding
+from captioner.training.loop import train
 
 
 def test_every_recipe_builds():
@@ -105,7 +105,7 @@ def test_training_stops_early(captioned, tmp_path):
 def test_two_processes_train_and_evaluate_as_one(captioned, tmp_path):
     shared = ["debug", "--data.root", captioned, "--data.captions-per-image", 2, "--epochs", 1]
     shared += ["--grids", "2x2", "3x3", "7x7"]
-    for processes, batch in ((1, 12), (2, 6)):  # the last batch has 8 of 12 pictures
+    for processes, batch in ((1, 12), (2, 6)):  # the last batch has 8 of 12 images
         output = tmp_path / str(processes)
         result = launch("train.py", *shared, "--batch-size", batch, "--output", output, processes=processes)
         assert result.returncode == 0, result.stderr

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from training_runs import debug, losses
 
-from captioner.progress import progress_bar
+from captioner.report.curves import round_numbers, write_curves
+from captioner.runs.progress import progress_bar
 from captioner.training.config import ScstConfig
-from captioner.training.curves import round_numbers, write_curves
-from captioner.training.decoder import train
+from captioner.training.loop import train
 
 
 def polylines(path):
@@ -35,7 +35,7 @@ def test_each_validation_leaves_a_page_of_samples_that_needs_nothing_else(finish
     page = (finished / "samples" / pages[-1]).read_text()
     assert page.count("<img") == 8
     assert page.count('src="data:image/jpeg;base64,') == 8
-    assert "this picture is all red ." in page
+    assert "this image is all red ." in page
     assert "http" not in page
     HTMLParser().feed(page)
 
@@ -43,8 +43,8 @@ def test_each_validation_leaves_a_page_of_samples_that_needs_nothing_else(finish
 def test_captions_cannot_break_the_page(captioned, finished, tmp_path):
     from accelerate import Accelerator
 
-    from captioner.data.captions import read_captions
-    from captioner.training.samples import write_samples
+    from captioner.data.readers import read_captions
+    from captioner.report.samples import write_samples
 
     table = read_captions(captioned, "val").select([0])
     results = [{"image_id": 0, "caption": "</p><script>alert(1)</script>"}]
@@ -77,7 +77,7 @@ def test_axes_are_labelled_with_a_few_round_numbers(low, high):
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
 
 
-def test_trackers_get_numbers_pictures_and_captions(finished):
+def test_trackers_get_numbers_images_and_captions(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = next((finished / "captioner").glob("events*"))
@@ -89,7 +89,7 @@ def test_trackers_get_numbers_pictures_and_captions(finished):
 
 
 def test_a_tracker_that_is_not_there_is_said_to_be_missing(captioned, tmp_path, monkeypatch):
-    monkeypatch.setattr("captioner.training.run_log.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("captioner.runs.log.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match="the tracker 'wandb' needs its package: pip install wandb"):
         train(debug(captioned, tmp_path, trackers=("tensorboard", "wandb")))
     with pytest.raises(ValueError, match="no tracker named 'wandbb'; accelerate has .*wandb"):
@@ -100,7 +100,7 @@ def test_a_tracker_that_is_not_there_is_said_to_be_missing(captioned, tmp_path, 
 def test_off_a_terminal_progress_is_told_each_minute(monkeypatch, capsys):
     list(progress_bar(range(3), desc="encoding"))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("captioner.progress.MINUTE", 0.01)
+    monkeypatch.setattr("captioner.runs.progress.MINUTE", 0.01)
     for _ in progress_bar(range(3), desc="encoding", mininterval=0):
         time.sleep(0.02)
     told = [line.partition("|")[0] for line in capsys.readouterr().err.splitlines()]

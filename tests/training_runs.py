@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from captioner import recipes
-from captioner.training import decoder
-from captioner.training.config import DataConfig
+from captioner.data.config import DataConfig
+from captioner.training import loop as decoder
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 OnBad = Literal["skip", "refuse"]
 
+NO_SPLIT = "all"
+"""Split of images that name none."""
+
 IMAGE_FOLDERS = ("{folder}", "images/{folder}", "images", "{split}2017", "{split}2014", "val2014", "Images", ".")
 """Where the images of an annotation file are looked for, relative to the data root and to the file itself."""
 
@@ -88,7 +91,7 @@ class ImageFinder:
 def build_table(
     records: Iterable[Record], images: "Dataset | None", root: Path, folder: Path | None, on_bad: OnBad, name: str
 ) -> "Dataset":
-    """Check the records, count what is wrong, and build the table; `images` holds the pictures that have no path."""
+    """Check the records, count what is wrong, and build the table; `images` holds the images that have no path."""
     import datasets
 
     report, find, seen = ReadReport(), ImageFinder(root, folder), set()

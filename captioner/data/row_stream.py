@@ -1,6 +1,6 @@
 """The training stream of a `datasets` set that is never held whole; see `rows.py` for the order of its rows.
 
-Letters: B pictures, K captions of each, T text tokens.
+Letters: B images, K captions of each, T text tokens.
 """
 
 import os
@@ -54,8 +54,8 @@ class RowReader:
 class RowStream(SeededStream):
     """Rows of a `datasets` set, each with K of its captions, drawn without repetition as far as there are K.
 
-    Every process reads all rows, in one loading process of its own, whose threads open the pictures of its share.
-    The rows in the shuffle buffer are held there, pictures still encoded. A row whose picture or captions cannot be
+    Every process reads all rows, in one loading process of its own, whose threads open the images of its share.
+    The rows in the shuffle buffer are held there, images still encoded. A row whose image or captions cannot be
     used is named once in an epoch, and counted, and the next row takes its place, too.
 
     Args:
@@ -91,7 +91,7 @@ class RowStream(SeededStream):
         return i + attempt
 
     def load(self, number: int, i: int) -> dict:
-        """Open the picture of the row at position `number` and draw its captions.
+        """Open the image of the row at position `number` and draw its captions.
 
         Raises:
             ImageError: the row is unusable and may be skipped.
@@ -102,7 +102,7 @@ class RowStream(SeededStream):
             captions = tidy_captions(row[self.rows.columns[1]])
             if not captions:
                 raise ImageError("it has no caption")
-            picture = self.processor.pixels(self.rows.picture(row))
+            image = self.processor.pixels(self.rows.image(row))
         except ImageError as error:
             label = row[self.rows.columns[2]]
             name = f"row {number} of the stream" if label is None else f"image {label}"
@@ -111,13 +111,13 @@ class RowStream(SeededStream):
             raise ImageError(f"{name}: {error}") from None
         order = random.permutation(len(captions)).tolist()
         drawn = [captions[order[k % len(order)]] for k in range(self.captions_per_image)]
-        return {"picture": picture, "captions": drawn}
+        return {"image": image, "captions": drawn}
 
     def __getitem__(self, i: int) -> dict:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict]:
-        """Return the items of a batch: its rows are read one after the other, its pictures opened by threads."""
+        """Return the items of a batch: its rows are read one after the other, its images opened by threads."""
         self.reader = self.reader or RowReader(lambda start: self.rows.from_position(start, self.seed, self.buffer))
         self.reader.seek(min(positions))
         self.reader.row(max(positions))
@@ -135,7 +135,7 @@ class RowStream(SeededStream):
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor | Grid]:
         """Batch B items: `pixel_values` (B, 3, H, W), the step's `grid`, if any, and the text of `Texts.batch`."""
-        pictures = {"pixel_values": torch.stack([item["picture"] for item in items])}
+        images = {"pixel_values": torch.stack([item["image"] for item in items])}
         if grid := self.grid(items):
-            pictures["grid"] = grid
-        return pictures | self.processor.text([caption for item in items for caption in item["captions"]])
+            images["grid"] = grid
+        return images | self.processor.text([caption for item in items for caption in item["captions"]])

@@ -1,9 +1,9 @@
 """Rows of a `datasets` set that is never held whole: they are read one by one, in a shuffled order.
 
-A row is one picture and its captions, a text or a list of texts; rows of the same picture are not joined. The order of
+A row is one image and its captions, a text or a list of texts; rows of the same image are not joined. The order of
 an epoch is decided by the seed alone: the files (shards) of the set in a random order, their rows through a shuffle
-buffer. So every process finds the same row at the same position, opens the pictures of its own positions, and reads
-past the rows of the others; a resumed run reads past those it has had, which takes time but opens no picture.
+buffer. So every process finds the same row at the same position, opens the images of its own positions, and reads
+past the rows of the others; a resumed run reads past those it has had, which takes time but opens no image.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from captioner.data.caption_table import ImageFinder, OnBad, build_table
-from captioner.data.captions import check_hub, dataset_records, find_column, is_hub_id, is_saved_set, read_captions
+from captioner.data.readers import check_hub, dataset_records, find_column, is_hub_id, is_saved_set, read_captions
 from captioner.images import MAX_BYTES, ImageError, ImageSource
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ LOCAL_SHARDS = 64
 """Parts a set saved on disk is read in; a set of files has those."""
 
 HUB = "hf://datasets/"
-"""How the paths of pictures begin that a set on the hub keeps as files."""
+"""How the paths of images begin that a set on the hub keeps as files."""
 
 
 class StreamedRows:
@@ -74,7 +74,7 @@ class StreamedRows:
         return [caption for row in rows for caption in tidy_captions(row.get(column))]
 
     def epoch(self, number: int, seed: int, buffer: int) -> Iterator[dict]:
-        """Read the rows of an epoch in its own order, pictures still encoded.
+        """Read the rows of an epoch in its own order, images still encoded.
 
         Args:
             buffer: rows that the shuffle buffer holds.
@@ -100,8 +100,8 @@ class StreamedRows:
         epochs = (self.epoch(number, seed, buffer) for number in count(first))
         return chain(islice(next(epochs), skip, None), chain.from_iterable(epochs))
 
-    def picture(self, row: dict) -> ImageSource:
-        """Return the picture of a row, still encoded.
+    def image(self, row: dict) -> ImageSource:
+        """Return the image of a row, still encoded.
 
         Raises:
             ImageError: there is none.
@@ -118,12 +118,12 @@ class StreamedRows:
                 return fetch(path) if path.split("::")[-1].startswith(HUB) else path
             image = image.get("bytes")
         if not isinstance(image, bytes):
-            raise ImageError(f"column '{self.columns[0]}' holds no picture")
+            raise ImageError(f"column '{self.columns[0]}' holds no image")
         return image
 
 
 def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int | None]:
-    """Open one split as a stream, its pictures left encoded, and count its rows if that can be had without reading it.
+    """Open one split as a stream, its images left encoded, and count its rows if that can be had without reading it.
 
     Raises:
         ValueError: no such set or split, or a source of another kind.
@@ -192,7 +192,7 @@ def read_first(
         limit: how many rows; `None` for all.
 
     Raises:
-        ValueError: no such set, split or column, or no picture with captions.
+        ValueError: no such set, split or column, or no image with captions.
     """
     import datasets
 
@@ -204,12 +204,12 @@ def read_first(
     rows = rows.select_columns(present)
     held = [fetched(row, present[0]) for row in (rows if limit is None else rows.take(limit))]
     table = datasets.Dataset.from_list(held, features=rows.features)
-    records, pictures = dataset_records(table, columns, name, [split] * len(table))
-    return build_table(records, pictures, Path(source), images, on_bad, name)
+    records, encoded = dataset_records(table, columns, name, [split] * len(table))
+    return build_table(records, encoded, Path(source), images, on_bad, name)
 
 
 def fetched(row: dict, image_column: str) -> dict:
-    """Return a row with its picture's bytes where these are a file on the hub; unchanged if they cannot be had."""
+    """Return a row with its image's bytes where these are a file on the hub; unchanged if they cannot be had."""
     image = row.get(image_column)
     if isinstance(image, Mapping) and image.get("bytes") is None and HUB in (image.get("path") or ""):
         try:
@@ -220,7 +220,7 @@ def fetched(row: dict, image_column: str) -> dict:
 
 
 def fetch(path: str) -> bytes:
-    """Read a picture that a set on the hub keeps as a file.
+    """Read an image that a set on the hub keeps as a file.
 
     Raises:
         ImageError: it cannot be read.

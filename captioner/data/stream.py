@@ -1,4 +1,4 @@
-"""An endless, seeded stream of pictures in which the position alone decides what comes.
+"""An endless, seeded stream of images in which the position alone decides what comes.
 
 Item i is the same in every process and every run, so a job shards by position and resumes by starting at another one.
 """
@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from captioner.grids import Grid
 from captioner.images import ImageError
-from captioner.processes import leave_signals_to_main
+from captioner.runs.processes import leave_signals_to_main
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PATIENCE = 20
-"""Broken pictures in a row after which the data, not a picture, is at fault."""
+"""Broken images in a row after which the data, not an image, is at fault."""
 
 
 def draw_grid(grids: Sequence[T], seed: int, step: int) -> T:
@@ -30,13 +30,13 @@ def draw_grid(grids: Sequence[T], seed: int, step: int) -> T:
 
 
 class SeededStream(Dataset):
-    """Base of endless streams: epoch after epoch, `size` pictures in a fresh seeded order.
+    """Base of endless streams: epoch after epoch, `size` images in a fresh seeded order.
 
-    A subclass implements `load(number, i)`, where `number` says which picture and i seeds what is random about it. A
-    picture that cannot be opened is reported once, counted, and replaced by the next.
+    A subclass implements `load(number, i)`, where `number` says which image and i seeds what is random about it. A
+    image that cannot be opened is reported once, counted, and replaced by the next.
 
     Args:
-        size: pictures in an epoch.
+        size: images in an epoch.
         seed: decides all that is random.
         grids: compressed grids, of which each optimiser step draws one; without any, the encoder's own.
         per_step: positions of an optimiser step, over all processes.
@@ -47,7 +47,7 @@ class SeededStream(Dataset):
         self.broken: set[int] = set()
 
     def load(self, number: int, i: int) -> dict[str, Any]:
-        """Return the item made of picture `number` at position i."""
+        """Return the item made of image `number` at position i."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: it must implement load")
 
     def __len__(self) -> int:
@@ -55,11 +55,11 @@ class SeededStream(Dataset):
 
     @lru_cache(maxsize=2)  # noqa: B019 - a stream lives as long as the run
     def order(self, epoch: int) -> np.ndarray:
-        """Return the order of the pictures in an epoch, (size,)."""
+        """Return the order of the images in an epoch, (size,)."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.size)
 
     def choose(self, i: int, attempt: int) -> int:
-        """Return the number of the picture to try at position i after so many that could not be opened."""
+        """Return the number of the image to try at position i after so many that could not be opened."""
         epoch, place = divmod(i, self.size)
         return int(self.order(epoch)[(place + attempt) % self.size])
 
@@ -73,7 +73,7 @@ class SeededStream(Dataset):
                 if number not in self.broken:
                     self.broken.add(number)
                     logger.warning("skipped: %s (%d so far)", error, len(self.broken))
-        raise ValueError(f"{PATIENCE} pictures in a row cannot be used; the last: {last}")
+        raise ValueError(f"{PATIENCE} images in a row cannot be used; the last: {last}")
 
     def grid(self, items: list[dict]) -> Grid | None:
         """Return the grid of the step that a batch of items belongs to."""

@@ -1,4 +1,4 @@
-"""The token cache: what a frozen encoder says about each picture, computed once, kept on disk, memory-mapped.
+"""The token cache: what a frozen encoder says about each image, computed once, kept on disk, memory-mapped.
 
 Letters: n images of a shard, V views of each, B images of a batch, M image tokens, D their width.
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 MANIFEST = "cache.json"
 SHARDS = "tokens-*.safetensors"
 SAMPLE = 64
-"""Pictures of a table whose size in bytes is compared with what was encoded."""
+"""Images of a table whose size in bytes is compared with what was encoded."""
 SOURCE = ("encoder", "arguments", "weights", "image")
 """Entries of the manifest that a model must share to use the cache."""
 
 
 def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict) -> dict:
-    """Say what decides the tokens of a picture: the encoder, its weights, the preprocessing.
+    """Say what decides the tokens of an image: the encoder, its weights, the preprocessing.
 
     Weights are compared as float16, so that a model saved in half precision keeps the cache it was trained on.
 
@@ -65,15 +65,15 @@ def grid_name(encoder: TokenEncoder, grid: Grid | None) -> str:
     return "all" if grid is None else f"{grid[0]}x{grid[1]}"
 
 
-def picture_names(table: "Dataset") -> list[str]:
-    """Name the pictures of a caption table by image id and file name, without touching the pictures."""
+def image_names(table: "Dataset") -> list[str]:
+    """Name the images of a caption table by image id and file name, without touching the images."""
     columns = table.select_columns(["image_id", "image"]).with_format("arrow")[:]
     paths = struct_field(columns["image"], "path").to_pylist()
     return [f"{i} {Path(path or '').name}" for i, path in zip(columns["image_id"].to_pylist(), paths, strict=True)]
 
 
-def picture_size(image: dict) -> int:
-    """Return the size of an encoded picture in bytes, or -1 where there is no such file."""
+def image_size(image: dict) -> int:
+    """Return the size of an encoded image in bytes, or -1 where there is no such file."""
     if image["bytes"] is not None:
         return len(image["bytes"])
     try:
@@ -88,7 +88,7 @@ class TokenCache:
     Args:
         folder: what `captioner cache` wrote.
         source: the `encoder_fingerprint` that the cache must come from; `None` takes any.
-        grids: names of the grids to read; the first is what pictures are read at unless they are asked for another.
+        grids: names of the grids to read; the first is what images are read at unless they are asked for another.
 
     Raises:
         FileNotFoundError: no cache is there.
@@ -161,33 +161,33 @@ class TokenCache:
         raise ValueError(f"the token cache '{self.folder}' comes from {what}; {remedy}")
 
     def missing(self, table: "Dataset") -> int:
-        """Count the pictures of a table that are neither encoded nor known to be unreadable."""
-        return sum(name not in self.rows and name not in self.broken for name in picture_names(table))
+        """Count the images of a table that are neither encoded nor known to be unreadable."""
+        return sum(name not in self.rows and name not in self.broken for name in image_names(table))
 
-    def pictures(self, table: "Dataset") -> "CachedPictures":
-        """Find the pictures of a table.
+    def images(self, table: "Dataset") -> "CachedImages":
+        """Find the images of a table.
 
         Raises:
             ValueError: some are not in the cache, or are not the files that were encoded.
         """
-        names = picture_names(table)
+        names = image_names(table)
         if count := sum(name not in self.rows and name not in self.broken for name in names):
             raise ValueError(
-                f"the token cache '{self.folder}' lacks {count} of {len(names)} pictures of the split "
+                f"the token cache '{self.folder}' lacks {count} of {len(names)} images of the split "
                 f"'{table[0]['split']}'; add them: captioner cache --splits ... --output '{self.folder}' ..."
             )
         for number in np.linspace(0, len(names) - 1, min(SAMPLE, len(names))).astype(int).tolist():
             image, row = table[number]["image"], self.rows.get(names[number])
-            if row is not None and self.sizes[row] != (size := picture_size(image)):
+            if row is not None and self.sizes[row] != (size := image_size(image)):
                 raise ValueError(
                     f"'{image['path'] or names[number]}' has {size} bytes, but {self.sizes[row]} when it was encoded "
-                    f"into '{self.folder}': the pictures have changed; make another token cache"
+                    f"into '{self.folder}': the images have changed; make another token cache"
                 )
-        return CachedPictures(self, names)
+        return CachedImages(self, names)
 
 
-class CachedPictures:
-    """The pictures of a caption table as the model takes them, from a token cache: `image_tokens` (B, M, D)."""
+class CachedImages:
+    """The images of a caption table as the model takes them, from a token cache: `image_tokens` (B, M, D)."""
 
     def __init__(self, cache: TokenCache, names: Sequence[str]):
         self.shards, self.views = cache.shards, cache.manifest["views"]
@@ -206,7 +206,7 @@ class CachedPictures:
         return 0
 
     def open(self, number: int) -> int:
-        """Return picture `number` as `batch` takes it.
+        """Return image `number` as `batch` takes it.
 
         Raises:
             ImageError: it could not be read when the cache was made.
@@ -218,7 +218,7 @@ class CachedPictures:
     def batch(
         self, opened: Sequence[int], views: Sequence[int] | None = None, grid: Grid | None = None
     ) -> dict[str, torch.Tensor]:
-        """Gather the tokens of B pictures at a grid, each in the view given, else in the plain one."""
+        """Gather the tokens of B images at a grid, each in the view given, else in the plain one."""
         shards = self.shards[f"{grid[0]}x{grid[1]}" if grid else self.first]
         some = shards[self.shard[opened[0]]]
         tokens = torch.empty(len(opened), *some.shape[2:], dtype=some.dtype)  # (B, M, D)
@@ -237,7 +237,7 @@ def open_cache(
     """Open the cache of a model's image tokens; None without a folder.
 
     Args:
-        grid: the grid at which pictures are read; `None` for the model's own.
+        grid: the grid at which images are read; `None` for the model's own.
         grids: all grids that may be asked for in its place.
 
     Raises:

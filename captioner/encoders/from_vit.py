@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from timm.layers import PatchEmbed
 from torch import nn
 
-from captioner.encoders.base import EXPORTED, TokenEncoder
+from captioner.encoders.base import TokenEncoder
 from captioner.encoders.lookupvit import LookupBlock, LookupViT, resize_tokens
+from captioner.encoders.registry import EXPORTED
 
 
 def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:

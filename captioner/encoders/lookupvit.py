@@ -174,7 +174,7 @@ class LookupViT(TokenEncoder):
         if not (1 <= grid[0] <= x.shape[1] and 1 <= grid[1] <= x.shape[2]):
             raise ValueError(
                 f"compressed grid {grid[0]}x{grid[1]} is not within the lookup grid {x.shape[1]}x{x.shape[2]}, "
-                "the largest at this picture size"
+                "the largest at this image size"
             )
         lookup = x + resize_tokens(self.pos_lookup, x.shape[1:3])
         compressed = resize_tokens(x, grid) + resize_tokens(self.pos_compressed, grid)  # (B, g, g, D)

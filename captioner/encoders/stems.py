@@ -12,7 +12,7 @@ from timm.layers import HybridEmbed, PatchEmbed, to_2tuple
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
-from captioner.encoders.base import loading_options
+from captioner.encoders.registry import loading_options
 
 
 class NetworkStem(HybridEmbed):

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from captioner.data.captions import is_karpathy, keep_split, load_json, load_rows, read_coco, read_karpathy
+from captioner.data.readers import is_karpathy, load_json, load_rows, read_coco, read_karpathy
+from captioner.data.splits import keep_split
 from captioner.metrics.scores import name_ids
 
 ImageId = int | str
@@ -95,8 +96,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """Read what a captioner wrote; captions are checked where they are scored.
 
     COCO results (a JSON list), one such object a line (`.jsonl`), or rows of a table (`.csv`). Where there is no
-    `image_id`, the name of the picture's file stands for it (`ID_KEYS`), as in what `captioner caption` writes; rows of
-    pictures that it could not caption are left out.
+    `image_id`, the name of the image's file stands for it (`ID_KEYS`), as in what `captioner caption` writes; rows of
+    images that it could not caption are left out.
 
     Returns:
         Rows with the keys `image_id` (int or str) and `caption`.

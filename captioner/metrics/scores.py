@@ -17,7 +17,7 @@ from captioner.metrics import java, overlap
 from captioner.metrics.cider import CiderD, DocumentFrequency
 from captioner.metrics.explain import NGramMatch, matched_ngrams
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
-from captioner.metrics.ptb import tokenize
+from captioner.metrics.ptb.tokenizer import tokenize
 
 KEYS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 """Names of the scores, in the order people print them."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from captioner.metrics.ptb import tokenize
+from captioner.metrics.ptb.tokenizer import tokenize
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from captioner.metrics.compare import Difference, Interval, confidence, paired_test
 from captioner.metrics.files import ImageId, ReferenceSet
-from captioner.metrics.ptb import tokenize
+from captioner.metrics.ptb.tokenizer import tokenize
 from captioner.metrics.scores import Scores, describe_counts, score
 from captioner.metrics.statistics import CaptionStatistics, caption_statistics
 

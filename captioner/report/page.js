@@ -18,9 +18,9 @@ function make(tag, className, text) {
   return element;
 }
 
-function picture(place) {
+function image(place) {
   const number = Math.floor(place / data.block);
-  if (!blocks.has(number)) blocks.set(number, JSON.parse(find(`pictures-${number}`).textContent));
+  if (!blocks.has(number)) blocks.set(number, JSON.parse(find(`images-${number}`).textContent));
   return blocks.get(number)[place % data.block];
 }
 
@@ -120,18 +120,18 @@ function number(value) {
 function row(place) {
   const line = make("tr");
   line.dataset.id = data.ids[place];
-  if (data.pictures) {
-    const cell = make("td", "picture");
-    const source = picture(place);
+  if (data.images) {
+    const cell = make("td", "image");
+    const source = image(place);
     if (source) {
       const image = make("img");
       image.loading = "lazy";
       image.decoding = "async";
-      image.alt = `Picture ${data.ids[place]}`;
+      image.alt = `Image ${data.ids[place]}`;
       image.src = `data:image/webp;base64,${source}`;
       cell.append(image);
     } else {
-      cell.append(make("span", "missing", "no picture"));
+      cell.append(make("span", "missing", "no image"));
     }
     line.append(cell);
   }
@@ -229,7 +229,7 @@ for (const [text, of, order] of presets) {
   find("presets").append(button);
 }
 
-if (data.pictures) find("heads").append(make("th", "", "Picture"));
+if (data.images) find("heads").append(make("th", "", "Image"));
 find("heads").append(make("th", "", two ? "Captions" : "Caption"));
 for (const head of find("heads").children) head.scope = "col";
 for (const name of columns) {

@@ -1,10 +1,10 @@
-"""The page of `captioner score --report`: scores, distributions, and every caption beside its picture.
+"""The page of `captioner score --report`: scores, distributions, and every caption beside its image.
 
 Captions, file names and ids come from others. In HTML they are escaped; for the list of captions they lie in JSON
 blocks in which no tag can begin, and the script shows them as text only. The page's content security policy allows this
-one script, this one style and embedded pictures, so that nothing is ever loaded or run from elsewhere.
+one script, this one style and embedded images, so that nothing is ever loaded or run from elsewhere.
 
-Pictures are small WebP files in blocks of `BLOCK`, read when the list comes to one of them: a page of 5,000 pictures is
+Images are small WebP files in blocks of `BLOCK`, read when the list comes to one of them: a page of 5,000 images is
 20 MB, yet only those on show are decoded.
 """
 
@@ -29,7 +29,7 @@ from captioner.metrics.systems import Evaluation
 from captioner.report.plots import histogram, interval
 
 SIDE, QUALITY, BLOCK = 160, 45, 250
-"""Longer side of a picture in px, its WebP quality, and how many lie in one block."""
+"""Longer side of an image in px, its WebP quality, and how many lie in one block."""
 
 PLOTTED = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 """Scores with a plot of their own: sentences' BLEU-1 to 3 say little beside BLEU-4."""
@@ -38,17 +38,17 @@ EVEN = 5e-5
 """Difference of two scores of one image below which they count as even; BLEU of no match is not exactly 0."""
 
 
-def write_report(file: IO[str], evaluation: Evaluation, annotations: str, pictures: Mapping[ImageId, Path]) -> int:
+def write_report(file: IO[str], evaluation: Evaluation, annotations: str, images: Mapping[ImageId, Path]) -> int:
     """Write the page.
 
     Args:
         file: open for text.
         evaluation: one or two systems.
         annotations: name of what they were scored against.
-        pictures: file of each image that has one.
+        images: file of each image that has one.
 
     Returns:
-        How many pictures could not be read; they are left out.
+        How many images could not be read; they are left out.
     """
     folder = files("captioner.report")
     style, script, listing = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html"))
@@ -66,11 +66,11 @@ def write_report(file: IO[str], evaluation: Evaluation, annotations: str, pictur
     blocks = range(0, len(evaluation.image_ids), BLOCK)
     with ThreadPoolExecutor() as pool:
         for number, start in enumerate(blocks):
-            paths = [pictures.get(image_id) for image_id in evaluation.image_ids[start : start + BLOCK]]
+            paths = [images.get(image_id) for image_id in evaluation.image_ids[start : start + BLOCK]]
             thumbnails = list(pool.map(_thumbnail, paths))
             unreadable += sum(path is not None and not data for path, data in zip(paths, thumbnails, strict=True))
-            file.write(_block(f"pictures-{number}", thumbnails))
-    file.write(_block("data", _data(evaluation, bool(pictures))))
+            file.write(_block(f"images-{number}", thumbnails))
+    file.write(_block("data", _data(evaluation, bool(images))))
     file.write(f"<script>{script}</script>\n</body>\n</html>\n")
     return unreadable
 
@@ -87,7 +87,7 @@ def _block(name: str, value: Any) -> str:
 
 
 def _thumbnail(path: Path | None) -> str:
-    """Encode a picture anew, small and without metadata, as base64; empty if there is none that can be read."""
+    """Encode an image anew, small and without metadata, as base64; empty if there is none that can be read."""
     if path is None:
         return ""
     try:
@@ -100,7 +100,7 @@ def _thumbnail(path: Path | None) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _data(evaluation: Evaluation, pictures: bool) -> dict:
+def _data(evaluation: Evaluation, images: bool) -> dict:
     ids = evaluation.image_ids
     systems = [
         {
@@ -116,7 +116,7 @@ def _data(evaluation: Evaluation, pictures: bool) -> dict:
     ]
     references = evaluation.systems[0].scores.references
     ids = [image_id if isinstance(image_id, str) or abs(image_id) < 2**53 else str(image_id) for image_id in ids]
-    return {"ids": ids, "systems": systems, "references": references, "block": BLOCK, "pictures": pictures}
+    return {"ids": ids, "systems": systems, "references": references, "block": BLOCK, "images": images}
 
 
 def _header(evaluation: Evaluation, annotations: str) -> str:

@@ -13,7 +13,7 @@ COLOURS = ("#0b6e8a", "#c2571a", "#5a7d2a", "#7a4aa0")
 
 @dataclass
 class Point:
-    """One way to encode a picture: its cost and its score with the ends of an interval."""
+    """One way to encode an image: its cost and its score with the ends of an interval."""
 
     series: str
     name: str

@@ -1,70 +1,23 @@
 """Every setting of a run: one typed dataclass per job, saved beside its results. Imports nothing heavy."""
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from captioner.data.config import DataConfig
 from captioner.grids import parse_grid
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where captioned images are."""
-
-    root: str | None = None
-    """Annotation file, folder (COCO, Karpathy, CSV or JSONL beside images, a saved `datasets` set), or hub id."""
-    streaming: bool = False
-    """Train from a hub id, a saved `datasets` set or a folder of parquet files row by row, never held whole. A row is
-    then one picture, and validation reads the first `evaluate_images` rows of its split."""
-    stream_buffer: int = 10_000
-    """Rows of the shuffle buffer of streaming, held in memory with their encoded pictures by each process."""
-    stream_rows: int | None = None
-    """Rows of an epoch of streaming, where the set does not say how many it has, or fewer are wanted."""
-    images: Path | None = None
-    """Folder of the images, where it is not beside the annotations."""
-    train_split: str = "train"
-    """Split to train on."""
-    val_split: str = "val"
-    """Split to choose the best checkpoint by."""
-    restval: bool = False
-    """Join Karpathy's `restval` images to the training split."""
-    on_bad: Literal["skip", "refuse"] = "skip"
-    """Drop unusable entries with one summary, or refuse the data."""
-    image_column: str = "image"
-    """Image column of CSV, JSONL and `datasets` sources."""
-    caption_column: str = "captions"
-    """Caption column of those."""
-    id_column: str = "image_id"
-    """Image id column of those."""
-    tokens: Path | None = None
-    """Folder that `captioner cache` wrote: the image tokens are read there, no picture is opened or encoded."""
-    captions_per_image: int = 5
-    """Captions of an image in one step; they share its encoding."""
-    workers: int = 2
-    """Picture loading processes per training process; of streaming, threads of one such process."""
-
-    def __post_init__(self):
-        if self.streaming and self.tokens is not None:
-            raise ValueError("a token cache holds a set whole; leave out --data.streaming, or --data.tokens")
-        if self.workers < 0:
-            raise ValueError(f"workers must not be negative, but is {self.workers}")
-        for name in ("captions_per_image", "stream_buffer", "stream_rows"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
-
-
-@dataclass(frozen=True)
 class EncoderConfig:
-    """Which encoder, and how it is shown a picture."""
+    """Which encoder, and how it is shown an image."""
 
     encoder: str = "lookupvit_small_patch16_224"
     """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, or `hf-hub:OWNER/NAME`."""
     image_size: int | None = None
-    """Side of the picture in pixels; `None` for the encoder's own."""
+    """Side of the image in pixels; `None` for the encoder's own."""
     crop_mode: Literal["squash", "center", "border"] = "squash"
-    """How a picture becomes a square: squashed whole, its centre cropped, or padded."""
+    """How an image becomes a square: squashed whole, its centre cropped, or padded."""
 
 
 @dataclass(frozen=True)
@@ -207,82 +160,3 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where this stage writes."""
         return self.output if self.stage == "xe" else self.output / "scst"
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Caption a split with every process, write the captions, then score them."""
-
-    model: str | None = None
-    """Folder or hub id of the captioner; `None` for the shipped one."""
-    data: DataConfig = field(default_factory=DataConfig)
-    split: str = "test"
-    """Split to caption."""
-    output: Path = Path("runs/evaluate")
-    """Folder of `results.json` (COCO results format) and `scores.json`, which the same evaluation replaces."""
-    overwrite: bool = False
-    """Replace the results of another evaluation in `output`, too."""
-    batch_size: int = 32
-    """Images per batch and process."""
-    grid: str | None = None
-    """Compressed grid such as `7x7`; `None` for the model's own."""
-    num_beams: int = 3
-    """Beams of the search."""
-    max_new_tokens: int = 24
-    """Longest caption in tokens."""
-    limit: int | None = None
-    """Caption the first so many images only."""
-    spice: Path | None = None
-    """Folder with SPICE's models; without it SPICE is left out."""
-
-    def __post_init__(self):
-        for name in ("batch_size", "num_beams", "max_new_tokens", "limit"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Encode pictures once and keep their tokens on disk, for training and evaluation to read (`--data.tokens`)."""
-
-    output: Path = Path("runs/tokens")
-    """Folder of the cache; one that exists is gone on with."""
-    data: DataConfig = field(default_factory=DataConfig)
-    splits: tuple[str, ...] = ("train", "val")
-    """Splits to encode; others may be added to the same folder later."""
-    model: EncoderConfig = field(default_factory=EncoderConfig)
-    captioner: str | None = None
-    """Folder or hub id of a captioner, to take its encoder and preprocessing in place of `--model`."""
-    grids: tuple[str, ...] = ()
-    """Compressed grids such as `3x3 5x5`; without any, the model's own."""
-    views: int = 1
-    """Views of each picture: itself, its mirror image, then random crops, each mirrored or not. Training draws one."""
-    min_crop: float = 0.6
-    """Least share of the picture in a random crop."""
-    dtype: Literal["float16", "bfloat16"] = "float16"
-    """Half precision of the tokens on disk."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the encoder's forward."""
-    batch_size: int = 32
-    """Pictures per forward and process."""
-    seed: int = 0
-    """Seed of the random crops, and of an encoder without trained weights (as `captioner train --seed`)."""
-
-    def __post_init__(self):
-        if self.data.tokens is not None:
-            raise ValueError("name the folder of the cache with --output; --data.tokens is for those who read it")
-        if self.views < 1 or self.batch_size < 1 or not self.splits:
-            raise ValueError("a cache needs at least one split, one view and one picture per batch")
-        if not 0 < self.min_crop <= 1:
-            raise ValueError(f"min_crop is a share of the picture, above 0 and up to 1, not {self.min_crop}")
-
-
-def save_config(config, folder: Path) -> None:
-    """Write the resolved config of a run to `folder/run_config.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run_config.json").write_text(config_text(config))
-
-
-def config_text(config) -> str:
-    """Return a config as JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"

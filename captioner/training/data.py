@@ -5,21 +5,22 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from captioner.data.collate import CaptionStream, open_pictures
+from captioner.data.batches import CaptionStream, open_images
+from captioner.data.config import DataConfig
+from captioner.data.readers import read_split
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first
 from captioner.data.token_cache import TokenCache
-from captioner.evaluation import read_split
 from captioner.grids import Grid
 from captioner.processing import CaptionerProcessor
-from captioner.training.config import DataConfig, TrainConfig
+from captioner.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import datasets
 
 
 class TableData:
-    """The training split as a table: every caption at hand, pictures opened in any order."""
+    """The training split as a table: every caption at hand, images opened in any order."""
 
     def __init__(self, data: DataConfig):
         self.table = read_split(data, data.train_split)
@@ -29,7 +30,7 @@ class TableData:
 
     @property
     def references(self) -> list[list[str]]:
-        """The captions of each picture."""
+        """The captions of each image."""
         return self.table["captions"]
 
     def captions(self) -> list[str]:
@@ -37,7 +38,7 @@ class TableData:
         return [caption for group in self.references for caption in group]
 
     def settings(self) -> dict:
-        """Return what of this a resumed run cannot change: which pictures, and their captions."""
+        """Return what of this a resumed run cannot change: which images, and their captions."""
         captions = json.dumps([self.table["image_id"][:], self.references[:]])
         return {"data.streaming": None, "data (digest)": hashlib.sha256(captions.encode()).hexdigest()[:16]}
 
@@ -53,10 +54,10 @@ class TableData:
         """Open the endless stream of training items, from a token cache if there is one.
 
         Raises:
-            ValueError: the cache lacks pictures, or they are not the files that were encoded.
+            ValueError: the cache lacks images, or they are not the files that were encoded.
         """
-        pictures = open_pictures(self.table, processor, cache)
-        return CaptionStream(self.table, processor, captions_per_image, seed, pictures, grids, per_step)
+        images = open_images(self.table, processor, cache)
+        return CaptionStream(self.table, processor, captions_per_image, seed, images, grids, per_step)
 
 
 class RowData:
@@ -100,7 +101,7 @@ TrainingData = TableData | RowData
 
 
 def open_data(config: TrainConfig) -> tuple[TrainingData, "datasets.Dataset"]:
-    """Open the training split, and read the table of at most `evaluate_images` pictures to validate on.
+    """Open the training split, and read the table of at most `evaluate_images` images to validate on.
 
     Raises:
         ValueError: no data, or data that cannot be used as configured.

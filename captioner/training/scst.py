@@ -31,8 +31,8 @@ from captioner.metrics import CiderD, tokenize_caption
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
 from captioner.metrics.overlap import bleu, bleu_statistics
 from captioner.processing import CaptionerProcessor
+from captioner.runs.sharding import whole_weights
 from captioner.training.config import ScstConfig
-from captioner.training.sharding import whole_weights
 
 END = " </s>"
 """The end of a caption, as a word that no tokenized caption contains."""

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from captioner.data.collate import PictureRows, Pictures
+from captioner.data.batches import ImageRows, Images
 from captioner.evaluation import caption_split, score_results
 from captioner.labels import next_tokens
 from captioner.processing import CaptionerProcessor
@@ -24,7 +24,7 @@ def validate(
     model: nn.Module,
     processor: CaptionerProcessor,
     table: "datasets.Dataset",
-    pictures: Pictures,
+    images: Images,
     config: TrainConfig,
 ) -> tuple[dict, list[dict]]:
     """Caption the validation images and score them, in every process alike.
@@ -39,12 +39,12 @@ def validate(
         table,
         batch_size=config.batch_size,
         workers=config.data.workers,
-        pictures=pictures,
+        images=images,
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )
     scores = score_results(results, table, metrics=("BLEU", "CIDEr"))
-    loss = validation_loss(accelerator, model, processor, table, pictures, config)
+    loss = validation_loss(accelerator, model, processor, table, images, config)
     return {"loss_val": loss, **{name: scores[name] for name in ("CIDEr", "BLEU-4")}}, results
 
 
@@ -53,22 +53,22 @@ def validation_loss(
     model: nn.Module,
     processor: CaptionerProcessor,
     table: "datasets.Dataset",
-    pictures: Pictures,
+    images: Images,
     config: TrainConfig,
 ) -> float:
     """Return the cross-entropy per token of the validation captions, not smoothed, each image's first K of them."""
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
-    rows = PictureRows(pictures)
+    rows = ImageRows(images)
     for start in range(accelerator.process_index * size, len(table), accelerator.num_processes * size):
         opened = [rows[row] for row in range(start, min(start + size, len(table)))]
-        good = [(row, picture) for row, picture in opened if not isinstance(picture, str)]
+        good = [(row, image) for row, image in opened if not isinstance(image, str)]
         if not good:
             continue
         groups = table[[row for row, _ in good]]["captions"]
         captions = [group[k % len(group)] for group in groups for k in range(count)]
-        seen, text = pictures.batch([picture for _, picture in good]), processor.text(captions)
+        seen, text = images.batch([image for _, image in good]), processor.text(captions)
         seen, text = send_to_device((seen, text), accelerator.device)
         read, said = next_tokens(text)
         with accelerator.autocast():

@@ -1,0 +1,118 @@
+"""`captioner evaluate`: caption a split with every process, write the captions, then score them."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from captioner.data.batches import open_images
+from captioner.data.config import DataConfig
+from captioner.data.readers import read_split
+from captioner.data.token_cache import open_cache
+from captioner.evaluation import caption_split, score_results, write_results
+from captioner.grids import parse_grid
+from captioner.inference import load
+from captioner.metrics import METRICS, Scores
+from captioner.metrics.java import spice_models
+from captioner.runs.config import config_text, save_config
+from captioner.runs.files import open_whole
+from captioner.runs.processes import start_processes
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Caption a split with every process, write the captions, then score them."""
+
+    model: str | None = None
+    """Folder or hub id of the captioner; `None` for the shipped one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: str = "test"
+    """Split to caption."""
+    output: Path = Path("runs/evaluate")
+    """Folder of `results.json` (COCO results format) and `scores.json`, which the same evaluation replaces."""
+    overwrite: bool = False
+    """Replace the results of another evaluation in `output`, too."""
+    batch_size: int = 32
+    """Images per batch and process."""
+    grid: str | None = None
+    """Compressed grid such as `7x7`; `None` for the model's own."""
+    num_beams: int = 3
+    """Beams of the search."""
+    max_new_tokens: int = 24
+    """Longest caption in tokens."""
+    limit: int | None = None
+    """Caption the first so many images only."""
+    spice: Path | None = None
+    """Folder with SPICE's models; without it SPICE is left out."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_beams", "max_new_tokens", "limit"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+
+
+SETTINGS = EvaluateConfig
+
+
+def run(config: EvaluateConfig) -> int:
+    """Evaluate, and return the exit code."""
+    evaluate(config)
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> Scores | None:
+    """Run the evaluation job; returns the scores in the main process, None in the others.
+
+    Raises:
+        ValueError: no data, a folder that holds no captioner, a token cache that is not this model's, or the results
+            of another evaluation in `output`.
+        OSError: a file that is missing, SPICE's models among them.
+    """
+    if config.spice:
+        spice_models(config.spice)
+    accelerator = start_processes()
+    check_output(config)
+    table = read_split(config.data, config.split)
+    if config.limit is not None:
+        table = table.select(range(min(config.limit, len(table))))
+    captioner = load(config.model, str(accelerator.device))
+    cache = open_cache(config.data.tokens, captioner.model, captioner.processor, parse_grid(config.grid))
+    results = caption_split(
+        accelerator,
+        captioner.model,
+        captioner.processor,
+        table,
+        batch_size=config.batch_size,
+        grid=parse_grid(config.grid),
+        workers=config.data.workers,
+        images=open_images(table, captioner.processor, cache),
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+    )
+    scores = None
+    if accelerator.is_main_process:
+        save_config(replace(config, overwrite=False), config.output)
+        path = write_results(results, config.output / "results.json")
+        accelerator.print(f"{len(results)} captions written to {path}")
+        metrics = (*METRICS, "SPICE") if config.spice else METRICS
+        scores = score_results(results, table, metrics=metrics, spice_models=config.spice)
+        with open_whole(config.output / "scores.json") as file:
+            json.dump(scores.to_dict(), file, indent=1)
+        accelerator.print(scores)
+    accelerator.end_training()
+    return scores
+
+
+def check_output(config: EvaluateConfig) -> None:
+    """Refuse to replace the results of an evaluation with other settings, unless told to.
+
+    Raises:
+        ValueError: there are such results.
+    """
+    saved, same = config.output / "run_config.json", replace(config, overwrite=False)
+    if config.overwrite or not (config.output / "results.json").exists() or not saved.exists():
+        return
+    if saved.read_text() != config_text(same):
+        raise ValueError(
+            f"'{config.output}' holds the results of an evaluation with other settings, see '{saved}'; "
+            "name another --output, or pass --overwrite"
+        )

@@ -1,0 +1,254 @@
+"""Scoring results files: read them and the annotations, print a table, write scores and a report."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated, Literal
+
+import tyro
+
+from captioner.data.caption_table import ImageFinder
+from captioner.data.readers import is_karpathy, load_json
+from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
+from captioner.metrics.compare import signed
+from captioner.metrics.files import ImageId, ReferenceSet, clean
+from captioner.metrics.java import spice_models
+from captioner.metrics.systems import Evaluation, evaluate_systems
+from captioner.runs.files import open_whole
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score captions of any system against references; of two systems, say whether they differ."""
+
+    files: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS [RESULTS_B] ANNOTATIONS")
+    ] = ()
+    """One or two results files (COCO results, or what `captioner caption` wrote), then COCO or Karpathy annotations."""
+    split: str | None = None
+    """Split of Karpathy annotations; `None` for test."""
+    output: Path | None = None
+    """File for the scores, format by ending: .json (all there is) or .csv (a row per image)."""
+    report: Path | None = None
+    """HTML page for scores, distributions and captions beside their images; one file that needs nothing else."""
+    images: Path | None = None
+    """Folder of the report's images, where they are not beside the annotations."""
+    overwrite: bool = False
+    """Replace files that exist."""
+    partial: bool = False
+    """Score the images that results and annotations both have, and say how many that leaves out."""
+    allow_empty: bool = False
+    """Give an empty caption zeros instead of refusing it."""
+    metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = METRICS
+    """Scores to compute; METEOR needs Java and is left out with a note where it is missing. For SPICE see --spice."""
+    spice: Path | None = None
+    """Folder with SPICE's models, to compute SPICE as well."""
+    train: Path | None = None
+    """Annotations of the training set, to see which share of the captions stands in it word for word."""
+    samples: int = 1000
+    """Bootstrap samples behind the intervals, and swaps behind the p-values."""
+    level: float = 0.95
+    """Share of samples inside an interval."""
+    seed: int = 0
+    """Seed of the samples."""
+    java_timeout: float = 1800.0
+    """Seconds METEOR and SPICE may take, each."""
+
+
+SETTINGS = ScoreConfig
+
+
+def run(config: ScoreConfig) -> int:
+    """Score, and return the exit code."""
+    score_files(config)
+    return 0
+
+
+def score_files(config: ScoreConfig) -> Evaluation:
+    """Run the scoring job: print the table, write what was asked for.
+
+    Raises:
+        ValueError: files that are not what they should be, ids or captions that cannot be scored, see `score`.
+        OSError: a file that cannot be read or written.
+    """
+    *paths, annotations = check_paths(config)
+    references = read_references(annotations, config.split)
+    results = {}
+    for path, name in zip(paths, short_names(paths), strict=True):
+        results[name], note = match_ids(read_results(path), references)
+        references.warnings += [f"{name}: {note}"] * bool(note)
+    images = find_images(references, annotations, config.images) if config.report else {}
+    evaluation = evaluate_systems(
+        results,
+        references,
+        training=read_training(config.train),
+        samples=config.samples,
+        level=config.level,
+        seed=config.seed,
+        partial=config.partial,
+        allow_empty=config.allow_empty,
+        metrics=(*config.metrics, "SPICE") if config.spice else config.metrics,
+        spice_models=config.spice,
+        java_timeout=config.java_timeout,
+    )
+    print(format_table(evaluation, annotations.name))
+    if config.output:
+        with open_whole(config.output) as file:
+            WRITERS[config.output.suffix](evaluation, file)
+        print(f"scores written to {config.output}")
+    if config.report:
+        from captioner.report import write_report
+
+        with open_whole(config.report) as file:
+            unreadable = write_report(file, evaluation, annotations.name, images)
+        found = sum(image_id in images for image_id in evaluation.image_ids) - unreadable
+        print(f"report written to {config.report}, with {found:,} images of {len(evaluation.image_ids):,}")
+    return evaluation
+
+
+def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
+    """Check the command line and return its files before anything is read.
+
+    Raises:
+        ValueError: too few or too many files, an unknown ending, an output that exists or is an input.
+    """
+    if not (config.metrics or config.spice):
+        raise ValueError(f"no score to compute; name some of {', '.join(METRICS)} with --metrics")
+    if config.spice:
+        spice_models(config.spice)
+    if config.images and not config.report:
+        raise ValueError("--images are for the page of --report; name that too")
+    if len(config.files) not in (2, 3):
+        raise ValueError(f"name RESULTS [RESULTS_B] ANNOTATIONS, two files or three, not {len(config.files)}")
+    for path in (*config.files, *([config.train] if config.train else [])):
+        if not path.exists():
+            raise FileNotFoundError(f"no file '{path}'")
+        if path.is_dir():
+            raise ValueError(f"'{path}' is a folder; name the file")
+    for option, path, endings in (("output", config.output, WRITERS), ("report", config.report, (".html", ".htm"))):
+        if path is None:
+            continue
+        if path.suffix not in endings:
+            raise ValueError(f"--{option} '{path}' must end in {' or '.join(endings)}")
+        if any(path.resolve() == other.resolve() for other in (*config.files, config.train) if other):
+            raise ValueError(f"--{option} '{path}' is a file to read; name another")
+        if path.is_dir() or (path.exists() and not config.overwrite):
+            raise ValueError(f"'{path}' exists; pass --overwrite to replace it")
+    return config.files
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Name files as shortly as tells them apart."""
+    names = [clean(path.name) for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    names = [clean(f"{path.resolve().parent.name}/{path.name}") for path in paths]
+    return names if len(set(names)) == len(names) else [f"{letter}: {n}" for letter, n in zip("AB", names, strict=True)]
+
+
+def read_training(path: Path | None) -> list[str] | None:
+    """Read the captions of a training set: a whole COCO file, or Karpathy's `train` and `restval`."""
+    if path is None:
+        return None
+    split = "train" if is_karpathy(load_json(path)) else None
+    references = read_references(path, split, restval=True)
+    return [caption for group in references.captions.values() for caption in group]
+
+
+def find_images(references: ReferenceSet, annotations: Path, folder: Path | None) -> dict[ImageId, Path]:
+    """Find the images of a report, which does without those that are missing.
+
+    Raises:
+        FileNotFoundError: none is in the folder that was named for them.
+    """
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"no image folder at '{folder}'")
+    find = ImageFinder(annotations.parent, folder)
+    found = {image_id: find(name, references.split) for image_id, name in references.files.items()}
+    images = {image_id: path for image_id, path in found.items() if path}
+    if folder is not None and not images:
+        name = next(iter(references.files.values()))
+        raise FileNotFoundError(f"none of the {len(found):,} images, such as '{name}', is in '{folder}'")
+    return images
+
+
+def format_table(evaluation: Evaluation, annotations: str) -> str:
+    """Lay the scores out for a terminal."""
+    systems, differences = evaluation.systems, evaluation.differences
+    captions = f"{evaluation.references.captions / len(evaluation.image_ids):.1f} references each"
+    lines = [f"{len(evaluation.image_ids):,} images of {annotations}, {captions}", ""]
+    letters = ["A", "B"] if differences is not None else ["score"]
+    if differences is not None:
+        lines += [*(f"{letter}: {s.name}" for letter, s in zip(letters, systems, strict=True)), ""]
+    percent = f"{100 * evaluation.level:g}% interval"
+    head = ["", *(cell for letter in letters for cell in (letter, percent))]
+    rows = [[*head, "B - A", percent, "p"] if differences is not None else head]
+    for name in systems[0].scores.corpus:
+        row = [name]
+        for system in systems:
+            found = system.intervals.get(name)
+            row += [f"{found.score:.4f}", f"{found.low:.4f} to {found.high:.4f}"] if found else ["absent", ""]
+        if differences is not None and name in differences:
+            gain = differences[name]
+            least = gain.p <= 1 / (evaluation.samples + 1)  # no smaller one can come of so many samples
+            row += [signed(gain.difference), f"{signed(gain.low)} to {signed(gain.high)}"]
+            row += [f"{'<= ' * least}{gain.p:.3f}"]
+        rows.append(row)
+    lines += [*_aligned(rows), ""]
+
+    seen = any(system.statistics.seen_in_training is not None for system in systems)
+    rows = [["captions", "words", "shortest to longest", "vocabulary", "distinct-1", "distinct-2", "different"]]
+    rows[0] += ["seen in training"] * seen
+    for letter, found in zip(letters, (system.statistics for system in systems), strict=True):
+        row = ["" if letter == "score" else letter, f"{found.mean_length:.1f}"]
+        row += [f"{found.min_length} to {found.max_length}", f"{found.vocabulary:,}", f"{found.distinct_1:.3f}"]
+        row += [f"{found.distinct_2:.3f}", f"{100 * found.unique:.1f}%"]
+        rows.append(row + ([f"{100 * found.seen_in_training:.1f}%"] if seen else []))
+    others = evaluation.references  # distinct-n falls with the number of captions: not comparable, not shown
+    length = f"{others.min_length} to {others.max_length}"
+    rows.append(["references", f"{others.mean_length:.1f}", length, f"{others.vocabulary:,}"])
+    lines += _aligned(rows)
+    notes = {f"{name} absent: {why}": 0 for system in systems for name, why in system.scores.absent.items()}
+    notes |= {f"warning: {text}": 0 for text in evaluation.warnings}
+    return "\n".join([*lines, *[""] * bool(notes), *notes])
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Pad cells to columns, the first to the left and the others to the right."""
+    widths = [max(len(row[n]) for row in rows if n < len(row)) for n in range(max(map(len, rows)))]
+    return [
+        "  ".join(cell.ljust(widths[n]) if n == 0 else cell.rjust(widths[n]) for n, cell in enumerate(row)).rstrip()
+        for row in rows
+    ]
+
+
+def write_json(evaluation: Evaluation, file: IO[str]) -> None:
+    """Write all there is as JSON."""
+    json.dump(evaluation.to_dict(), file, ensure_ascii=False, indent=1, allow_nan=False)
+    file.write("\n")
+
+
+def write_csv(evaluation: Evaluation, file: IO[str]) -> None:
+    """Write comma-separated rows: first the whole set's, as the column `row` says, then one for each image."""
+    names = [name for name in KEYS if name in evaluation.systems[0].scores.corpus]
+    writer = csv.writer(file)
+    writer.writerow(["results", "row", "image_id", "caption", *names])
+    for system in evaluation.systems:
+        scores, intervals = system.scores, system.intervals
+        writer.writerow([system.name, "corpus", "", "", *("" if scores[n] is None else scores[n] for n in names)])
+        for bound in ("low", "high"):
+            values = (getattr(intervals[name], bound) if name in intervals else "" for name in names)
+            writer.writerow([system.name, bound, "", "", *values])
+    for name in ("difference", "low", "high", "p") if evaluation.differences else ():
+        values = (getattr(evaluation.differences.get(key), name, "") for key in names)
+        label = name if name in ("difference", "p") else f"difference {name}"
+        writer.writerow(["second - first", label, "", "", *values])
+    for system in evaluation.systems:
+        for row in system.to_dict()["images"]:
+            values = ("" if row.get(name) is None else row[name] for name in names)
+            writer.writerow([system.name, "image", row["image_id"], row["caption"], *values])
+
+
+WRITERS: dict[str, Callable[[Evaluation, IO[str]], None]] = {".json": write_json, ".csv": write_csv}

@@ -1,0 +1,177 @@
+"""Encoding images into the shards of a token cache, on every process.
+
+Letters: B images of a batch, V views of each, M image tokens, D their width.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageOps
+from safetensors.torch import save
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from captioner.data.token_cache import image_size
+from captioner.encoders import TokenEncoder
+from captioner.grids import Grid
+from captioner.images import ImageError, open_image
+from captioner.runs.files import open_whole
+from captioner.runs.processes import leave_signals_to_main
+from captioner.runs.progress import progress_bar
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@torch.inference_mode()
+def token_shapes(
+    encoder: TokenEncoder, input_size: Sequence[int], grids: dict[str, Grid | None]
+) -> dict[str, tuple[int, int]]:
+    """Find the shape (M, D) of an image's tokens at each grid, by encoding a blank one.
+
+    Raises:
+        ValueError: the encoder has not such a grid.
+    """
+    blank = torch.zeros(1, *input_size, device=next(encoder.parameters()).device)
+    return {name: tuple(encoder.encode(blank, grid).shape[1:]) for name, grid in grids.items()}
+
+
+BYTES = 2
+"""Bytes of a number in half precision."""
+
+
+def disk_bytes(images: int, views: int, shapes: dict[str, tuple[int, int]]) -> int:
+    """Return the bytes that tokens take on disk.
+
+    Args:
+        shapes: tokens and width (M, D) at each grid.
+    """
+    return images * views * sum(tokens * width for tokens, width in shapes.values()) * BYTES
+
+
+@dataclass
+class Job:
+    """What a run has to do: images by row of the table, in shards, and what their tokens look like."""
+
+    table: "datasets.Dataset"
+    names: list[str]
+    shards: list[list[int]]
+    shapes: dict[str, tuple[int, int]]
+    views: int
+    min_crop: float
+    seed: int
+    dtype: str
+    batch_size: int
+    workers: int
+
+    @property
+    def images(self) -> int:
+        """Images still to encode."""
+        return sum(map(len, self.shards))
+
+
+class ImageViews(Dataset):
+    """The views of each image as pixels (V, 3, H, W) with the image's size in bytes, or its error."""
+
+    def __init__(self, job: Job, settings: dict):
+        self.job, self.transform = job, create_transform(**settings)
+
+    def __getitem__(self, row: int) -> tuple[int, int, torch.Tensor | str]:
+        record = self.job.table[row]["image"]
+        size = image_size(record)
+        try:
+            image = open_image(record)
+        except ImageError as error:
+            return row, size, str(error)
+        rng = np.random.default_rng((self.job.seed, zlib.crc32(self.job.names[row].encode())))
+        views = [make_view(image, view, self.job.min_crop, rng) for view in range(self.job.views)]
+        return row, size, torch.stack([self.transform(view) for view in views])
+
+
+def make_view(image: Image.Image, view: int, min_crop: float, rng: np.random.Generator) -> Image.Image:
+    """Return view 0, the image; 1, its mirror image; or a further one, a random crop, mirrored or not."""
+    if view < 2:
+        return ImageOps.mirror(image) if view else image
+    side = rng.uniform(min_crop, 1) ** 0.5
+    width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
+    left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    crop = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(crop) if rng.random() < 0.5 else crop
+
+
+def encode_shards(
+    accelerator: Accelerator,
+    encoder: TokenEncoder,
+    job: Job,
+    folder: Path,
+    grids: dict[str, Grid | None],
+    settings: dict,
+    made_by: str,
+) -> int:
+    """Encode the images of this process and write each shard when it is whole; returns how many were unreadable.
+
+    Raises:
+        ValueError: the tokens are not finite in half precision.
+        OSError: the disk is full; finished shards are kept.
+    """
+    size, dtype = job.batch_size, getattr(torch, job.dtype)
+    batches = [shard[start : start + size] for shard in job.shards for start in range(0, len(shard), size)]
+    dataset = ImageViews(job, settings)
+    options = {"num_workers": job.workers, "collate_fn": list, "worker_init_fn": leave_signals_to_main}
+    loader = iter(DataLoader(dataset, batch_sampler=batches, **options))
+    bar = progress_bar(total=job.images, unit="img", desc="encoding", disable=not accelerator.is_main_process)
+    failed = 0
+    for shard in job.shards:
+        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in grids}
+        images, broken = [], []
+        for batch in islice(loader, len(range(0, len(shard), size))):
+            bar.update(len(batch))
+            for row, count, content in batch:
+                if isinstance(content, str):
+                    broken.append([job.names[row], count, content])
+                    tqdm.write(f"captioner cache: skipped {content}", file=sys.stderr)
+            good = [(row, count, pixels) for row, count, pixels in batch if not isinstance(pixels, str)]
+            images += [[job.names[row], count] for row, count, _ in good]
+            if good:
+                pixels = torch.stack([pixels for *_, pixels in good]).to(accelerator.device)  # (B, V, 3, H, W)
+                for name, grid in grids.items():
+                    with accelerator.autocast(), torch.inference_mode():
+                        encoded = encoder.encode(pixels.flatten(0, 1), grid)  # (B*V, M, D)
+                    tokens[name].append(encoded.to("cpu", dtype).unflatten(0, pixels.shape[:2]))
+        failed += len(broken)
+        whole = {name: torch.cat(parts) for name, parts in tokens.items() if parts}  # (n, V, M, D)
+        if not all(part.isfinite().all() for part in whole.values()):
+            raise ValueError(f"the encoder's tokens are not finite as {job.dtype}; use --dtype bfloat16")
+        header = {"made_by": made_by, "images": json.dumps(images), "broken": json.dumps(broken)}
+        digest = hashlib.blake2b("\n".join(job.names[row] for row in shard).encode(), digest_size=8).hexdigest()
+        write_shard(folder / f"tokens-{digest}.safetensors", save(whole, header))
+    bar.close()
+    return failed
+
+
+def write_shard(path: Path, data: bytes) -> None:
+    """Write a shard, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable, with what to do.
+    """
+    try:
+        with open_whole(path, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise OSError(
+            f"cannot write '{path}': {os.strerror(error.errno)}; the finished shards are kept: make room and run the "
+            "same command again"
+        ) from None

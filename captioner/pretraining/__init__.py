@@ -1,0 +1,1 @@
+"""Making an encoder: student, teachers, images, probes, and the loop."""

@@ -1,0 +1,231 @@
+"""Images for pretraining, decoded once: small uint8 squares that fit in memory, or on the GPU, and stay there.
+
+Decoding a JPEG costs more than a training step of a small student, so every image of every source is opened once,
+squashed to a square and kept in one memory-mapped file. Letters: n images, R side of a square in pixels.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from captioner.images import SUFFIXES, ImageError, ImageSource, open_image
+from captioner.runs.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1024
+"""Images decoded between two writes."""
+
+
+@dataclass
+class Source:
+    """Images of one kind and, where known, the class of each.
+
+    Attributes:
+        name: what the source was called by.
+        items: pairs of an image and its class name, `None` where it has none.
+        stamp: changes when the source's content does.
+    """
+
+    name: str
+    items: Iterable[tuple[ImageSource, str | None]]
+    stamp: str
+
+
+def open_source(name: str) -> Source:
+    """Open a folder (images of a subfolder are a class), parquet files or WebDataset shards, by path or glob.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a file is unreadable, has no column `image`, or is of another kind.
+    """
+    if Path(name).is_dir():
+        return open_folder(Path(name))
+    files = sorted(glob.glob(name))
+    if not files:
+        raise FileNotFoundError(f"no images at '{name}': neither a folder nor a file")
+    stamp = stamp_files(files)
+    kinds = {Path(file).suffix for file in files}
+    if kinds == {".parquet"}:
+        return Source(name, read_parquet(name, files), stamp)
+    if kinds == {".tar"}:
+        return Source(name, read_shards(files), stamp)
+    raise ValueError(f"'{name}' is neither a folder, nor .parquet files, nor .tar shards")
+
+
+def open_folder(root: Path) -> Source:
+    """List a folder's images; where all lie in subfolders, the first one down names the class."""
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise FileNotFoundError(f"no images in the folder '{root}'")
+    parts = [path.relative_to(root).parts for path in found]
+    classes = [p[0] if len(p) > 1 else None for p in parts]
+    labels = classes if None not in classes and len(set(classes)) > 1 else [None] * len(found)
+    return Source(str(root), list(zip(found, labels, strict=True)), stamp_files(found))
+
+
+def stamp_files(files: Iterable[str | Path]) -> str:
+    """Digest names, sizes and times of change of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            known = os.stat(file)
+        except OSError:
+            digest.update(f"{file} gone\n".encode())
+        else:
+            digest.update(f"{file} {known.st_size} {known.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def stamp_images(images: Iterable[Mapping]) -> str:
+    """Digest the images of a `datasets` column, not decoded: bytes as they are, files as `stamp_files` does."""
+    digest = hashlib.sha256()
+    for image in images:
+        content = image["bytes"]
+        digest.update(stamp_files([image["path"]]).encode() if content is None else hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def read_parquet(name: str, files: list[str]) -> Iterable[tuple[Mapping, str | None]]:
+    """Read the columns `image` and, if it holds classes, `label` of parquet files."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        raise ValueError(f"'{name}' is not readable parquet: {error}") from None
+    if "image" not in table.column_names:
+        raise ValueError(f"'{name}' has no column 'image', only {', '.join(table.column_names)}")
+    table = table.cast_column("image", datasets.Image(decode=False))
+    kind = table.features.get("label")
+    if not isinstance(kind, datasets.ClassLabel):
+        return ((record["image"], None) for record in table)
+    named = [kind.names[i] if i is not None and i >= 0 else None for i in table["label"][:]]
+    return ((record["image"], label) for record, label in zip(table, named, strict=True))
+
+
+def read_shards(files: list[str]) -> Iterator[tuple[bytes, str | None]]:
+    """Stream WebDataset shards: a sample's image, and the class in its `.cls` or `.cls.txt`."""
+    try:
+        import webdataset
+    except ImportError:
+        raise ValueError("reading .tar shards needs webdataset: pip install 'captioner[webdataset]'") from None
+    for file in files:
+        try:
+            for sample in webdataset.WebDataset([os.path.abspath(file)], shardshuffle=False, empty_check=False):
+                image = next((value for key, value in sample.items() if f".{key.lower()}" in SUFFIXES), None)
+                if image is not None:
+                    label = sample.get("cls", sample.get("cls.txt"))
+                    yield image, label.decode(errors="replace").strip() if label is not None else None
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise ValueError(f"shard '{file}' is not readable: {error}") from None
+
+
+class ImageStore:
+    """Decoded squares of several sources, and their classes.
+
+    Attributes:
+        stamp: digest of the squares and their classes, wherever they came from.
+        squares: uint8 (n, 3, R, R), memory-mapped or on the device.
+        labels: int64 (n,), -1 where an image has no class.
+        classes: class names; sources that share a name share the class.
+        ranges: rows of each source.
+        usable: rows whose image could be opened.
+    """
+
+    def __init__(self, folder: Path):
+        meta = json.loads((folder / "images.json").read_text())
+        self.stamp, self.side, self.classes = meta["content"], meta["side"], meta["classes"]
+        self.ranges = [range(start, stop) for start, stop in meta["ranges"]]
+        self.labels = torch.tensor(meta["labels"])
+        broken = np.zeros(len(self.labels), bool)
+        broken[meta["broken"]] = True
+        self.usable = ~broken
+        shape = (len(self.labels), 3, self.side, self.side)
+        mapped = np.memmap(folder / "images.u8", np.uint8, "r+", shape=shape)  # read only; torch warns if mapped so
+        self.squares = torch.from_numpy(mapped)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device, share: float = 0.4) -> "ImageStore":
+        """Move the squares onto a GPU if they fill at most a `share` of its free memory."""
+        if device.type == "cuda" and self.squares.numel() <= share * torch.cuda.mem_get_info(device)[0]:
+            self.squares = self.squares.to(device)
+        return self
+
+    def batch(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Pick squares (B, 3, R, R) and bring them to the device."""
+        return self.squares[rows.to(self.squares.device)].to(device, non_blocking=True)
+
+
+def store_images(sources: list[Source], side: int, folder: Path, workers: int = 4) -> ImageStore:
+    """Decode every image into `folder`, or reuse what is there if it was made from the same sources.
+
+    An image that cannot be opened is named once, counted, and never used.
+
+    Args:
+        side: R in pixels; one image takes 3 R^2 bytes of disk.
+        workers: decoding threads.
+
+    Raises:
+        ValueError: no image can be opened.
+        OSError: the disk is full.
+    """
+    stamp = hashlib.sha256(repr([(s.name, s.stamp, side) for s in sources]).encode()).hexdigest()
+    meta, data = folder / "images.json", folder / "images.u8"
+    known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {"stamp": None}
+    if known["stamp"] == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
+        return ImageStore(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta.unlink(missing_ok=True)
+    data.unlink(missing_ok=True)  # a run that still has the old file mapped keeps it
+    content = hashlib.sha256()
+    ranges, labels, broken, classes = [], [], [], {}
+
+    def decode(item: tuple[ImageSource, str | None]) -> tuple[np.ndarray, str | None]:
+        try:
+            image = open_image(item[0]).resize((side, side), Image.Resampling.BICUBIC)
+            return np.asarray(image).transpose(2, 0, 1), item[1]
+        except ImageError as error:
+            logger.warning("left out: %s", error)
+            return np.zeros((0,), np.uint8), item[1]
+
+    bar = progress_bar(desc="decoding images", unit="img")
+    with data.open("wb") as file, ThreadPoolExecutor(workers) as pool:
+        for source in sources:
+            start, items = len(labels), iter(source.items)
+            while chunk := list(islice(items, CHUNK)):
+                for square, label in pool.map(decode, chunk):
+                    if square.size == 0:
+                        broken.append(len(labels))
+                        square = np.zeros((3, side, side), np.uint8)
+                    labels.append(-1 if label is None else classes.setdefault(label, len(classes)))
+                    square = np.ascontiguousarray(square)
+                    content.update(square)
+                    file.write(square)
+                    bar.update()
+            ranges.append((start, len(labels)))
+    bar.close()
+    if len(broken) == len(labels):
+        raise ValueError(f"no image in {', '.join(source.name for source in sources)} can be opened")
+    if broken:
+        logger.warning("%d of %d images could not be opened and are left out", len(broken), len(labels))
+    found = {"side": side, "classes": list(classes), "ranges": ranges, "labels": labels, "broken": broken}
+    content.update(json.dumps(found).encode())
+    temporary = folder / ".images.json"
+    temporary.write_text(json.dumps({"stamp": stamp, "content": content.hexdigest(), **found}))
+    temporary.rename(meta)
+    return ImageStore(folder)

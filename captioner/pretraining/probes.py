@@ -1,0 +1,141 @@
+"""How good frozen tokens are: a linear probe and nearest neighbours on labelled images, for each grid.
+
+Letters: n images, D token width, K classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from captioner.encoders import TokenEncoder
+from captioner.pretraining.config import PretrainConfig
+from captioner.pretraining.image_store import ImageStore, open_source, store_images
+from captioner.pretraining.views import cut_views, whole_views
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+"""Of the nearest-neighbour vote (Wu et al., CVPR 2018, as DINO uses it)."""
+
+
+def open_images(config: PretrainConfig) -> list[ImageStore]:
+    """Open the images to fit the probe on and those to try it on, decoding them where that is still to do.
+
+    Raises:
+        ValueError: the two have no classes, or not the same ones.
+        OSError: there are no such images, or the disk is full.
+    """
+    folder = config.store or config.output / "store"
+    stores = [
+        store_images([open_source(name)], config.store_size, folder / part, config.workers)
+        for part, name in (("probe_train", config.probe_train), ("probe_val", config.probe_val))
+    ]
+    if not all(store.classes for store in stores) or set(stores[1].classes) - set(stores[0].classes):
+        raise ValueError("the probe's images have no classes, or the validation has others: check --probe-train/-val")
+    return stores
+
+
+def probe_encoder(
+    encoder: TokenEncoder,
+    config: PretrainConfig,
+    device: torch.device,
+    head: nn.Linear | None = None,
+    classes: Sequence[str] = (),
+) -> list[dict]:
+    """Probe an encoder at each of the config's grids; one process does this.
+
+    Args:
+        head: the classifier (D -> K) that was trained with the encoder on class labels.
+        classes: names of its K classes; it is tried if the validation images have no others.
+
+    Returns:
+        A record for each grid: `grid`, `probe_top1` (linear) and `knn_top1`, and `label_top1` of the head; shares of
+        the validation images.
+
+    Raises:
+        ValueError: the two sets of images have no classes, or not the same ones.
+    """
+    stores = open_images(config)
+    rows = [pick_rows(store, count) for store, count in zip(stores, (config.probe_images, None), strict=True)]
+    labels = [numbers_of(store, r, stores[0].classes).to(device) for store, r in zip(stores, rows, strict=True)]
+    head_labels = None
+    if set(stores[1].classes) <= set(classes):
+        head_labels = numbers_of(stores[1], rows[1], classes).to(device)
+    encoder.eval()
+    records = []
+    for grid in sorted(set(config.grids)):
+        train, val = (
+            pooled_features(encoder, store, r, grid, config.student_size, device)
+            for store, r in zip(stores, rows, strict=True)
+        )
+        record = {"grid": grid}
+        if head_labels is not None:
+            with torch.no_grad():
+                guess = head(val[:, : head.in_features]).argmax(1)
+            record["label_top1"] = (guess == head_labels).float().mean().item()
+        mean, std = train.mean(0), train.std(0) + 1e-6
+        train, val = (train - mean) / std, (val - mean) / std
+        logits = fit_linear(train, labels[0], len(stores[0].classes))(val)
+        top1 = (logits.argmax(1) == labels[1]).float().mean().item()
+        knn = (vote(train, labels[0], val, len(stores[0].classes)) == labels[1]).float().mean().item()
+        records.append({**record, "probe_top1": top1, "knn_top1": knn})
+    return records
+
+
+def numbers_of(store: ImageStore, rows: torch.Tensor, classes: Sequence[str]) -> torch.Tensor:
+    """Return the classes of rows as numbers in a list of classes (n,)."""
+    return torch.tensor([classes.index(name) for name in store.classes])[store.labels[rows]]
+
+
+def pick_rows(store: ImageStore, count: int | None) -> torch.Tensor:
+    """Take up to `count` usable, labelled rows, spread evenly over the store."""
+    rows = np.flatnonzero(store.usable & (store.labels.numpy() >= 0))
+    if count is not None and count < len(rows):
+        rows = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+    return torch.from_numpy(rows)
+
+
+@torch.no_grad()
+def pooled_features(
+    encoder: TokenEncoder, store: ImageStore, rows: torch.Tensor, grid: int, size: int, device: torch.device
+) -> torch.Tensor:
+    """Encode whole images and join class token (the first) and mean of the others: (n, 2 D).
+
+    Of an encoder without a class token, the mean is all there is: (n, D).
+    """
+    mean, std = (torch.tensor(encoder.default_cfg[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
+    features = []
+    for part in rows.split(256):
+        pixels = cut_views(store.batch(part, device), whole_views(len(part)), size)
+        tokens = encoder.forward_tokens((pixels - mean) / std, (grid, grid)).float()
+        alone = getattr(encoder, "num_prefix_tokens", 1) == 0
+        features.append(tokens.mean(1) if alone else torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+    return torch.cat(features)
+
+
+def fit_linear(features: torch.Tensor, labels: torch.Tensor, classes: int, decay: float = 1e-3) -> nn.Linear:
+    """Fit multinomial logistic regression (n, 2 D) -> K by L-BFGS."""
+    layer = nn.Linear(features.shape[1], classes).to(features.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(layer(features), labels) + decay * layer.weight.square().sum() / 2
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return layer.requires_grad_(False)
+
+
+def vote(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, classes: int) -> torch.Tensor:
+    """Classify queries by their nearest neighbours' votes, weighted by similarity: classes (n,)."""
+    train, queries = F.normalize(train), F.normalize(queries)
+    near, index = (queries @ train.mT).topk(min(NEIGHBOURS, len(train)))
+    votes = torch.zeros(len(queries), classes, device=train.device)
+    votes.scatter_add_(1, labels[index], (near / TEMPERATURE).exp())
+    return votes.argmax(1)

@@ -1,0 +1,81 @@
+"""What teachers said about each view, kept on disk, so that every view is shown to a teacher once.
+
+Letters: n images, V versions (views) of each, B batch.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+Targets = dict[str, torch.Tensor]
+
+
+class TargetStore:
+    """Teacher outputs of V fixed views of n images, half precision, memory-mapped and filled as training goes.
+
+    Several processes of one machine may share a folder: they then write different entries, or the same values. Where
+    the outputs are not there yet, one process must lay the files out before the others open them.
+
+    Args:
+        folder: where the files are; made if missing.
+        stamp: all that the outputs depend on (images, views, teachers); other outputs in the folder are replaced.
+        shapes: shape of each output, without the batch.
+    """
+
+    def __init__(self, folder: Path, stamp: str, images: int, versions: int, shapes: Mapping[str, tuple[int, ...]]):
+        self.folder, self.count, self.versions = folder, images * versions, versions
+        kinds = {name: (np.dtype(np.float16), tuple(shape)) for name, shape in sorted(shapes.items())}
+        kinds["filled"] = (np.dtype(np.uint8), ())
+        sizes = {name: self.count * math.prod(shape) * dtype.itemsize for name, (dtype, shape) in kinds.items()}
+        stamp = hashlib.sha256(f"{stamp} {images} {versions} {kinds}".encode()).hexdigest()
+        if not self.holds(stamp, sizes):
+            self.lay_out(stamp, sizes)
+        maps = {
+            name: np.memmap(folder / f"{name}.bin", dtype, "r+", shape=(self.count, *shape))
+            for name, (dtype, shape) in kinds.items()
+        }
+        self.filled = maps.pop("filled")
+        self.files: dict[str, np.memmap] = maps
+
+    def holds(self, stamp: str, sizes: dict[str, int]) -> bool:
+        """Tell whether the folder has whole files of this stamp."""
+        try:
+            known = json.loads((self.folder / "targets.json").read_text())["stamp"]
+            return known == stamp and all((self.folder / f"{n}.bin").stat().st_size == s for n, s in sizes.items())
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+            return False
+
+    def lay_out(self, stamp: str, sizes: dict[str, int]) -> None:
+        """Make the files, sparse: they take room as they are filled."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "targets.json").unlink(missing_ok=True)
+        for old in self.folder.glob("*.bin"):
+            old.unlink()  # a run that still has it mapped keeps it
+        for name, size in sizes.items():
+            with (self.folder / f"{name}.bin").open("wb") as file:
+                file.truncate(size)
+        temporary = self.folder / ".targets.json"
+        temporary.write_text(json.dumps({"stamp": stamp}))
+        temporary.rename(self.folder / "targets.json")
+
+    def get(self, rows: np.ndarray, versions: np.ndarray, compute: Callable[[torch.Tensor], Targets]) -> Targets:
+        """Return the outputs (B, ...) for views; `compute` is asked for those not there yet.
+
+        Args:
+            rows: image of each view, (B,).
+            versions: version of each view, (B,).
+            compute: takes the places in the batch (b,) that are wanted and returns their outputs (b, ...).
+        """
+        keys = rows * self.versions + versions
+        missing = np.flatnonzero(self.filled[keys] == 0)
+        if len(missing):
+            fresh = compute(torch.from_numpy(missing))
+            for name, value in fresh.items():
+                self.files[name][keys[missing]] = value.to("cpu", torch.float16).numpy()
+            self.filled[keys[missing]] = 1
+        return {name: torch.from_numpy(file[keys]) for name, file in self.files.items()}

@@ -1,0 +1,157 @@
+"""The words of an image as its teachers would guess them: labels that cannot be learned by heart.
+
+Words of captions point an encoder at what people talk about, but a few thousand images are soon known by heart, and
+what is known so helps on no other image. Here a ridge regression tells the words from what the teachers say of a
+view. It is a fixed function of the view, holds for images without captions too, and of a captioned image's words
+tells only what the captions of *others* teach (cross-fitting: each image is told by a fit that left it out).
+
+Letters: B views, F features, V words.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from captioner.pretraining.targets import Targets
+
+FOLDS = 5
+"""Parts of the captioned images; each is told by a fit on the others."""
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Penalties tried, in units of one view's variance per feature and view fitted on."""
+
+
+def describe(targets: list[Targets]) -> torch.Tensor:
+    """Gather what all teachers say of views into features (B, F), the last of which is 1.
+
+    Of a teacher: its pooled feature (else the mean of its map, else the roots of its class probabilities), and for
+    class maps the most and the root of the mean of each class over the cells.
+    """
+    parts = []
+    for target in targets:
+        target = {name: value.float() for name, value in target.items()}
+        if "pooled" in target:
+            parts.append(target["pooled"])
+        elif "grid" in target:
+            parts.append(target["grid"].mean((2, 3)))
+        elif "logits" in target:
+            parts.append(target["logits"].softmax(-1).sqrt())
+        if "maps" in target:
+            parts += [target["maps"].amax((2, 3)), target["maps"].mean((2, 3)).clamp(min=0).sqrt()]
+    return torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1)
+
+
+class TeacherWords:
+    """A ridge regression from features of views to the words of their images' captions, fitted in one pass.
+
+    Args:
+        examples: rows of images (B,), features of a view of each (B, F) and shares of captions with each word (B, V).
+        features: number of features F.
+        words: number of words V.
+        add_up: adds up what each of several processes has of a tensor, where they share the examples.
+
+    Attributes:
+        weights: (FOLDS + 1, F, V): of each fold's images, by the others; and the mean of these, for images without
+            captions.
+        explained: share of the words' variance that is told of images that a fit has not seen.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        features: int,
+        words: int,
+        add_up: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    ):
+        squares = torch.zeros(FOLDS, features, features, dtype=torch.float64)
+        products = torch.zeros(FOLDS, features, words, dtype=torch.float64)
+        spread = torch.zeros(words, dtype=torch.float64)
+        for rows, x, y in examples:
+            x, y = x.double(), y.double()
+            spread += y.square().sum(0)
+            for fold in range(FOLDS):
+                mine = rows % FOLDS == fold
+                squares[fold] += x[mine].T @ x[mine]
+                products[fold] += x[mine].T @ y[mine]
+        squares, products, spread = add_up(squares), add_up(products), add_up(spread)
+        if not squares[:, -1, -1].sum():
+            raise ValueError("no captioned image can be opened, so that its words cannot be learned from")
+        self.weights, error = min((fit_folds(squares, products, ridge) for ridge in RIDGES), key=lambda fit: fit[1])
+        around_mean = spread - products.sum(0)[-1].square() / squares[:, -1, -1].sum()
+        self.explained = 1 - ((spread.sum() + error) / around_mean.sum()).item()
+
+    def to(self, device: torch.device) -> "TeacherWords":
+        """Move to a device."""
+        self.weights = self.weights.to(device)
+        return self
+
+    def tell(self, rows: torch.Tensor, features: torch.Tensor, captioned: int) -> torch.Tensor:
+        """Return the share of captions (B, V) in which each word is to be expected.
+
+        Args:
+            rows: image of each view, (B,).
+            features: of the views, (B, F).
+            captioned: rows below it have captions, and may have been fitted on.
+        """
+        words = features.new_empty(len(rows), self.weights.shape[2])
+        folds = torch.where(rows < captioned, rows % FOLDS, FOLDS)
+        for fold, weights in enumerate(self.weights):
+            words[folds == fold] = features[folds == fold] @ weights
+        return words.clamp(0, 1)
+
+
+def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
+    """Fit the regression without each fold in turn.
+
+    Args:
+        squares: sums of x x^T over each fold's views (FOLDS, F, F), float64; the last feature is 1, and not penalised.
+        products: sums of x y^T (FOLDS, F, V).
+        ridge: penalty in units of a feature's variance, per view.
+
+    Returns:
+        Weights (FOLDS + 1, F, V), the last their mean; and the squared error on the folds left out, less that of
+        telling nothing.
+    """
+    counts, all_squares, all_products = squares[:, -1, -1], squares.sum(0), products.sum(0)
+    mean = all_squares[-1] / counts.sum()
+    variance = all_squares.diagonal() / counts.sum() - mean.square()
+    variance[-1] = 0
+    fits, error = [], 0.0
+    for x, y, count in zip(squares, products, counts, strict=True):
+        penalty = ridge * (counts.sum() - count) * variance + 1e-9
+        weights = torch.linalg.solve(all_squares - x + penalty.diag(), all_products - y)
+        error += ((weights * (x @ weights)).sum() - 2 * (weights * y).sum()).item()
+        fits.append(weights)
+    return torch.stack([*fits, sum(fits) / FOLDS]).float(), error
+
+
+class CaptionWords:
+    """For each image, the share of its captions in which each frequent word occurs.
+
+    Predicting them needs no decoder and points an encoder at what people talk about (Joulin et al., ECCV 2016).
+
+    Attributes:
+        words: the vocabulary, most frequent first.
+        targets: float32 (images, words).
+    """
+
+    def __init__(self, captions: Sequence[list[str]], size: int):
+        per_image = [Counter(w for c in group for w in set(re.findall(r"[a-z]+", c.lower()))) for group in captions]
+        frequency = Counter(word for words in per_image for word in words)
+        self.words = [word for word, _ in sorted(frequency.items(), key=lambda item: (-item[1], item[0]))[:size]]
+        index = {word: i for i, word in enumerate(self.words)}
+        self.targets = np.zeros((len(captions), len(self.words)), np.float32)
+        for row, (words, group) in enumerate(zip(per_image, captions, strict=True)):
+            for word, count in words.items():
+                if word in index:
+                    self.targets[row, index[word]] = count / len(group)
+
+    @property
+    def prior(self) -> np.ndarray:
+        """Mean target of each word, (words,)."""
+        return self.targets.mean(0)

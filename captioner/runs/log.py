@@ -1,0 +1,123 @@
+"""What a person watches during a run: a progress bar, log lines, `log.jsonl`, trackers."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from tqdm.auto import tqdm
+
+from captioner.runs.files import open_whole
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate would leave out with a warning.
+
+    Raises:
+        ValueError: accelerate knows no such tracker, or its package is not installed.
+    """
+    for name in names:
+        if name not in LoggerType.list():
+            raise ValueError(f"no tracker named '{name}'; accelerate has {', '.join(sorted(LoggerType.list()))}")
+        if name not in ("all", *map(str, get_available_trackers())):
+            raise ValueError(f"the tracker '{name}' needs its package: pip install {name}")
+
+
+class RunLog:
+    """The log of a run, which a checkpoint can hold: resumed, it goes on as if the run had never stopped.
+
+    Args:
+        accelerator: whose main process writes.
+        folder: where `log.jsonl` is, one record a line.
+        total: steps of the run.
+        every: steps between records, each the mean over the steps since the last.
+        counted: what the speed of the run is told in, `tokens` or `images`.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, total: int, every: int, counted: str):
+        self.accelerator, self.path, self.total, self.every = accelerator, folder / "log.jsonl", total, every
+        self.counted, self.count = counted, 0.0
+        self.window: dict[str, list[float | torch.Tensor]] = {}
+        self.bar = tqdm(total=total, disable=not accelerator.is_main_process or None, desc="training")
+        self.shown: dict[str, str] = {}
+        self.begun: tuple[float, int] | None = None
+        self.since = time.monotonic()
+
+    def state(self) -> dict:
+        """Return what a checkpoint must hold: lines written, and the steps since the last of them."""
+        lines = len(self.path.read_bytes().splitlines()) if self.path.exists() else 0
+        window = {name: [float(value) for value in values] for name, values in self.window.items()}
+        return {"lines": lines, "window": window}
+
+    def start_over(self) -> None:
+        """Drop what a run left that was killed before its first checkpoint."""
+        if self.accelerator.is_main_process:
+            self.path.unlink(missing_ok=True)
+
+    def load_state(self, state: dict, step: int) -> None:
+        """Go back to a checkpoint's state at a step; lines written after it are dropped, they will come again."""
+        self.window = state["window"]
+        self.bar.update(step - self.bar.n)
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)[: state["lines"]]
+            with open_whole(self.path, "wb") as file:
+                file.writelines(lines)
+
+    def step(self, step: int, measured: dict[str, float | torch.Tensor], learning_rate: float) -> None:
+        """Take in what was measured in a step (`loss`, what is counted, ...); write a record when it is time.
+
+        Scalars on a device stay there until then, so that no step waits for it.
+        """
+        now = time.monotonic()
+        if self.begun is None:
+            self.begun = now, step
+        self.count += measured.pop(self.counted)
+        for name, value in measured.items():
+            self.window.setdefault(name, []).append(value)
+        self.bar.update(step - self.bar.n)
+        if step % self.every and step != self.total:
+            return
+        record = {name: float(sum(values) / len(values)) for name, values in self.window.items()}
+        speed = f"{self.counted}_per_s"
+        record |= {"learning_rate": learning_rate, speed: round(self.count / max(now - self.since, 1e-9), 1)}
+        if step > self.begun[1]:
+            per_step = (now - self.begun[0]) / (step - self.begun[1])
+            record["minutes_left"] = round(per_step * (self.total - step) / 60, 1)
+        self.window = {}
+        self.show(loss=f"{record['loss']:.3f}", **{speed: f"{record[speed]:.0f}"})
+        self.write({"step": step, **record})
+        self.count, self.since = 0.0, time.monotonic()
+
+    def show(self, **values: str) -> None:
+        """Keep values beside the progress bar."""
+        self.shown |= values
+        self.bar.set_postfix(self.shown)
+
+    def write(self, record: dict) -> None:
+        """Print a record, lists below it, append it to `log.jsonl`, and send its numbers and texts to the trackers."""
+        record = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
+        if self.accelerator.is_main_process:
+            tqdm.write("  ".join(f"{key} {value}" for key, value in record.items() if not isinstance(value, list)))
+            for key, values in record.items():
+                if isinstance(values, list):
+                    tqdm.write("\n".join(f"  {key}: {value}" for value in values))
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        values = {
+            key: value if isinstance(value, float) else "  \n".join(map(str, value))
+            for key, value in record.items()
+            if isinstance(value, float | list)
+        }
+        self.accelerator.log(values, step=record["step"])
+
+    def records(self) -> list[dict]:
+        """Read all records written so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        self.bar.close()

@@ -1,0 +1,241 @@
+"""Decoder training on a frozen encoder: one loop, whose steps learn by cross-entropy or by reward (`scst.py`).
+
+Letters: B images, K captions of each, T text tokens.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from captioner.data.batches import open_images
+from captioner.data.token_cache import encoder_fingerprint, open_cache
+from captioner.labels import IGNORED
+from captioner.modeling import CaptionerModel
+from captioner.processing import CaptionerProcessor
+from captioner.report.curves import write_curves
+from captioner.report.samples import write_samples
+from captioner.runs.checkpoint import check_finite, leave_frozen_out, not_finite, resume, save_checkpoint
+from captioner.runs.config import save_config
+from captioner.runs.files import recover_folder
+from captioner.runs.interruption import Interruption
+from captioner.runs.log import RunLog, check_trackers
+from captioner.runs.processes import pick_precision, start_processes
+from captioner.runs.schedule import learning_rates
+from captioner.runs.sharding import check_sharding, whole_weights
+from captioner.training.build import starting_point, trainable_parameters, training_grids
+from captioner.training.config import TrainConfig
+from captioner.training.data import open_data
+from captioner.training.objectives import CrossEntropy, Objective
+from captioner.training.saving import save_best
+from captioner.training.scst import SelfCritical, silence_dropout
+from captioner.training.validation import validate
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the training job and return the folder of the best model.
+
+    Raises:
+        ValueError: no data, names that cannot be had, a token cache of another encoder, a checkpoint of another run, or
+            a loss that is not finite.
+        OSError: the disk is full; checkpoints and the best model are as they were.
+        SystemExit: the run was told to stop (SIGTERM, SIGINT) and has saved; the code is 128 + the signal.
+    """
+    with Interruption() as interruption:
+        return run(config, interruption)
+
+
+def run(config: TrainConfig, interruption: Interruption) -> Path:
+    """Set up, then train: evaluate where due, step, save where due; see `train`."""
+    check_trackers(config.trackers)
+    folder, checkpoints = config.folder, config.folder / "checkpoints"
+    accelerator = start_processes(
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        mixed_precision=pick_precision(config.mixed_precision),
+        log_with=list(config.trackers) or None,
+        project_dir=folder,
+    )
+    check_sharding(accelerator)
+    set_seed(config.seed)
+    with accelerator.main_process_first():  # the others find the table cached
+        data, held_out = open_data(config)
+        if accelerator.is_main_process:
+            recover_folder(config.output / "best")
+            recover_folder(folder / "best")
+    model, processor = starting_point(config, data.captions)
+    grids = training_grids(config, model, processor)
+    cache = open_cache(config.data.tokens, model, processor, grids=grids)
+    held_out_images = open_images(held_out, processor, cache, required=False)
+    objective: Objective = CrossEntropy(config.label_smoothing)
+    captions_per_image = config.data.captions_per_image
+    if config.stage == "scst":
+        silence_dropout(model.decoder)
+        objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens)
+        captions_per_image = 1  # it writes its own
+    per_step = config.batch_size * config.accumulation * accelerator.num_processes
+    stream = data.stream(processor, captions_per_image, config.seed, cache, grids, per_step)
+
+    steps_per_epoch = max(1, len(data) // per_step)
+    total = math.ceil(config.epochs * steps_per_epoch)
+    evaluate_steps = max(1, round(config.evaluate_every * steps_per_epoch))
+    optimizer = create_optimizer(model, config)
+    trainable, parts = trainable_parameters(model), part_digests(model, processor)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_save_state_pre_hook(leave_frozen_out)
+    set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
+
+    log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
+    settings = fixed_settings(config, per_step) | parts | data.settings()
+    progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
+    resumed = resume(accelerator, checkpoints, config.resume, settings, strict=False)
+    if resumed is not None:
+        progress = {key: resumed[key] for key in progress}
+        log.load_state(resumed["log"], progress["step"])
+    else:
+        log.start_over()
+        if config.init_from is None and config.stage == "xe":
+            progress["evaluated"] = 0  # nothing to see in a decoder that knows no word
+    schedule = learning_rates(optimizer.optimizer, config, progress["step"], total)
+    if accelerator.is_main_process:
+        save_config(config, folder)
+    if config.trackers:
+        accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
+    start = progress["step"] * per_step
+    loader = stream.loader(start, total * per_step, config.batch_size, config.data.workers, stream.collate)
+    batches = iter(accelerator.prepare(loader))
+    accelerator.print(
+        f"{len(data)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
+        f"{total} steps of {per_step} images"
+    )
+
+    def save() -> None:
+        check_finite(model, progress["step"], checkpoints)
+        content = {**progress, "settings": settings, "log": log.state()}
+        save_checkpoint(accelerator, checkpoints, progress["step"], content, config.keep_checkpoints)
+
+    saved = time.monotonic()
+    while True:
+        step = progress["step"]
+        if (step % evaluate_steps == 0 or step >= total) and progress["evaluated"] != step:
+            save()
+            with interruption.at_once(), whole_weights(model):
+                record, results = validate(accelerator, model, processor, held_out, held_out_images, config)
+            progress |= {"evaluated": step, "stale": progress["stale"] + 1}
+            if progress["best"] is None or record["CIDEr"] > progress["best"]:
+                progress |= {"best": record["CIDEr"], "stale": 0}
+                save_best(accelerator, model, processor, folder / "best", config.save_dtype)
+            log.show(CIDEr=f"{record['CIDEr']:.3f}")
+            record = {"step": step, **record, "samples": [result["caption"] for result in results[:3]]}
+            log.write(record)
+            if accelerator.is_main_process:
+                write_samples(accelerator, held_out, results, record, folder / "samples")
+                write_curves(log.records(), folder / "curves.svg")
+            save()
+            saved = time.monotonic()
+        if step >= total or (config.patience is not None and progress["stale"] >= config.patience):
+            break
+
+        measured = train_step(accelerator, model, batches, objective, config)
+        if not math.isfinite(measured["loss"]):
+            raise ValueError(not_finite(f"the loss is {measured['loss']}", step, checkpoints))
+        accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress["step"] = step = step + 1
+        log.step(step, measured, schedule.get_last_lr()[0])
+
+        due = time.monotonic() - saved > 60 * config.save_minutes
+        stop, due = interruption.agree(accelerator, accelerator.is_main_process and due)
+        if stop or due or (config.save_steps is not None and step % config.save_steps == 0):
+            save()
+            saved = time.monotonic()
+        if stop:
+            log.close()
+            accelerator.print(f"stopped at step {step} of {total}, saved in '{checkpoints}'; run again to go on")
+            accelerator.end_training()
+            raise SystemExit(128 + stop)
+    log.close()
+    if step < total:
+        accelerator.print(f"stopped at step {step} of {total}: {config.patience} validations without a better CIDEr")
+    accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {folder / 'best'}")
+    accelerator.end_training()
+    return folder / "best"
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW over the parameters that are trained: timm leaves those without gradient out."""
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.98), "fused": True}
+    return create_optimizer_v2(model, opt="adamw", **options)
+
+
+def train_step(
+    accelerator: Accelerator, model: nn.Module, batches: Iterator[dict], objective: Objective, config: TrainConfig
+) -> dict[str, float]:
+    """Accumulate the gradient of one optimiser step; every token of it weighs the same.
+
+    It does so however the captions fell into forwards and processes.
+
+    Returns:
+        Over all processes, the `loss` per token, the `tokens` learned from, and the objective's own means.
+    """
+    model.train()
+    group = [objective.prepare(model, next(batches)) for _ in range(config.accumulation)]
+    tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in group)
+    tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
+    totals: dict[str, torch.Tensor | float] = {"loss": torch.zeros((), device=accelerator.device)}
+    for number, batch in enumerate(group):
+        last = number == len(group) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                loss, means = objective.loss(model, batch)
+                loss = loss / tokens
+            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+        totals["loss"] += loss.detach()
+        for name, mean in means.items():
+            totals[name] = totals.get(name, 0.0) + mean / (len(group) * accelerator.num_processes)
+    values = torch.tensor([float(value) for value in totals.values()], device=accelerator.device)
+    summed = dict(zip(totals, accelerator.reduce(values, "sum").tolist(), strict=True))
+    return {**summed, "tokens": tokens.item()}
+
+
+def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
+    """Return what stands for the parts of a run that no checkpoint holds: what is frozen, preprocessing, tokenizer."""
+    encoder = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
+    vocabulary = sorted(processor.tokenizer.get_vocab().items())
+    parts = {"encoder": encoder, "decoder": digest_frozen(model.decoder), "tokenizer": vocabulary}
+    return {
+        f"{name} (digest)": hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
+    }
+
+
+def digest_frozen(module: nn.Module) -> str:
+    """Digest the weights of a module that are not trained."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fixed_settings(config: TrainConfig, per_step: int) -> dict:
+    """Return what a run cannot change when it is resumed: the model, and what decides the order of the data."""
+    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
+    rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
+    settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}
+    settings["grids"] = " ".join(config.grids) or None
+    return {**settings, **(rewards if config.stage == "scst" else {}), "images per step": per_step}

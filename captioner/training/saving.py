@@ -1,0 +1,46 @@
+"""Writing the best model of a run as a folder that `captioner.load` reads."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+
+from captioner.processing import CaptionerProcessor
+from captioner.runs.files import replace_folder, share_weights
+from captioner.training.lora import merged_weights
+
+
+def save_best(
+    accelerator: Accelerator, model: nn.Module, processor: CaptionerProcessor, folder: Path, dtype: str
+) -> None:
+    """Write a prepared model and its processor, whole or not at all; every process calls this.
+
+    LoRA's updates are merged into the decoder, so that captioning needs neither peft nor the decoder's repository,
+    and costs what it would without them.
+
+    Raises:
+        OSError: the disk is full or not writable; the best model before is untouched.
+    """
+    state = accelerator.get_state_dict(model)  # gathers the shards, where the model is sharded
+    if accelerator.is_main_process:
+        captioner = accelerator.unwrap_model(model)
+        state = merged_weights(captioner, state)
+        cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+        for key, value in state.items():
+            # A token cache knows its encoder by float16 weights, which bfloat16 would change.
+            kept = "float16" if dtype == "bfloat16" and key.startswith("encoder.") else dtype
+            kept = getattr(torch, kept) if value.is_floating_point() else value.dtype
+            state[key] = cast.setdefault(value.data_ptr(), value.to(kept))
+        temporary = folder.with_name(f".{folder.name}")
+        try:
+            captioner.save_pretrained(temporary, state_dict=state)
+            processor.save_pretrained(temporary)
+            share_weights(temporary)
+            replace_folder(temporary, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"cannot write the model '{folder}' ({error}); free some disk space and run again") from error
+    accelerator.wait_for_everyone()
