@@ -1,5 +1,6 @@
 """The `captioner` command: a word for the job, then its settings. Each word is a file of `commands/`."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -47,6 +48,35 @@ def parse(command: str, settings: Any, args: Sequence[str]) -> Any:
     return tyro.extras.overridable_config_cli(recipes, prog=prog, args=args, use_underscores=False, config=markers)
 
 
+MENDS = {
+    "on_bad": "pass {} skip to leave it out",
+    "overwrite": "pass {} to replace it",
+    "resume": "pass {} to go on with it",
+}
+"""What an option does about a fault, where `change {}` would not say it."""
+
+
+def name_options(settings: Any) -> dict[str, str]:
+    """Map the names of all settings of a dataclass, and of those within it, to options; the outermost name wins."""
+    options: dict[str, str] = {}
+    inner: dict[str, str] = {}
+    for field in dataclasses.fields(settings):
+        option = "--" + field.name.replace("_", "-")
+        options[field.name] = option
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            inner |= {name: f"{option}.{below[2:]}" for name, below in name_options(value).items() if name not in inner}
+    return inner | options
+
+
+def tell_mends(error: Exception, settings: Any) -> str:
+    """Say which options of a command mend an error, as the end of its line; nothing where none does."""
+    options = name_options(settings) if settings is not None else {}
+    wanted = [name for name in getattr(error, "settings", ()) if name in options]
+    mends = [MENDS.get(name, "change {}").format(options[name]) for name in wanted]
+    return f"; {' or '.join(mends)}" if mends else ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error or images left out, 2 a wrong command line."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw one for every load and save
@@ -66,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         print(f"captioner: no command '{name}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
+    settings = None
     try:
         command = import_module(f"captioner.commands.{name}")
-        sys.exit(command.run(parse(name, command.SETTINGS, args[1:])))
+        settings = parse(name, command.SETTINGS, args[1:])
+        sys.exit(command.run(settings))
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -76,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("CAPTIONER_DEBUG"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"captioner {name}: {message}", file=sys.stderr)
+        print(f"captioner {name}: {message}{tell_mends(error, settings)}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code in (130, 143):  # saved and leaving: a signal that comes twice changes nothing

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from timm.models import is_model_in_modules
 
 from captioner.encoders.base import TokenEncoder
+from captioner.encoders.timm_models import PooledEncoder
 from captioner.hub import hub_options
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
     Raises:
         ValueError: timm knows no model of that name, or its weights cannot be had.
     """
-    from captioner.encoders.timm_models import PooledEncoder
-
     exported = name.startswith(EXPORTED)
     architecture = exported_config(name)["architecture"] if exported else name.split(".")[0]
     if not timm.is_model(architecture):

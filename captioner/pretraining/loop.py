@@ -104,7 +104,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         log.load_state(resumed["log"], step)
     else:
         log.start_over()
-    schedule = learning_rates(optimizer.optimizer, config, step, config.steps)
+    schedule = learning_rates(optimizer.optimizer, config.learning_rate, config.warmup, step, config.steps)
     if accelerator.is_main_process:
         save_config(config, config.output)
 

@@ -108,7 +108,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         log.start_over()
         if config.init_from is None and config.stage == "xe":
             progress["evaluated"] = 0  # nothing to see in a decoder that knows no word
-    schedule = learning_rates(optimizer.optimizer, config, progress["step"], total)
+    schedule = learning_rates(optimizer.optimizer, config.learning_rate, config.warmup, progress["step"], total)
     if accelerator.is_main_process:
         save_config(config, folder)
     if config.trackers:
