@@ -1,15 +1,23 @@
-"""Captioning in a line: `captioner.load()`, `captioner.caption(...)`, and the `image-to-text` pipeline."""
+"""Captioning in a line: `captioner.load()`, `captioner.caption(...)`."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils import logging as transformers_logging
 
-from captioner.grids import Grid
+from captioner.errors import SettingError
+from captioner.grids import Grid, parse_grid
 from captioner.hub import hub_options
-from captioner.images import ImageError, ImageSource
+from captioner.images import ImageError, ImageSource, is_single, name_source
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 
@@ -18,23 +26,36 @@ DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that count something."""
 
+REFUSED = {
+    "num_return_sequences": "captioning gives one caption an image",
+    "return_dict_in_generate": "captioning gives captions",
+    "max_length": "max_new_tokens says how long a caption may be",
+}
+"""Options of transformers' `generate` that captioning refuses, and why."""
+
 
 @dataclass
 class Caption:
     """One captioned image: its caption and log-probability, or the error that stood in the way."""
 
     path: str
+    """The image's path, or `image in memory`."""
     caption: str | None = None
     logprob: float | None = None
+    """Log-probability of the caption under the model, a natural logarithm; `None` where it was not asked for."""
     error: str | None = None
+    reason: str | None = None
+    """The error without the image's name, in a few words, by which errors can be counted."""
 
-    def as_dict(self) -> dict:
-        """Return the fields as a dict, in order."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, str | float | None]:
+        """Return path, caption, logprob and error, in this order."""
+        return {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
 
 
 class Captioner:
-    """A model and its processor on a device, ready to caption.
+    """A model and its processor on a device, ready to caption; several threads may use one at the same time.
+
+    Images are opened in the thread that asks. The model captions one batch at a time.
 
     Args:
         model: the captioner model.
@@ -46,71 +67,106 @@ class Captioner:
         self.device = pick_device(device)
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
         self.model, self.processor = model.to(self.device, dtype).eval(), processor
+        self._lock = threading.Lock()  # fast tokenizers, and decoders that hold the image while they read, have state
 
     def stream(
         self,
         images: ImageSource | Iterable[ImageSource],
         batch_size: int = 16,
-        grid: Grid | str | None = None,
-        **generation,
+        grid: Grid | str | int | None = None,
+        logprob: bool = True,
+        **generation: Any,
     ) -> Iterator[Caption]:
-        """Caption images one batch at a time, in order; a bad image yields its error and stops nothing.
+        """Caption images one batch at a time, in order; an image that cannot be used yields its error.
 
         Args:
-            images: paths, encoded bytes or PIL images.
+            images: one image or an iterable of images, a generator too: whatever `open_image` opens. An array and an
+                open file are one image.
             batch_size: images per batch.
             grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
+            logprob: whether to compute log-probabilities, which takes one more pass of the decoder.
             generation: settings of transformers' `generate`, such as `num_beams`.
 
         Raises:
-            ValueError: the encoder has not such a grid, or an option is not one for a caption an image.
+            ValueError: the encoder does not have this grid, or an option does not fit one caption per image.
         """
-        for name, value in {"batch_size": batch_size, **generation}.items():
-            if name in COUNTS and value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
-            if name in ("num_return_sequences", "return_dict_in_generate"):
-                raise ValueError(f"captioning gives one caption an image; leave {name} out, or use model.generate")
-        images = iter([images] if isinstance(images, ImageSource) else images)
-        while batch := list(islice(images, batch_size)):
+        options = {"batch_size": batch_size, **generation}
+        for name, value in options.items():
+            if name in COUNTS and value is not None:
+                options[name] = check_count(name, value)
+            if name in REFUSED and value is not None:
+                raise ValueError(f"{REFUSED[name]}; leave {name} out")
+        grid = parse_grid(grid)
+        sources = iter([images] if is_single(images) else images)
+        return self._stream(sources, options.pop("batch_size"), grid, logprob, options)
+
+    def _stream(
+        self, sources: Iterator[ImageSource], batch_size: int, grid: Grid | None, logprob: bool, options: dict[str, Any]
+    ) -> Iterator[Caption]:
+        while batch := list(islice(sources, batch_size)):
             results, pixels = [], []
             for image in batch:
-                name = str(image) if isinstance(image, str | Path) else "image in memory"
-                results.append(Caption(name))
+                results.append(Caption(name_source(image)))
                 try:
                     pixels.append(self.processor.pixels(image))
                 except ImageError as error:
-                    results[-1].error = str(error)
+                    results[-1].error, results[-1].reason = str(error), error.kind
             good = [result for result in results if result.error is None]
             if good:
-                captions, logprobs = self.generate(torch.stack(pixels), grid, **generation)
-                for result, text, logprob in zip(good, captions, logprobs, strict=True):
-                    result.caption, result.logprob = text, logprob
+                captions, logprobs = self.generate(torch.stack(pixels), grid, logprob, **options)
+                for result, text, value in zip(good, captions, logprobs, strict=True):
+                    result.caption, result.logprob = text, value
             yield from results
 
     @torch.inference_mode()
     def generate(
-        self, pixel_values: torch.Tensor, grid: Grid | str | None = None, **generation
-    ) -> tuple[list[str], list[float]]:
-        """Caption pixels (B, 3, H, W); returns captions and their log-probabilities."""
-        tokens = self.model.encode(pixel_values.to(self.device), grid)
-        prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
-        sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
-        logprobs = self.model.log_probability(sequences, tokens, prompt)
-        return self.processor.captions(sequences), [round(value, 4) for value in logprobs.tolist()]
+        self, pixel_values: torch.Tensor, grid: Grid | str | None = None, logprob: bool = True, **generation: Any
+    ) -> tuple[list[str], list[float] | list[None]]:
+        """Caption pixels (B, 3, H, W).
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource], **options) -> str | list[str]:
-        """Caption one image, or a list or tuple of them; see `stream` for the options.
+        Returns:
+            B captions and their log-probabilities, or `None` for each if `logprob` is false.
+        """
+        with self._lock:
+            tokens = self.model.encode(pixel_values.to(self.device), grid)
+            prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
+            sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
+            captions = self.processor.captions(sequences)
+            if not logprob:
+                return captions, [None] * len(captions)
+            logprobs = self.model.log_probability(sequences, tokens, prompt)
+        return captions, [round(value, 4) for value in logprobs.tolist()]
+
+    def __call__(self, images: ImageSource | Iterable[ImageSource], **options: Any) -> str | list[str]:
+        """Caption one image, or several of them; see `stream` for the options.
+
+        Returns:
+            The caption of one image; of several, in a list, a generator or another iterable, a list of captions.
 
         Raises:
             ImageError: an image cannot be used.
         """
-        single = not isinstance(images, list | tuple)
         captions = []
-        for result in self.stream([images] if single else images, **options):
-            if result.error is not None:
-                raise ImageError(result.error)
+        for result in self.stream(images, **{"logprob": False, **options}):
+            if result.error is not None or result.caption is None:
+                raise ImageError(result.error or "no caption", result.reason or "unusable")
             captions.append(result.caption)
-        return captions[0] if single else captions
+        return captions[0] if is_single(images) else captions
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return an option that counts something as an int; numpy's integers are taken.
+
+    Raises:
+        SettingError: it is no whole number above 0.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise SettingError(f"{name} must be a whole number above 0, not {value!r}", name)
+    return count
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -125,33 +181,70 @@ def pick_device(name: str | None = None) -> torch.device:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError):
         here = [f"cuda:{n}" for n in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
-        raise ValueError(f"no device '{name}' here; there is {', '.join([*here, 'cpu'])}") from None
+        raise SettingError(f"no device '{name}' here; there is {', '.join([*here, 'cpu'])}", "device") from None
+
+
+loading = threading.Lock()
+
+
+@contextmanager
+def silence_transformers(bars: bool) -> Iterator[None]:
+    """Have transformers neither warn nor draw a bar while a captioner is loaded: it warns of what is as it should be.
+
+    Its settings belong to the whole program, so that one thread loads at a time, and they are set back.
+
+    Args:
+        bars: whether bars stay, which show a download.
+    """
+    with loading:
+        verbosity = transformers_logging.get_verbosity()
+        hide = not bars and transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        if hide:
+            transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if hide:
+                transformers_logging.enable_progress_bar()
 
 
 def load(model: str | Path | None = None, device: str | None = None) -> Captioner:
     """Load a captioner: the shipped one, a local folder, or a hub id.
 
+    Args:
+        model: the folder or hub id; `None` for the shipped captioner.
+        device: a torch device such as `cuda:1`; `None` takes CUDA, then MPS, then the CPU.
+
     Raises:
-        ValueError: the folder or repository holds no captioner.
+        ValueError: the folder or repository holds no captioner, its weights are not whole, or there is no such device.
     """
     source = str(model if model is not None else DEFAULT_WEIGHTS)
-    local = Path(source).exists()
+    local = os.path.exists(source)
     if local and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"no captioner model in '{source}': it has no config.json")
+        raise SettingError(f"no captioner model in '{source}': it has no config.json", "model")
     if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
-        raise ValueError(f"no captioner model at '{source}': no such folder, and not a hub id")
+        raise SettingError(f"no captioner model at '{source}': no such folder, and not a hub id", "model")
     try:
         options = hub_options(source)
     except ValueError as error:
-        raise ValueError(f"no captioner model at '{source}': {error}") from None
+        raise SettingError(f"no captioner model at '{source}': {error}", "model") from None
+    downloaded = local or isinstance(try_to_load_from_cache(source, "config.json"), str)
     try:
-        processor = CaptionerProcessor.from_pretrained(source, **options)
-        loaded = CaptionerModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
+        with silence_transformers(bars=not downloaded):
+            processor = CaptionerProcessor.from_pretrained(source, **options)
+            options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            loaded, info = CaptionerModel.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}") from None
+        raise SettingError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}", "model") from None
+    if missing := sorted(info["missing_keys"]):
+        raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", "model")
     return Captioner(loaded, processor, device)
 
 
-def caption(images: ImageSource | Sequence[ImageSource], model: str | Path | None = None, **options) -> str | list[str]:
-    """Caption one image, or a list of them, with the shipped model or another; options as of `Captioner.stream`."""
+def caption(
+    images: ImageSource | Iterable[ImageSource], model: str | Path | None = None, **options: Any
+) -> str | list[str]:
+    """Caption one image, or several of them, with the shipped model or another; options as of `Captioner.stream`."""
     return load(model)(images, **options)

@@ -7,7 +7,7 @@ import torch
 from timm.data import create_transform
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-from captioner.images import ImageSource, open_image
+from captioner.images import ImageSource, is_single, open_image
 from captioner.labels import IGNORED
 
 IMAGE_DEFAULTS = {
@@ -106,7 +106,7 @@ class CaptionerProcessor(ProcessorMixin):
             raise ValueError("nothing to process: give images, text or both")
         data = {}
         if images is not None:
-            images = list(images) if isinstance(images, list | tuple) else [images]
+            images = [images] if is_single(images) else list(images)
             data["pixel_values"] = torch.stack([self.pixels(image) for image in images])
         if text is not None:
             data |= self.text([text] if isinstance(text, str) else text)

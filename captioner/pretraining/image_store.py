@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from captioner.data.image_files import search_folder
 from captioner.images import SUFFIXES, ImageError, ImageSource, open_image
 from captioner.runs.progress import progress_bar
 
@@ -66,14 +67,22 @@ def open_source(name: str) -> Source:
 
 
 def open_folder(root: Path) -> Source:
-    """List a folder's images; where all lie in subfolders, the first one down names the class."""
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
+    """List a folder's images; where all lie in subfolders, the first one down names the class.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = search_folder(root)
+    for reason in found.unreadable:
+        logger.warning("left out: %s", reason)
+    if left_out := found.left_out():
+        logger.warning("left out in the folder '%s': %s", root, left_out)
+    if not found.files:
         raise FileNotFoundError(f"no images in the folder '{root}'")
-    parts = [path.relative_to(root).parts for path in found]
+    parts = [path.relative_to(root).parts for path in found.files]
     classes = [p[0] if len(p) > 1 else None for p in parts]
-    labels = classes if None not in classes and len(set(classes)) > 1 else [None] * len(found)
-    return Source(str(root), list(zip(found, labels, strict=True)), stamp_files(found))
+    labels = classes if None not in classes and len(set(classes)) > 1 else [None] * len(found.files)
+    return Source(str(root), list(zip(found.files, labels, strict=True)), stamp_files(found.files))
 
 
 def stamp_files(files: Iterable[str | Path]) -> str:

@@ -1,0 +1,138 @@
+"""From what a person names (files, folders, patterns, a list on standard input) to images, in that order."""
+
+import codecs
+import glob
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from captioner.data.image_files import search_folder
+from captioner.images.names import escape_name
+from captioner.images.opening import MAX_BYTES, SUFFIXES, UNREAD, ignore_pillow_warnings, supported
+
+STANDARD_INPUT = "-"
+
+ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+"""What a list may begin with, and what that says of it."""
+
+HEAD = 4096
+"""Bytes of a list that are looked at to tell it from an image."""
+
+
+@dataclass
+class FoundImages:
+    """Images to caption, and what is to be said of the rest."""
+
+    images: list[tuple[str, str | bytes]] = field(default_factory=list)
+    """Each image's name, and its path or its bytes."""
+    problems: list[str] = field(default_factory=list)
+    """Inputs that gave no image although they should have."""
+    notes: list[str] = field(default_factory=list)
+    """Files of folders that were left out because they are no images."""
+
+    def add_paths(self, paths: Sequence[str]) -> None:
+        """Add images by their paths, which are their names."""
+        self.images += [(path, path) for path in paths]
+
+
+def find_images(inputs: Sequence[str], standard_input: BinaryIO | None = None) -> FoundImages:
+    """Resolve inputs to images, in the order given; images of a folder are sorted.
+
+    Args:
+        inputs: files, folders, glob patterns, and `-` for standard input.
+        standard_input: an image, or a list of paths: one a line, or each ended by a zero byte as `find -print0` does.
+    """
+    found = FoundImages()
+    for item in inputs:
+        name, path = escape_name(item), Path(item)
+        if item == STANDARD_INPUT:
+            add_standard_input(found, standard_input)
+        elif os.path.isdir(item):  # unlike pathlib's, takes what cannot be reached for no folder
+            add_folder(found, item)
+        elif glob.has_magic(item) and not os.path.lexists(item):
+            add_pattern(found, item)
+        elif item.endswith(os.sep) and not os.path.lexists(item.rstrip(os.sep)):
+            found.problems.append(f"there is no folder '{name}'")
+        elif not os.path.lexists(item) and path.suffix.lower() not in SUFFIXES | UNREAD.keys():
+            found.problems.append(f"there is no file and no folder '{name}'")
+        else:
+            found.add_paths([item])
+    return found
+
+
+def add_folder(found: FoundImages, name: str) -> None:
+    """Add the images of a folder and the folders within it."""
+    folder = search_folder(Path(name))
+    left_out, name = folder.left_out(), escape_name(name)
+    found.add_paths(sorted(map(str, folder.files)))
+    found.problems += folder.unreadable
+    if not folder.files and not folder.unreadable:
+        found.problems.append(f"no images in the folder '{name}'" + (f"; left out: {left_out}" if left_out else ""))
+    elif left_out:
+        said = found.problems if folder.unread else found.notes
+        said.append(f"left out in the folder '{name}': {left_out}")
+
+
+def add_pattern(found: FoundImages, pattern: str) -> None:
+    """Add the files that match a pattern; a folder that matches is searched, unless `**` goes into folders itself."""
+    matches = sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        found.problems.append(f"no file matches '{escape_name(pattern)}'")
+    for match in matches:
+        if not os.path.isdir(match):
+            found.add_paths([match])
+        elif "**" not in pattern:
+            add_folder(found, match)
+
+
+def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
+    """Add the image, or the images of the list, on standard input."""
+    data = b"" if file is None else file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        found.problems.append(f"standard input holds over {MAX_BYTES // 2**20} MiB, which is refused")
+    elif not data:
+        found.problems.append("standard input is empty")
+    elif is_image(data):
+        found.images.append((STANDARD_INPUT, data))
+    else:
+        found.add_paths(read_list(data))
+
+
+def is_image(data: bytes) -> bool:
+    """Tell an image from a list of paths.
+
+    What a decoder knows is an image, and so is what holds zero bytes in other ways than a list: an image of another
+    format, or a broken one, which is refused when it is opened.
+    """
+    formats = [name for name in supported() if name != "TGA"]  # has no mark at its start and takes text for an image
+    try:
+        with ignore_pillow_warnings(), Image.open(io.BytesIO(data), formats=formats):
+            return True
+    except Exception:  # Pillow raises nearly any kind on broken data
+        pass
+    head = data[:HEAD]
+    if b"\0" not in head or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return False
+    first = os.fsdecode(data.partition(b"\0")[0])
+    printable = not any(byte < 32 and byte not in b"\0\t\n\r\x0b\x0c\x1b" for byte in head)
+    return b"\0\0" in data or not first or not (printable or os.path.lexists(first))
+
+
+def read_list(data: bytes) -> list[str]:
+    """Read paths from a list: ended by zero bytes where there are any, else by line feeds, and by nothing else.
+
+    Where all lines end with a carriage return too, as Windows writes them, it is no part of the names.
+    """
+    encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), None)
+    text = data.decode(encoding, errors="surrogateescape") if encoding else os.fsdecode(data)
+    if "\0" in text:
+        return [name for name in text.split("\0") if name]
+    lines = [line for line in text.split("\n") if line]
+    if all(line.endswith("\r") for line in lines):
+        lines = [line[:-1] for line in lines]
+    return [line for line in lines if line]

@@ -1,0 +1,17 @@
+"""Opening untrusted images: a path, bytes, a PIL image or an array in, an upright 8-bit RGB image or one error out."""
+
+from captioner.images.opening import FORMATS, MAX_BYTES, MAX_PIXELS, SUFFIXES, open_image, supported
+from captioner.images.sources import ImageError, ImageSource, is_single, name_source
+
+__all__ = [
+    "FORMATS",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "ImageError",
+    "ImageSource",
+    "is_single",
+    "name_source",
+    "open_image",
+    "supported",
+]

@@ -1,0 +1,220 @@
+"""Opening untrusted images safely: any file or bytes in, an upright 8-bit RGB image out, or one clear error."""
+
+import io
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from captioner.images.metadata import strip_metadata, turn_upright
+from captioner.images.pixels import MAX_PIXELS, array_to_rgb, check_size, to_rgb
+from captioner.images.sources import ImageError, ImageSource, is_array, is_file, quote_name
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+"""Decoders that may see untrusted bytes; those that call out to other programs (EPS, say) are not among them."""
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp")
+    + (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc")
+    + (".jpf", ".jpx", ".ico", ".tga", ".icb", ".vda", ".vst")
+)
+"""File endings taken for images when a folder is searched: all that `FORMATS` are known by."""
+
+RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
+
+UNREAD = (
+    dict.fromkeys((".heic", ".heif", ".hif"), "HEIC")
+    | dict.fromkeys(RAW, "camera raw")
+    | dict.fromkeys((".eps", ".ps", ".ai"), "PostScript")
+    | {".jxl": "JPEG XL", ".psd": "Photoshop", ".svg": "SVG", ".emf": "EMF", ".wmf": "WMF", ".dcm": "DICOM"}
+    | {".exr": "EXR", ".qoi": "QOI"}
+)
+"""Formats of images that are not read, by file ending; a converter to JPEG or PNG makes them readable."""
+
+MAX_BYTES = 512 * 2**20
+"""Encoded size in bytes above which a file is refused unread."""
+
+UNSUPPORTED = "not images of a supported format"
+
+DRAFT = (1024, 1024)
+"""Size that a large JPEG is decoded at, at least: a fraction of its own takes less time."""
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Open one image as upright, 8-bit RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, and of an animation the first frame is taken.
+    Other depths than 8 bits become 8 by the fixed rules of `captioner.images.pixels`: 16 bits by `value // 257`,
+    floating point from 0.0 (black) to 1.0 (white), whatever the brightest value of the image is. Metadata that cannot
+    be read is left out.
+
+    Args:
+        source: a path, encoded bytes, a `datasets` record `{"path": ..., "bytes": ...}`, a file opened in binary mode,
+            a PIL image of any mode, or an array: (H, W), (H, W, 3) or (H, W, 4), for a torch tensor (3, H, W), of
+            uint8, uint16, bool or floating point from 0 to 1.
+
+    Raises:
+        ImageError: missing, empty, truncated, not an image, of a refused format, without pixels, or larger than
+            `MAX_PIXELS` or `MAX_BYTES`.
+    """
+    name = quote_name(source)
+    kind = type(source).__name__
+    if isinstance(source, Mapping):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    try:
+        with ignore_pillow_warnings():
+            if isinstance(source, Image.Image):
+                return open_pil(source, name)
+            if is_array(source):
+                return array_to_rgb(source)
+            if is_file(source):
+                return open_encoded(read_file(source, name), name)
+            if isinstance(source, bytes | bytearray | memoryview):
+                return open_encoded(bytes(source), name)
+            if isinstance(source, str | os.PathLike):
+                return open_path(Path(os.fsdecode(source)), name)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist", "missing") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image of a supported format{advise(name)}", UNSUPPORTED) from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"{name} is too large: over {MAX_PIXELS // 10**6} megapixels is refused", "too large"
+        ) from None
+    except Exception as error:  # on broken data, Pillow's decoders raise nearly any kind, KeyError and struct.error too
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise ImageError(f"{name} cannot be read: {' '.join(why.split())}", "damaged or not readable") from None
+    raise ImageError(
+        f"{kind} is no image; give a path, encoded bytes, an open file, a PIL image or an array", "not images"
+    )
+
+
+def advise(name: str) -> str:
+    """Say what to do about a file of a format that is not read, where its ending tells; else nothing."""
+    unread = UNREAD.get(Path(name.strip("'")).suffix.lower())
+    return f": {unread} is not read, convert it to JPEG or PNG" if unread else ""
+
+
+def open_path(path: Path, name: str) -> Image.Image:
+    """Open an image file."""
+    size = path.stat().st_size
+    if not path.is_file():  # a folder, or a pipe, which would wait for ever
+        raise ImageError(f"{name} is not a file", "not files")
+    check_bytes(size, name)
+    with path.open("rb") as file:
+        return open_encoded(file, name)
+
+
+def read_file(file: BinaryIO, name: str) -> bytes:
+    """Read an open file from its start, wherever it stands; one that has no start is read on."""
+    if getattr(file, "seekable", bool)():
+        file.seek(0)
+    data = file.read(MAX_BYTES + 1)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise ImageError(f"{name} is open as text; open it in binary mode", "open as text")
+    return bytes(data)
+
+
+def check_bytes(size: int, name: str) -> None:
+    """Refuse a file by its size in bytes.
+
+    Raises:
+        ImageError: it is empty, or larger than `MAX_BYTES`.
+    """
+    if size == 0:
+        raise ImageError(f"{name} is empty", "empty")
+    if size > MAX_BYTES:
+        raise ImageError(
+            f"{name} is {size / 2**20:.0f} MiB; files over {MAX_BYTES // 2**20} MiB are refused", "too large"
+        )
+
+
+def open_encoded(content: bytes | BinaryIO, name: str) -> Image.Image:
+    """Decode an image; where that fails, decode it again without its metadata, which may be what is broken."""
+    if isinstance(content, bytes):
+        check_bytes(len(content), name)
+    try:
+        return decode(io.BytesIO(content) if isinstance(content, bytes) else content, name)
+    except ImageError:
+        raise
+    except Exception as error:  # see `open_image`
+        if not isinstance(content, bytes):
+            content.seek(0)
+            content = content.read()
+        stripped = strip_metadata(content)
+        if stripped == content:
+            raise
+        try:
+            return decode(io.BytesIO(stripped), name)
+        except UnidentifiedImageError:
+            raise error from None
+
+
+def decode(file: BinaryIO, name: str) -> Image.Image:
+    """Decode an open file with the decoders that are allowed."""
+    with Image.open(file, formats=supported()) as image:
+        check_size(image.width, image.height, name)
+        image.draft("RGB", DRAFT)
+        image.load()
+        return to_rgb(turn_upright(image), name)
+
+
+def open_pil(image: Image.Image, name: str) -> Image.Image:
+    """Bring a PIL image into mode RGB, by the rules that hold for files: it may be one that is not yet decoded."""
+    check_size(image.width, image.height, name)
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
+        raise ImageError(f"{name} is of the format {image.format}, which is refused", UNSUPPORTED)
+    try:
+        image.load()
+    except Exception:  # see `open_image`
+        file = getattr(image, "fp", None)
+        if file is None or image.tell() != 0:
+            raise
+        return open_encoded(read_file(file, name), name)
+    return to_rgb(turn_upright(image), name)
+
+
+@lru_cache
+def supported() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+"""An entry of `warnings.filters` that ignores what Pillow's modules warn of."""
+
+lock = threading.Lock()
+opening = 0
+
+
+@contextmanager
+def ignore_pillow_warnings() -> Iterator[None]:
+    """Ignore what Pillow warns of (odd metadata, sizes that are checked here) while images are opened.
+
+    A program may turn warnings into errors, and an image that can be used would then be refused. The filters belong to
+    all threads: the first that opens an image adds the entry, the last removes it. `warnings.catch_warnings` is not
+    made for threads, and has every other warning shown again.
+    """
+    global opening
+    with lock:
+        opening += 1
+        if opening == 1:
+            warnings.filters.insert(0, PILLOW)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        with lock:
+            opening -= 1
+            if opening == 0:
+                with suppress(ValueError):  # a test that ended meanwhile has set all filters back
+                    warnings.filters.remove(PILLOW)  # type: ignore[attr-defined]

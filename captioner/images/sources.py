@@ -1,0 +1,86 @@
+"""What may be given as an image, what it is called in messages, and the error of one that cannot be used."""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from captioner.images.names import escape_name
+
+if TYPE_CHECKING:
+    import torch
+
+    Array: TypeAlias = np.ndarray | torch.Tensor
+else:
+    Array = np.ndarray
+
+ImageSource: TypeAlias = (
+    str | os.PathLike | bytes | bytearray | memoryview | Mapping[str, Any] | BinaryIO | Image.Image | Array
+)
+"""A path, encoded bytes, a `datasets` record `{"path": ..., "bytes": ...}`, an open file, a PIL image, or an array."""
+
+IN_MEMORY = "image in memory"
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names it and says why.
+
+    Args:
+        message: one line that names the image.
+        kind: the reason without the image's name, in a few words, so that errors can be counted by it.
+    """
+
+    def __init__(self, message: str, kind: str = "unusable"):
+        super().__init__(message)
+        self.kind = kind
+
+
+def is_tensor(source: Any) -> bool:
+    """Tell whether this is a tensor of torch, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
+def is_array(source: Any) -> bool:
+    """Tell whether this is an array of pixels: numpy's, torch's, or of another library that numpy can read.
+
+    A column of a data frame is none: it is a sequence, of paths for example.
+    """
+    if isinstance(source, np.ndarray) or is_tensor(source):
+        return True
+    return hasattr(source, "__array__") and hasattr(source, "ndim") and not hasattr(source, "iloc")
+
+
+def is_file(source: Any) -> bool:
+    """Tell whether this is an open file, or an object that reads as one."""
+    return callable(getattr(source, "read", None))
+
+
+def is_single(images: Any) -> bool:
+    """Tell whether this stands for one image, and not for several in a list, a generator or another iterable.
+
+    An array and an open file are one image each, although both can be iterated over. What is neither an image nor
+    iterable counts as one, which `open_image` then refuses.
+    """
+    one = (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)
+    return isinstance(images, one) or is_array(images) or is_file(images) or not hasattr(images, "__iter__")
+
+
+def name_source(source: Any) -> str:
+    """Name an image: its path, where it has one, or `image in memory`."""
+    if isinstance(source, Mapping):
+        source = source.get("path")
+    elif is_file(source):
+        source = getattr(source, "name", None)  # of pipes and temporary files a number
+    if isinstance(source, os.PathLike):
+        source = os.fsdecode(source)
+    return source if isinstance(source, str) else IN_MEMORY
+
+
+def quote_name(source: Any) -> str:
+    """Name an image for a message: its path in quotes and on one line, or `image in memory`."""
+    name = name_source(source)
+    return name if name == IN_MEMORY else f"'{escape_name(name)}'"
