@@ -205,8 +205,9 @@ def open_output(path: Path | None, append: bool = False) -> Iterator[Writer]:
         return
     name = f"'{escape_name(str(path))}'"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a" if append else "w", encoding="utf-8", newline="")
+        real = Path(os.path.realpath(path))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        file = real.open("a" if append else "w", encoding="utf-8", newline="")
     except OSError as error:
         raise SettingError(f"cannot write {name}: {error.strerror}", "output") from None
     try:

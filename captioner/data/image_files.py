@@ -18,6 +18,8 @@ SIDECAR_FOLDERS = frozenset(
 """Folders of that kind; those with thumbnails hold copies of images."""
 
 
+HIDDEN = "hidden"
+
 KINDS = 8
 """Kinds of files that are named in one line; others are only counted."""
 
@@ -37,12 +39,12 @@ class FolderImages:
     """Folders that could not be read, each with its reason."""
 
     def left_out(self) -> str:
-        """Say what was left out, by kind: `2 HEIC (not read: convert to JPEG or PNG), 1 .txt files`."""
+        """Say what was left out, by kind: `2 HEIC (not read: convert to JPEG or PNG), 1 .txt, 3 hidden`."""
         parts = [f"{count} {kind} (not read: convert to JPEG or PNG)" for kind, count in sorted(self.unread.items())]
         common = self.others.most_common(KINDS)
         parts += [f"{count} {kind}" for kind, count in common]
         if rest := self.others.total() - sum(count for _, count in common):
-            parts.append(f"{rest} other files")
+            parts.append(f"{rest} others")
         return ", ".join(parts)
 
 
@@ -100,9 +102,9 @@ def classify(entry: os.DirEntry[str]) -> str:
     if name in (SIDECAR_FOLDERS if is_folder else SIDECARS) or (name.startswith("._") and not is_folder):
         return ""
     if is_folder:
-        return "hidden folders" if name.startswith(".") else "link" if entry.is_symlink() else "folder"
+        return HIDDEN if name.startswith(".") else "link" if entry.is_symlink() else "folder"
     if name.startswith("."):
-        return "hidden files"
+        return HIDDEN
     if ending in SUFFIXES:
         return "image"
-    return UNREAD.get(ending) or (f"{escape_name(ending)} files" if ending else "files without an ending")
+    return UNREAD.get(ending) or (escape_name(ending) if ending else "without an ending")

@@ -28,8 +28,8 @@ HEAD = 4096
 class FoundImages:
     """Images to caption, and what is to be said of the rest."""
 
-    images: list[tuple[str, str | bytes]] = field(default_factory=list)
-    """Each image's name, and its path or its bytes."""
+    images: list[tuple[str, str | BinaryIO]] = field(default_factory=list)
+    """Each image's name, and its path or, of standard input, its content."""
     problems: list[str] = field(default_factory=list)
     """Inputs that gave no image although they should have."""
     notes: list[str] = field(default_factory=list)
@@ -98,7 +98,9 @@ def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
     elif not data:
         found.problems.append("standard input is empty")
     elif is_image(data):
-        found.images.append((STANDARD_INPUT, data))
+        image = io.BytesIO(data)
+        image.name = "standard input"  # what messages call it
+        found.images.append((STANDARD_INPUT, image))
     else:
         found.add_paths(read_list(data))
 

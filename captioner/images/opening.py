@@ -41,7 +41,7 @@ UNREAD = (
 MAX_BYTES = 512 * 2**20
 """Encoded size in bytes above which a file is refused unread."""
 
-UNSUPPORTED = "not images of a supported format"
+UNSUPPORTED = "of an unsupported format"
 
 DRAFT = (1024, 1024)
 """Size that a large JPEG is decoded at, at least: a fraction of its own takes less time."""
@@ -94,7 +94,7 @@ def open_image(source: ImageSource) -> Image.Image:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise ImageError(f"{name} cannot be read: {' '.join(why.split())}", "damaged or not readable") from None
     raise ImageError(
-        f"{kind} is no image; give a path, encoded bytes, an open file, a PIL image or an array", "not images"
+        f"{kind} is no image; give a path, encoded bytes, an open file, a PIL image or an array", "not an image"
     )
 
 
@@ -108,7 +108,7 @@ def open_path(path: Path, name: str) -> Image.Image:
     """Open an image file."""
     size = path.stat().st_size
     if not path.is_file():  # a folder, or a pipe, which would wait for ever
-        raise ImageError(f"{name} is not a file", "not files")
+        raise ImageError(f"{name} is not a file", "not a file")
     check_bytes(size, name)
     with path.open("rb") as file:
         return open_encoded(file, name)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from captioner.data.caption_output import COLUMNS
 from captioner.data.readers import is_karpathy, load_json, load_rows, read_coco, read_karpathy
 from captioner.data.splits import keep_split
+from captioner.images.names import unescape_name
 from captioner.metrics.scores import name_ids
 
 ImageId = int | str
@@ -109,6 +111,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".txt":
         raise ValueError(f"'{path}': results end in .json, .jsonl or .csv; name such an --output of captioner caption")
     content = load_rows(path) if path.suffix in (".jsonl", ".csv") else load_json(path)
+    if path.suffix == ".csv" and content and tuple(content[0]) == COLUMNS:  # what `captioner caption` writes
+        content = [row | {"path": unescape_name(row["path"])} for row in content]
     form = 'a list of {"image_id": ..., "caption": ...}'
     if not isinstance(content, list):
         raise ValueError(f"'{path}' holds no results: it must be {form}, not {_kind(content)}")
@@ -166,7 +170,7 @@ def _finder(files: Mapping[ImageId, str]) -> Callable[[ImageId], ImageId]:
     owners: list[dict[str, list[ImageId]]] = [{} for _ in forms]
     for image_id, file in files.items():
         for form, images in zip(forms, owners, strict=True):
-            images.setdefault(form(file), []).append(image_id)
+            images.setdefault(form(clean(file)), []).append(image_id)
 
     def find(image_id: ImageId) -> ImageId:
         for form, images in zip(forms, owners, strict=True):
