@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -66,8 +66,9 @@ class Captioner:
     def __init__(self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None):
         self.device = pick_device(device)
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
-        self.model, self.processor = model.to(self.device, dtype).eval(), processor
-        self._lock = threading.Lock()  # fast tokenizers, and decoders that hold the image while they read, have state
+        self.model: CaptionerModel = model.to(self.device, dtype).eval()  # type: ignore[arg-type]
+        self.processor = processor
+        self._lock = threading.Lock()  # decoders and fast tokenizers may keep state while they run
 
     def stream(
         self,
@@ -90,14 +91,14 @@ class Captioner:
         Raises:
             ValueError: the encoder does not have this grid, or an option does not fit one caption per image.
         """
-        options = {"batch_size": batch_size, **generation}
+        options: dict[str, Any] = {"batch_size": batch_size, **generation}
         for name, value in options.items():
             if name in COUNTS and value is not None:
                 options[name] = check_count(name, value)
             if name in REFUSED and value is not None:
                 raise ValueError(f"{REFUSED[name]}; leave {name} out")
         grid = parse_grid(grid)
-        sources = iter([images] if is_single(images) else images)
+        sources = iter(cast("Iterable[ImageSource]", [images] if is_single(images) else images))
         return self._stream(sources, options.pop("batch_size"), grid, logprob, options)
 
     def _stream(
@@ -128,7 +129,7 @@ class Captioner:
             B captions and their log-probabilities, or `None` for each if `logprob` is false.
         """
         with self._lock:
-            tokens = self.model.encode(pixel_values.to(self.device), grid)
+            tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
             prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
             sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
             captions = self.processor.captions(sequences)
@@ -136,6 +137,12 @@ class Captioner:
                 return captions, [None] * len(captions)
             logprobs = self.model.log_probability(sequences, tokens, prompt)
         return captions, [round(value, 4) for value in logprobs.tolist()]
+
+    @overload
+    def __call__(self, images: ImageSource, **options: Any) -> str: ...
+
+    @overload
+    def __call__(self, images: Iterable[ImageSource], **options: Any) -> list[str]: ...
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], **options: Any) -> str | list[str]:
         """Caption one image, or several of them; see `stream` for the options.
@@ -227,7 +234,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
         raise SettingError(f"no captioner model at '{source}': no such folder, and not a hub id", "model")
     try:
-        options = hub_options(source)
+        options: dict[str, Any] = {**hub_options(source)}
     except ValueError as error:
         raise SettingError(f"no captioner model at '{source}': {error}", "model") from None
     downloaded = local or isinstance(try_to_load_from_cache(source, "config.json"), str)
@@ -235,7 +242,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
         with silence_transformers(bars=not downloaded):
             processor = CaptionerProcessor.from_pretrained(source, **options)
             options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-            loaded, info = CaptionerModel.from_pretrained(source, **options)
+            loaded, info = cast("tuple[CaptionerModel, dict]", CaptionerModel.from_pretrained(source, **options))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SettingError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}", "model") from None
     if missing := sorted(info["missing_keys"]):

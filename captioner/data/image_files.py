@@ -57,7 +57,8 @@ def search_folder(root: Path) -> FolderImages:
     """
     found = FolderImages(root)
     seen: set[tuple[int, int]] = set()
-    folders, links = [root], []
+    folders = [root]
+    links: list[Path] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         try:

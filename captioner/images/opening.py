@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -65,24 +65,24 @@ def open_image(source: ImageSource) -> Image.Image:
             `MAX_PIXELS` or `MAX_BYTES`.
     """
     name = quote_name(source)
-    kind = type(source).__name__
+    content: Any = source
     if isinstance(source, Mapping):
-        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+        content = source["bytes"] if source.get("bytes") is not None else source.get("path")
     try:
         with ignore_pillow_warnings():
-            if isinstance(source, Image.Image):
-                return open_pil(source, name)
-            if is_array(source):
-                return array_to_rgb(source)
-            if is_file(source):
-                return open_encoded(read_file(source, name), name)
-            if isinstance(source, bytes | bytearray | memoryview):
-                return open_encoded(bytes(source), name)
-            if isinstance(source, str | os.PathLike):
-                return open_path(Path(os.fsdecode(source)), name)
+            if isinstance(content, Image.Image):
+                return open_pil(content, name)
+            if is_array(content):
+                return array_to_rgb(content)
+            if is_file(content):
+                return open_encoded(read_file(content, name), name)
+            if isinstance(content, bytes | bytearray | memoryview):
+                return open_encoded(bytes(content), name)
+            if isinstance(content, str | os.PathLike):
+                return open_path(Path(os.fsdecode(content)), name)
     except ImageError:
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ImageError(f"{name} does not exist", "missing") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a supported format{advise(name)}", UNSUPPORTED) from None
@@ -94,7 +94,8 @@ def open_image(source: ImageSource) -> Image.Image:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise ImageError(f"{name} cannot be read: {' '.join(why.split())}", "damaged or not readable") from None
     raise ImageError(
-        f"{kind} is no image; give a path, encoded bytes, an open file, a PIL image or an array", "not an image"
+        f"{type(source).__name__} is no image; give a path, encoded bytes, an open file, a PIL image or an array",
+        "not an image",
     )
 
 
@@ -172,7 +173,7 @@ def open_pil(image: Image.Image, name: str) -> Image.Image:
     """Bring a PIL image into mode RGB, by the rules that hold for files: it may be one that is not yet decoded."""
     check_size(image.width, image.height, name)
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
-        raise ImageError(f"{name} is of the format {image.format}, which is refused", UNSUPPORTED)
+        raise ImageError(f"{name} is of the format {image.format}, which is refused unless it is decoded", UNSUPPORTED)
     try:
         image.load()
     except Exception:  # see `open_image`

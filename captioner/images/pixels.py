@@ -13,6 +13,8 @@ So the same value has the same brightness in every image of a set. The numbers o
 last two rows, the image is refused, since the range cannot be the one that was meant (floats from 0 to 255, say).
 """
 
+from typing import Any, cast
+
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
@@ -103,10 +105,10 @@ def lab_to_rgb(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    return cast(Image.Image, ImageCms.profileToProfile(image, *profiles, outputMode="RGB"))
 
 
-def array_to_rgb(array: object) -> Image.Image:
+def array_to_rgb(array: Any) -> Image.Image:
     """Turn an array into mode RGB.
 
     Args:

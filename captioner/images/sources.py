@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -38,7 +38,7 @@ class ImageError(ValueError):
         self.kind = kind
 
 
-def is_tensor(source: Any) -> bool:
+def is_tensor(source: Any) -> "TypeGuard[torch.Tensor]":
     """Tell whether this is a tensor of torch, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(source, torch.Tensor)
@@ -54,7 +54,7 @@ def is_array(source: Any) -> bool:
     return hasattr(source, "__array__") and hasattr(source, "ndim") and not hasattr(source, "iloc")
 
 
-def is_file(source: Any) -> bool:
+def is_file(source: Any) -> TypeGuard[BinaryIO]:
     """Tell whether this is an open file, or an object that reads as one."""
     return callable(getattr(source, "read", None))
 
