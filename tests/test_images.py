@@ -176,6 +176,14 @@ def test_the_number_of_pixels_is_limited_in_every_form(monkeypatch):
             open_image(form)
 
 
+def test_lines_of_pixels_are_refused():
+    """Scaled so that their short side is 224 pixels, they would fill the memory."""
+    assert open_image(Image.new("L", (1000, 1))).size == (1000, 1)
+    for form in (Image.new("L", (1001, 1)), np.zeros((2002, 2), np.uint8), encoded(Image.new("L", (1, 1001)), "PNG")):
+        with pytest.raises(ImageError, match="one side over 1000 times the other is refused"):
+            open_image(form)
+
+
 def grey(values, form="TIFF"):
     """Encode an array as a grey image, open it, and return its 8-bit values."""
     return np.asarray(open_image(encoded(Image.fromarray(np.asarray(values)), form)))[..., 0]

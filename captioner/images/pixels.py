@@ -23,21 +23,28 @@ from captioner.images.sources import ImageError, is_tensor, quote_name
 MAX_PIXELS = 128 * 2**20
 """Pixels above which an image is refused as a decompression bomb; a 128-megapixel camera still passes."""
 
+MAX_RATIO = 1000
+"""How many times longer than the other one side may be: scaled so that the shorter fits, an image grows by that."""
+
 OUTSIDE = 0.1
 """Share of values outside the range of their kind above which an image is refused."""
 
 
 def check_size(width: int, height: int, name: str) -> None:
-    """Refuse an image without pixels, or with more than `MAX_PIXELS`.
+    """Refuse an image without pixels, with more than `MAX_PIXELS`, or with a side over `MAX_RATIO` times the other.
 
     Raises:
-        ImageError: it has none, or too many.
+        ImageError: it is of such a size.
     """
     if width < 1 or height < 1:
         raise ImageError(f"{name} has no pixels: it is {width}x{height}", "without pixels")
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{name} is {width}x{height} px; over {MAX_PIXELS // 10**6} megapixels is refused", "too large"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(
+            f"{name} is {width}x{height} px; one side over {MAX_RATIO} times the other is refused", "too narrow"
         )
 
 
