@@ -15,6 +15,9 @@ from captioner.processing import CaptionerProcessor
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
 
+SHIPPED = "shipped"
+"""Name of the captioner that comes with this package."""
+
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that count something."""
 
@@ -129,12 +132,12 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def load(model: str | Path | None = None, device: str | None = None) -> Captioner:
-    """Load a captioner: the shipped one, a local folder, or a hub id.
+    """Load a captioner: the shipped one (`None` or `"shipped"`), a local folder, or a hub id.
 
     Raises:
         ValueError: the folder or repository holds no captioner.
     """
-    source = str(model if model is not None else DEFAULT_WEIGHTS)
+    source = str(DEFAULT_WEIGHTS if model in (None, SHIPPED) else model)
     local = Path(source).exists()
     if local and not (Path(source) / "config.json").is_file():
         raise ValueError(f"no captioner model in '{source}': it has no config.json")
