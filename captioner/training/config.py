@@ -87,7 +87,8 @@ class TrainConfig:
     """Cross-entropy, or self-critical training from a captioner that cross-entropy made."""
     init_from: str | None = None
     """Folder or hub id of the captioner to start from (`shipped` for the one that comes with this package), whose model
-    settings then hold instead of `model`'s (but for `tune` and LoRA's); `None` starts stage xe from scratch, and stage scst from `output/best`."""
+    settings then hold instead of `model`'s (but for `tune` and LoRA's); `None` starts stage xe from scratch, and stage
+    scst from `output/best`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scst: ScstConfig = field(default_factory=ScstConfig)
