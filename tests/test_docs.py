@@ -26,6 +26,8 @@ ELSEWHERE = {
     "pytest": "it would run itself",
     "python": "a benchmark, or a module that .ci/run runs",
     "pre-commit": "needs the network",
+    "ruff": "`.ci/run` checks the code",
+    "mypy": "`.ci/run` checks the code",
     "zensical": "`.ci/run` builds the pages",
     ".ci/run": "runs this test",
     "git": "needs the network",
