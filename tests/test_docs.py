@@ -208,6 +208,8 @@ def anchor(heading: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
+    for included in re.findall(r'^--8<-- "(.*)"$', read_page(page), re.M):
+        assert (ROOT / included).is_file(), f"{page} includes {included}"
     text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", read_page(page), flags=re.S | re.M)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?://|mailto:", target):
