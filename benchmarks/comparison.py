@@ -1,6 +1,6 @@
 """What an encoder's tokens are worth and what they cost: the same decoder recipe on each, scored on the test split.
 
-    python benchmarks/comparison.py --root flickr8k --lookupvit runs/lookupvit --vit runs/vit --output results
+    python benchmarks/comparison.py --root flickr8k --lookupvit runs/lookupvit --vit runs/vit --output docs/results
 
 Both encoders are exported by `captioner pretrain`, ideally by the same recipe. For each, images are encoded once into
 a token cache and a decoder is trained on it: on all tokens of the ViT; on LookupViT's at a grid drawn for each step.
@@ -47,7 +47,7 @@ class Settings:
     """Folder of the exported LookupViT."""
     vit: Path | None = None
     """Folder of the exported ViT; `None` leaves the control out."""
-    output: Path = Path("results")
+    output: Path = Path("docs/results")
     """Folder of the table and the plot."""
     work: Path = Path("runs/comparison")
     """Folder of caches, decoders and captions."""

@@ -1,11 +1,11 @@
-"""Asking the hub in a moment whether it has something: its libraries take half a minute to give up on it."""
+"""Ask the hub within seconds whether it has a repository: its own libraries give up after half a minute."""
 
 from pathlib import Path
 from typing import Literal
 
 
 def hub_trouble(name: str, kind: Literal["model", "dataset"]) -> str | None:
-    """Return why the hub cannot be asked for a repository, or None where it can.
+    """Return why the hub cannot be asked for a repository, or None where it can be asked.
 
     Raises:
         ValueError: the hub answers that there is no such repository.
@@ -23,16 +23,17 @@ def hub_trouble(name: str, kind: Literal["model", "dataset"]) -> str | None:
             f"'{name}' is no file, no folder, and no {kind} on the hub (of a private one: hf auth login)"
         ) from None
     except HfHubHTTPError:
-        return None  # it answers, and will say itself what is wrong when a file is asked for
-    except (OSError, *HfHubHTTPError.__bases__) as error:  # those of its HTTP client
+        return None  # the hub answers, and names the fault itself when a file is requested
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # the bases are errors of its HTTP client
         return f"the hub does not answer ({str(error).partition(chr(10))[0]})"
     return None
 
 
 def hub_options(name: str) -> dict[str, bool]:
-    """Return what `from_pretrained` is to be told of a model's folder or hub id.
+    """Return the keyword arguments of `from_pretrained` for a model's folder or hub id.
 
-    Where the hub does not answer, that is not to ask it again, file by file, but to take what was downloaded before.
+    Where the hub does not answer, they restrict it to files that were downloaded before, so that it does not wait for
+    the hub once per file.
 
     Raises:
         ValueError: there is no such model, or the hub does not answer and nothing was downloaded before.

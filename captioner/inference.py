@@ -23,6 +23,9 @@ from captioner.processing import CaptionerProcessor
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
 
+SHIPPED = "shipped"
+"""Name of the captioner that comes with this package."""
+
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that count something."""
 
@@ -218,7 +221,7 @@ def silence_transformers(bars: bool) -> Iterator[None]:
 
 
 def load(model: str | Path | None = None, device: str | None = None) -> Captioner:
-    """Load a captioner: the shipped one, a local folder, or a hub id.
+    """Load a captioner: the shipped one (`None` or `"shipped"`), a local folder, or a hub id.
 
     Args:
         model: the folder or hub id; `None` for the shipped captioner.
@@ -227,7 +230,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     Raises:
         ValueError: the folder or repository holds no captioner, its weights are not whole, or there is no such device.
     """
-    source = str(model if model is not None else DEFAULT_WEIGHTS)
+    source = str(DEFAULT_WEIGHTS if model in (None, SHIPPED) else model)
     local = os.path.exists(source)
     if local and not (Path(source) / "config.json").is_file():
         raise SettingError(f"no captioner model in '{source}': it has no config.json", "model")

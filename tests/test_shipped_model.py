@@ -3,10 +3,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import captioner
+from captioner.encoders import create_encoder, encoder_config
 from captioner.inference import DEFAULT_WEIGHTS
+from captioner.processing import image_settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -47,3 +50,19 @@ def test_the_first_command_of_the_readme(tmp_path):
     lines = [line.split("\t") for line in result.stdout.splitlines()]
     assert [Path(path).name for path, _ in lines] == ["astronaut.jpg", "cat.jpg", "coffee.jpg", "rocket.jpg"]
     assert all(len(caption.split()) >= 3 for _, caption in lines)
+
+
+def test_its_encoder_can_be_named_alone():
+    model = captioner.load(device="cpu")
+    encoder = create_encoder("shipped").eval()
+    assert encoder_config("shipped", encoder) == model.model.config.encoder_config
+    image = image_settings(encoder.default_cfg)
+    assert {key: list(v) if isinstance(v, tuple) else v for key, v in image.items()} == {
+        key: list(v) if isinstance(v, tuple) else v for key, v in model.processor.image.items()
+    }
+    pixels = model.processor.pixels(EXAMPLES / "cat.jpg")[None]
+    assert torch.equal(encoder.encode(pixels), model.model.encoder.encode(pixels))
+
+
+def test_it_can_be_named():
+    assert captioner.load("shipped", "cpu")(EXAMPLES / "cat.jpg") == captioner.load(device="cpu")(EXAMPLES / "cat.jpg")

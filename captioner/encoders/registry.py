@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from timm.models import is_model_in_modules
 
 from captioner.encoders.base import TokenEncoder
+from captioner.encoders.shipped import SHIPPED, describe_shipped, load_shipped
 from captioner.encoders.timm_models import PooledEncoder
 from captioner.hub import hub_options
 
@@ -25,12 +26,18 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
 
     Args:
         name: a timm model name, such as `lookupvit_small_patch16_224`; or, with its weights, a timm name with a tag
-            (`vit_small_patch16_224.augreg_in21k`), `local-dir:FOLDER` as `pretrain.py` exports it, `hf-hub:OWNER/NAME`.
+            (`vit_small_patch16_224.augreg_in21k`), `local-dir:FOLDER` as `pretrain.py` exports it, `hf-hub:OWNER/NAME`,
+            or `shipped`, the encoder of the captioner that comes with this package.
         kwargs: handed to `timm.create_model` (`img_size`, `pretrained`, `checkpoint_path`, ...).
 
     Raises:
         ValueError: timm knows no model of that name, or its weights cannot be had.
     """
+    if name == SHIPPED:
+        description = describe_shipped()
+        encoder = build_encoder({**description, "kwargs": description["kwargs"] | kwargs})
+        load_shipped(encoder)
+        return encoder
     exported = name.startswith(EXPORTED)
     architecture = exported_config(name)["architecture"] if exported else name.split(".")[0]
     if not timm.is_model(architecture):
@@ -58,7 +65,7 @@ def frozen_encoder(name: str) -> TokenEncoder:
     if not has_weights(name):
         logger.warning(
             "the encoder '%s' has random weights, and is frozen: for more than a trial name a trained one, "
-            "local-dir:FOLDER of captioner pretrain, hf-hub:OWNER/NAME, or a timm name with a tag",
+            "shipped, local-dir:FOLDER of captioner pretrain, hf-hub:OWNER/NAME, or a timm name with a tag",
             name,
         )
     return encoder
@@ -66,7 +73,7 @@ def frozen_encoder(name: str) -> TokenEncoder:
 
 def has_weights(name: str) -> bool:
     """Tell whether an encoder of this name comes with trained weights; others begin at random."""
-    return name.startswith(EXPORTED) or "." in name
+    return name == SHIPPED or name.startswith(EXPORTED) or "." in name
 
 
 def exported_config(name: str) -> dict:
@@ -98,6 +105,8 @@ def encoder_config(name: str, encoder: TokenEncoder) -> dict:
         name: what `create_encoder` built it from.
         encoder: what it built.
     """
+    if name == SHIPPED:
+        return describe_shipped()
     kwargs = {}
     if name.startswith(EXPORTED):
         kwargs = exported_config(name).get("model_args", {})

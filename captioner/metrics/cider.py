@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class DocumentFrequency:
         ValueError: no images.
     """
 
-    def __init__(self, references: Mapping[Hashable, Sequence[str]]):
+    def __init__(self, references: Mapping[Any, Sequence[str]]):
         self.grams = NGrams()
         image_of, captions = flatten(references)
         counts = self.grams.count(captions, learn=True)
@@ -52,7 +52,7 @@ class DocumentFrequency:
     def save(self, path: str | os.PathLike) -> None:
         """Write to an `.npz` file (no pickle inside)."""
         grams = self.grams
-        columns = {f"keys{order}": grams.keys[order] for order in range(MAX_N)}
+        columns: dict[str, Any] = {f"keys{order}": grams.keys[order] for order in range(MAX_N)}
         columns |= {f"numbers{order}": grams.numbers[order] for order in range(MAX_N)}
         words = np.frombuffer("\n".join(grams.words).encode(), np.uint8)
         with Path(path).open("wb") as file:
@@ -101,9 +101,7 @@ class CiderD:
         ValueError: no images, or an image without references.
     """
 
-    def __init__(
-        self, references: Mapping[Hashable, Sequence[str]], document_frequency: DocumentFrequency | None = None
-    ):
+    def __init__(self, references: Mapping[Any, Sequence[str]], document_frequency: DocumentFrequency | None = None):
         image_of, captions = flatten(references)
         self._images = {image: number for number, image in enumerate(references)}
         self._grams = document_frequency.grams.copy() if document_frequency else NGrams()

@@ -59,9 +59,9 @@ def confidence(scores: Scores, samples: int = 1000, level: float = 0.95, seed: i
     generator = np.random.default_rng(seed)
     drawn = _resample(scores.corpus_of, len(scores.image_ids), samples, generator)
     return {
-        name: Interval(scores.corpus[name], *_percentiles(values, level))
+        name: Interval(score, *_percentiles(values, level))
         for name, values in drawn.items()
-        if scores.corpus[name] is not None
+        if (score := scores.corpus[name]) is not None
     }
 
 
@@ -98,6 +98,7 @@ def paired_test(
     if first.references != second.references:
         raise ValueError("the two systems were scored against different references; score both against the same")
     names = [name for name in first.per_image if name in second.per_image]
+    a, b = ({name: score for name, score in of.corpus.items() if score is not None} for of in (first, second))
     count, generator = len(first.image_ids), np.random.default_rng(seed)
 
     def gain(weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -112,13 +113,13 @@ def paired_test(
         one = both.corpus_of(np.concatenate([1 - swapped, swapped], axis=1))
         two = both.corpus_of(np.concatenate([swapped, 1 - swapped], axis=1))
         for name in names:
-            observed = abs(second.corpus[name] - first.corpus[name])
+            observed = abs(b[name] - a[name])
             extreme[name] += int(np.sum(np.abs(two[name] - one[name]) >= observed - 1e-12))
     return {
         name: Difference(
-            first.corpus[name],
-            second.corpus[name],
-            second.corpus[name] - first.corpus[name],
+            a[name],
+            b[name],
+            b[name] - a[name],
             *_percentiles(drawn[name], level),
             (extreme[name] + 1) / (samples + 1),
         )

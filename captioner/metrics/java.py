@@ -160,9 +160,11 @@ def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> s
         raise JavaError(reason)
     fixed = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8"]
     environment = os.environ | {"LC_ALL": "C.UTF-8"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(["java", *fixed, *arguments], env=environment, start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            ["java", *fixed, *arguments], env=environment, start_new_session=True, stdin=pipe, stdout=pipe, stderr=pipe
+        )
     except OSError as error:
         raise JavaError(f"java cannot be started: {error}") from None
     text = "".join(line + "\n" for line in lines).encode(errors="replace")  # half a surrogate pair

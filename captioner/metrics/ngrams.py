@@ -4,8 +4,9 @@ Letters: B captions, T words in all captions together, E distinct n-grams summed
 distinct n-grams summed over images.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,7 +16,8 @@ MAX_N = 4
 _WORD_BITS = 32
 
 
-class Counts(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Counts:
     """How often each n-gram stands in each caption; sorted by caption, then n-gram."""
 
     caption: np.ndarray
@@ -61,8 +63,8 @@ class NGrams:
         known = self.words if learn else {}
         words = np.empty(lengths.sum(), np.int64)  # (T,)
         place, get, first_new = 0, self.words.get, len(self.words)
-        for caption in split:
-            for word in caption:
+        for line in split:
+            for word in line:
                 number = get(word)
                 if number is None:
                     number = known.setdefault(word, len(known) if learn else first_new + len(known))
@@ -82,9 +84,9 @@ class NGrams:
             found.append((owner[here], numbers, np.full(len(here), order)))
         if learn:
             self.size = size
-        caption, gram, order = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        caption, gram, orders = (np.concatenate(columns) for columns in zip(*found, strict=True))
         _, first, count = np.unique(caption * max(size, 1) + gram, return_index=True, return_counts=True)
-        return Counts(caption[first], gram[first], order[first], count, lengths)
+        return Counts(caption[first], gram[first], orders[first], count, lengths)
 
     def _number(self, order: int, keys: np.ndarray, size: int, learn: bool) -> tuple[np.ndarray, int]:
         """Look up keys, giving unknown ones numbers from `size` up; return the numbers and the next free one."""
@@ -150,7 +152,7 @@ class ReferenceIndex:
         return known[hit], place[hit]
 
 
-def flatten(references: Mapping[Hashable, Sequence[str]]) -> tuple[np.ndarray, list[str]]:
+def flatten(references: Mapping[Any, Sequence[str]]) -> tuple[np.ndarray, list[str]]:
     """List the references of all images, image by image.
 
     Returns:

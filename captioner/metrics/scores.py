@@ -28,8 +28,8 @@ METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
 PTB = "PTB (Python, the tokens of Stanford CoreNLP 3.4.1 as pycocoevalcap runs it)"
 NO_TOKENIZER = "none (captions taken as tokens between spaces)"
 
-Predictions = Mapping[Hashable, str] | Iterable[Mapping]
-References = Mapping[Hashable, Sequence[str]]
+Predictions = Mapping[Any, str] | Iterable[Mapping]
+References = Mapping[Any, Sequence[str]]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Scores:
     """Score of the whole set by name, see `KEYS`; None for one that was asked for and cannot be had."""
     per_image: dict[str, np.ndarray]
     """(images,) score of each image by name, in the order of `image_ids`."""
-    image_ids: list[Hashable]
+    image_ids: list[Any]
     """The images scored, in the order of the references."""
     tokenizer: str
     """How captions became tokens."""
@@ -85,7 +85,7 @@ class Scores:
         Returns:
             For each score that is not absent, an array (...,).
         """
-        results = {}
+        results: dict[str, np.ndarray] = {}
         for name, values in self.per_image.items():
             if name == "BLEU-1":
                 values = overlap.bleu(weights @ self.statistics["BLEU"])
@@ -229,7 +229,7 @@ def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
     return {row["image_id"]: row["caption"] for row in rows}
 
 
-def _common_ids(captions: Mapping, references: References, partial: bool) -> tuple[list[Hashable], dict[str, int]]:
+def _common_ids(captions: Mapping, references: References, partial: bool) -> tuple[list[Any], dict[str, int]]:
     if not isinstance(references, Mapping):
         raise ValueError(f"references are a mapping of image ids to captions, not {type(references).__name__}")
     missing = [image_id for image_id in references if image_id not in captions]
@@ -247,7 +247,7 @@ def _common_ids(captions: Mapping, references: References, partial: bool) -> tup
     return common, {"scored": len(common), "missing": len(missing), "extra": len(extra)}
 
 
-def _check_text(captions: Mapping, references: References, image_ids: list[Hashable], allow_empty: bool) -> None:
+def _check_text(captions: Mapping, references: References, image_ids: list[Any], allow_empty: bool) -> None:
     odd = [image_id for image_id in image_ids if not isinstance(captions[image_id], str)]
     if odd:
         what = repr(captions[odd[0]])[:60]

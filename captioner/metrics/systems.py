@@ -98,7 +98,7 @@ def evaluate_systems(
         ValueError: what `score` refuses, led by the system's name.
     """
     captions = {name: {row["image_id"]: row["caption"] for row in rows} for name, rows in results.items()}
-    shared = references.captions.keys()
+    shared = set(references.captions)
     if partial and len(results) > 1:
         shared = shared & set.intersection(*(set(rows) for rows in captions.values()))
         if not shared:

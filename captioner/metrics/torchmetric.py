@@ -31,10 +31,10 @@ class CaptionMetric:
 
     def reset(self) -> None:
         """Forget what was collected."""
-        self._rows: dict[Hashable, tuple[str, list[str]]] = {}
+        self._rows: dict[Hashable, tuple[str, str | list[str]]] = {}
 
     def update(
-        self, image_ids: Sequence[Hashable], predictions: Sequence[str], references: Sequence[Sequence[str]]
+        self, image_ids: Sequence[Hashable], predictions: Sequence[str], references: Sequence[str | Sequence[str]]
     ) -> None:
         """Add a batch of this process.
 
@@ -59,7 +59,7 @@ class CaptionMetric:
         Raises:
             ValueError: nothing was collected, or `score` refuses it.
         """
-        rows: dict[Hashable, tuple[str, list[str]]] = {}
+        rows: dict[Hashable, tuple[str, str | list[str]]] = {}
         for part in _gather(self._rows):
             for image_id, row in part.items():
                 rows.setdefault(image_id, row)

@@ -13,7 +13,8 @@ class EncoderConfig:
     """Which encoder, and how it is shown an image."""
 
     encoder: str = "lookupvit_small_patch16_224"
-    """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, or `hf-hub:OWNER/NAME`."""
+    """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, `hf-hub:OWNER/NAME`, or `shipped` for the
+    encoder of the captioner that comes with this package."""
     image_size: int | None = None
     """Side of the image in pixels; `None` for the encoder's own."""
     crop_mode: Literal["squash", "center", "border"] = "squash"
@@ -85,8 +86,9 @@ class TrainConfig:
     stage: Literal["xe", "scst"] = "xe"
     """Cross-entropy, or self-critical training from a captioner that cross-entropy made."""
     init_from: str | None = None
-    """Folder or hub id of the captioner to start from, whose model settings then hold instead of `model`'s (but for
-    `tune` and LoRA's); `None` starts stage xe from scratch, and stage scst from `output/best`."""
+    """Folder or hub id of the captioner to start from (`shipped` for the one that comes with this package), whose model
+    settings then hold instead of `model`'s (but for `tune` and LoRA's); `None` starts stage xe from scratch, and stage
+    scst from `output/best`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scst: ScstConfig = field(default_factory=ScstConfig)

@@ -91,7 +91,7 @@ class _Classes(dict):
     def __init__(self):
         tables = ((LETTERS, LETTER), (MARKS, MARK), (DIGITS, DIGIT), (SYMBOLS, SYMBOL), (SPACES, SPACE))
         ranges = sorted(
-            (*(int(end, 16) for end in (entry.split("-") * 2)[:2]), stand_in)
+            (int(entry.split("-")[0], 16), int(entry.split("-")[-1], 16), stand_in)
             for table, stand_in in tables
             for entry in table.split()
         )

@@ -55,17 +55,18 @@ class _Words(dict):
             self.clear()
         shape = word.translate(CLASSES)
         if not _ALONE.fullmatch(shape) or _READS_ON.fullmatch(shape):
-            tokens = None
+            joined = None
         elif word.isascii() and word.isalpha() and word.lower() not in _SPLIT_WORDS:
-            tokens = word.lower()
+            joined = word.lower()
         else:
-            tokens, place = [], 0
+            tokens: list[str] = []
+            place = 0
             while place < len(word):
                 token, place = _next_token(word + "\n", shape + "\n", place, _RULES_WITHOUT_LINKS)
                 tokens.append(token)
-            tokens = _joined(tokens)
-        self[word] = tokens
-        return tokens
+            joined = _joined(tokens)
+        self[word] = joined
+        return joined
 
 
 _WORDS = _Words()
