@@ -93,9 +93,9 @@ class Captioner:
     ) -> tuple[list[str], list[float]]:
         """Caption pixels (B, 3, H, W); returns captions and their log-probabilities."""
         tokens = self.model.encode(pixel_values.to(self.device), grid)
-        prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
-        sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
-        logprobs = self.model.log_probability(sequences, tokens, prompt)
+        prompts = self.processor.prompts(len(tokens), self.device)
+        sequences = self.model.generate(image_tokens=tokens, **prompts, **generation)
+        logprobs = self.model.log_probability(sequences, tokens, prompts["input_ids"])
         return self.processor.captions(sequences), [round(value, 4) for value in logprobs.tolist()]
 
     def __call__(self, images: ImageSource | Sequence[ImageSource], **options) -> str | list[str]:
