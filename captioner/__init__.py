@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("captioner")
-except PackageNotFoundError:
-    raise ImportError("captioner is not installed here: run `pip install .` in its repository first") from None
+except PackageNotFoundError:  # a clone that is not installed: the command line and `__getattr__` say so
+    pass
 
 _HOME = {
     "Caption": "inference",
@@ -55,8 +55,10 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'captioner' has no attribute '{name}'")
+    if "__version__" not in globals():
+        raise ImportError("captioner is not installed here: run `pip install .` in its folder first")
     return getattr(import_module(f"captioner.{_HOME[name]}"), name)
 
 

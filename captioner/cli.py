@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 COMMANDS = {
@@ -82,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw one for every load and save
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and of sizes, which `open_image` looks after
+    try:
+        release = version("captioner")
+    except PackageNotFoundError:
+        print("captioner: not installed here; run `pip install .` in its folder first", file=sys.stderr)
+        sys.exit(1)
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
@@ -89,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE.format(commands=lines), end="")
         sys.exit(0)
     if name == "--version":
-        from importlib.metadata import version
-
-        print(f"captioner {version('captioner')}")
+        print(f"captioner {release}")
         sys.exit(0)
     if name not in COMMANDS:
         print(f"captioner: no command '{name}'; there are {', '.join(COMMANDS)}", file=sys.stderr)

@@ -82,10 +82,28 @@ class PrefixFusion(Fusion):
     ) -> dict[str, torch.Tensor]:
         """Arrange the prefix and the words' embeddings as one sequence, (B, P+T, E)."""
         text = self.decoder.get_input_embeddings()(input_ids)  # (B, T, E)
-        return {
-            "inputs_embeds": torch.cat([prefix.to(text.dtype), text], 1),  # (B, P+T, E)
-            "attention_mask": torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1),
-        }
+        embeds = torch.cat([prefix.to(text.dtype), text], 1)  # (B, P+T, E)
+        mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1)  # (B, P+T)
+        if not attention_mask[:, 0].all():
+            order = padding_first(attention_mask, prefix.shape[1])
+            embeds = embeds.gather(1, order[..., None].expand_as(embeds))
+            mask = mask.gather(1, order)
+        return {"inputs_embeds": embeds, "attention_mask": mask}
+
+
+def padding_first(attention_mask: torch.Tensor, prefix_tokens: int) -> torch.Tensor:
+    """Return the order that moves the prefix between a text and the padding on its left, (B, P+T).
+
+    Padding between prefix and text would shorten how far a sliding window sees.
+
+    Args:
+        attention_mask: of the texts (B, T).
+        prefix_tokens: tokens of the prefix, P, which stand before padding and text.
+    """
+    padding = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
+    places = torch.arange(prefix_tokens + attention_mask.shape[1], device=attention_mask.device)[None]  # (1, P+T)
+    moved = torch.where(places < padding, places + prefix_tokens, places - padding)
+    return torch.where(places < padding + prefix_tokens, moved, places)
 
 
 class CrossAttentionFusion(Fusion):

@@ -84,6 +84,6 @@ def label_generated(
         "labels": torch.cat([torch.full_like(prompt, IGNORED), generated.masked_fill(padding, IGNORED)], 1),
     }
     if prompt_mask is not None:
-        order = (1 - text["attention_mask"]).argsort(1, stable=True)
+        order = (1 - text["attention_mask"]).argsort(dim=1, stable=True)
         text = {name: values.gather(1, order) for name, values in text.items()}
     return text

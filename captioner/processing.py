@@ -3,6 +3,7 @@
 Letters: B images, T tokens of a text, H W pixels.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from types import GeneratorType
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from captioner.images import ImageSource, open_image
 from captioner.labels import IGNORED
+
+logger = logging.getLogger(__name__)
 
 IMAGE_DEFAULTS = {
     "input_size": (3, 224, 224),
@@ -171,7 +174,7 @@ class CaptionerProcessor(ProcessorMixin):
             self.tokenizer,
             {"input_ids": ids},
             padding=padding,
-            max_length=longest,
+            max_length=longest if padding == "max_length" else None,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
             return_attention_mask=True,
@@ -190,6 +193,13 @@ class CaptionerProcessor(ProcessorMixin):
         length = len(self.prompt_ids()) if prompt_length is None else prompt_length
         texts = self.tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: torch.Tensor, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        """Decode texts (B, T), prompt included, without the space that many tokenizers write before the first word."""
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.lstrip() for text in texts]
 
     def apply_chat_template(self, *args, **kwargs) -> str:
         """Refuse a chat: a captioner continues a text about an image and follows no instructions.
@@ -224,6 +234,14 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def warn_cut(self, limit: int, scope: str = "") -> None:
+        """Log how many captions were cut to `limit` tokens, if any were."""
+        if self.cut:
+            message = (
+                "%d of %d captions%s have more than %d tokens (max_length): they are cut, and learned without an end"
+            )
+            logger.warning(message, self.cut, len(self), f" {scope}" if scope else "", limit)
 
     def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """Batch captions by number, padded on the right to the longest.

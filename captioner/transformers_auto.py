@@ -59,11 +59,12 @@ class ImageToTextPipeline(Pipeline):
         return {}, generation | kwargs, {}
 
     def preprocess(self, image: ImageSource) -> dict[str, Any]:
-        """Open and transform one image, and add the processor's prompt."""
-        return dict(self.processor(image))
+        """Open and transform one image."""
+        return {"image": self.processor(image).pixel_values}
 
     def _forward(self, inputs: dict[str, Any], **generation) -> dict[str, Any]:
-        return {"sequences": self.model.generate(**inputs, **generation)}
+        prompts = self.processor.prompts(len(inputs["image"]), self.device)
+        return {"sequences": self.model.generate(inputs["image"], **prompts, **generation)}
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, str]]:
         """Decode the captions of one image."""
