@@ -3,6 +3,7 @@
 Public names are imported when first touched, so that `import captioner` stays light.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
     from captioner.transformers_auto import ImageToTextPipeline as ImageToTextPipeline
     from captioner.transformers_auto import register as register
 
-try:
+with suppress(PackageNotFoundError):  # in a clone that is not installed, the command line and `__getattr__` say so
     __version__ = version("captioner")
-except PackageNotFoundError:  # a clone that is not installed: the command line and `__getattr__` say so
-    pass
 
 _HOME = {
     "Caption": "inference",

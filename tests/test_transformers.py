@@ -205,7 +205,7 @@ def test_a_tokenizer_with_a_chat_template_is_saved_and_loaded(tokenizer, tmp_pat
         loaded.apply_chat_template([{"role": "user", "content": "hello"}])
 
 
-@pytest.mark.filterwarnings("default:`gradient_checkpointing` is deprecated")  # TrainingArguments of its own default
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # transformers warns of its own default
 def test_the_trainer_of_transformers_trains_and_evaluates(make_model, processor, pictures, tmp_path):
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         pixels = torch.stack([processor.pixels(row["image"]) for row in rows])
