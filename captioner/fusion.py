@@ -6,9 +6,10 @@ Letters: B texts, P prefix tokens, E decoder width, T text tokens.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from captioner.errors import SettingError
@@ -75,7 +76,7 @@ class PrefixFusion(Fusion):
     @property
     def width(self) -> int:
         """Width of the word embeddings; that of the layers may be another, as in OPT-350m."""
-        return self.decoder.get_input_embeddings().embedding_dim
+        return cast(nn.Embedding, self.decoder.get_input_embeddings()).embedding_dim
 
     def arrange(
         self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor

@@ -50,8 +50,9 @@ def token_loss(
         reduction: `sum` over all tokens, or `none` for the loss of each.
     """
     logits = logits.flatten(0, -2).float()
-    options = {"ignore_index": IGNORED, "label_smoothing": label_smoothing, "reduction": reduction}
-    return F.cross_entropy(logits, targets.flatten(), **options)
+    return F.cross_entropy(
+        logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing, reduction=reduction
+    )
 
 
 def label_generated(

@@ -115,7 +115,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     config_class = CaptionerConfig
     base_model_prefix = "captioner"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers declares it so
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -340,7 +340,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         prompt_length = 1 if input_ids is None else input_ids.shape[1]
         text = label_generated(sequences, prompt_length, self.generation_config.eos_token_id, attention_mask)
         inputs, targets = split_targets(text)
-        logits = self.logits_at(image_tokens=image_tokens, **inputs)  # (N, V)
-        logprobs = -token_loss(logits, targets, reduction="none")  # (N,)
         positions = inputs["positions"]
+        logits = self.logits_at(None, inputs["input_ids"], inputs["attention_mask"], positions, image_tokens)  # (N, V)
+        logprobs = -token_loss(logits, targets, reduction="none")  # (N,)
         return logprobs.new_zeros(positions.shape).masked_scatter(positions, logprobs).sum(1)

@@ -7,11 +7,12 @@ at which logits are wanted; n of these positions, or of the texts, in one group.
 import copy
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from captioner.fusion import Fusion
 from captioner.transformers_versions import cache_name
@@ -81,7 +82,7 @@ class TextDecoder:
         """Return which of the B images each of the texts is about, (B*K,)."""
         return torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(input_ids) // len(prefix))
 
-    def run(self, decoder: PreTrainedModel, inputs: dict[str, Any], length: int) -> torch.Tensor:
+    def run(self, decoder: nn.Module, inputs: dict[str, Any], length: int) -> torch.Tensor:
         """Return logits (n, T, V), or hidden states (n, T, E) of a body, at the last T positions, those of the text."""
         if "logits_to_keep" in inspect.signature(decoder.forward).parameters:
             inputs = inputs | {"logits_to_keep": length}  # the positions of the prefix predict nothing
@@ -104,10 +105,11 @@ class TextDecoder:
             return self.fusion.arrange(prefix.index_select(0, owners), input_ids, attention_mask) | {"use_cache": False}
         own = copy.copy(cache)  # of whatever class the decoder made it
         own.layers = [copy.copy(layer) for layer in cache.layers]
+        layer: Any
         for layer in own.layers:
             layer.keys, layer.values = layer.keys.index_select(0, owners), layer.values.index_select(0, owners)
         mask = torch.cat([attention_mask.new_ones(len(owners), prefix.shape[1]), attention_mask], 1)  # (n, P+T)
-        return {"input_ids": input_ids, "attention_mask": mask, self.cache_name: own, "use_cache": True}
+        return {"input_ids": input_ids, "attention_mask": mask, str(self.cache_name): own, "use_cache": True}
 
     def shares_prefix(self, count: int) -> bool:
         """Return whether `count` texts about an image can share one pass over its prefix, and gain by it."""
@@ -131,8 +133,8 @@ class TextDecoder:
         """
         if not self.shares_prefix(count):
             return None
-        weight = self.decoder.get_input_embeddings().weight
-        output = self.decoder.base_model(inputs_embeds=prefix.to(weight.dtype), use_cache=True)
+        embedding = cast(nn.Embedding, self.decoder.get_input_embeddings())
+        output = self.decoder.base_model(inputs_embeds=prefix.to(embedding.weight.dtype), use_cache=True)
         cache = output.get(self.cache_name)
         return cache if isinstance(cache, DynamicCache) else None
 

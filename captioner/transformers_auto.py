@@ -41,6 +41,9 @@ def register() -> None:
 class ImageToTextPipeline(Pipeline):
     """The task `image-to-text`, which transformers 5 dropped: images in, `[{"generated_text": ...}]` out."""
 
+    model: CaptionerModel
+    processor: CaptionerProcessor
+
     _load_processor = True
     _load_image_processor = False
     _load_feature_extractor = False
@@ -58,14 +61,15 @@ class ImageToTextPipeline(Pipeline):
             generation["max_new_tokens"] = max_new_tokens
         return {}, generation | kwargs, {}
 
-    def preprocess(self, image: ImageSource) -> dict[str, Any]:
+    def preprocess(self, input_: ImageSource, **preprocess_parameters: Any) -> dict[str, Any]:
         """Open and transform one image."""
-        return {"image": self.processor(image).pixel_values}
+        return {"image": self.processor(input_).pixel_values}
 
-    def _forward(self, inputs: dict[str, Any], **generation) -> dict[str, Any]:
-        prompts = self.processor.prompts(len(inputs["image"]), self.device)
-        return {"sequences": self.model.generate(inputs["image"], **prompts, **generation)}
+    def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> dict[str, Any]:
+        pixel_values = input_tensors["image"]
+        prompts = self.processor.prompts(len(pixel_values), self.device)
+        return {"sequences": self.model.generate(pixel_values, **prompts, **forward_parameters)}
 
-    def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, str]]:
+    def postprocess(self, model_outputs: dict[str, Any], **postprocess_parameters: Any) -> list[dict[str, str]]:
         """Decode the captions of one image."""
-        return [{"generated_text": text} for text in self.processor.captions(outputs["sequences"])]
+        return [{"generated_text": text} for text in self.processor.captions(model_outputs["sequences"])]

@@ -1,4 +1,6 @@
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +230,9 @@ def test_wrong_configurations_are_named():
         CaptionerConfig(fusion="sum")
     with pytest.raises(ValueError, match="opt decoder has no cross-attention"):
         CaptionerConfig(text_config=OPTConfig(), fusion="cross_attention")
+
+
+def test_only_the_classes_of_fusions_differ_by_fusion():
+    package = Path(captioner.__file__).parent
+    for path in package.rglob("*.py"):
+        assert not re.search(r"fusion\"?\]?\s*(==|!=| in )", path.read_text()), path

@@ -40,7 +40,7 @@ PROMPTS = ["a dog runs", "two", "a red chair on the beach"]
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def photos() -> list[Image.Image]:
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8)) for _ in PROMPTS]
 
@@ -59,17 +59,17 @@ def transformers_log():
 
 @pytest.mark.parametrize(("name", "fusion", "special"), CASES)
 def test_prompts_of_other_lengths_in_a_batch_change_no_caption(
-    name, fusion, special, make_model, processor, pictures, transformers_log
+    name, fusion, special, make_model, processor, photos, transformers_log
 ):
     model = make_model(AutoConfig.for_model(name, **SMALL, **special), fusion=fusion)
-    inputs = processor(images=pictures, text=PROMPTS)
+    inputs = processor(images=photos, text=PROMPTS)
     sequences = model.generate(**inputs, num_beams=2)
     length = inputs.input_ids.shape[1]
     assert torch.equal(sequences[:, :length], inputs.input_ids)
     tokens = model.encode(inputs.pixel_values)
     together = model.log_probability(sequences, tokens, inputs.input_ids, inputs.attention_mask)
-    for row, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
-        single = processor(images=picture, text=prompt)
+    for row, (photo, prompt) in enumerate(zip(photos, PROMPTS, strict=True)):
+        single = processor(images=photo, text=prompt)
         alone = model.generate(**single, num_beams=2)
         texts = [processor.decode(ids, skip_special_tokens=True) for ids in (alone[0], sequences[row])]
         assert texts[0] == texts[1]
@@ -79,7 +79,7 @@ def test_prompts_of_other_lengths_in_a_batch_change_no_caption(
     assert transformers_log == []
 
 
-def test_the_processor_pads_cuts_and_converts_as_asked(processor, pictures):
+def test_the_processor_pads_cuts_and_converts_as_asked(processor, photos):
     assert processor(text=PROMPTS).attention_mask.tolist()[1][0] == 0  # on the left
     assert processor(text=PROMPTS, padding_side="right").attention_mask.tolist()[1][-1] == 0
     assert processor(text=PROMPTS, padding="max_length", max_length=20).input_ids.shape == (3, 20)
@@ -87,41 +87,41 @@ def test_the_processor_pads_cuts_and_converts_as_asked(processor, pictures):
     cut = processor(text=PROMPTS, truncation=True, max_length=3).input_ids
     assert cut.shape[1] == 3
     assert cut[0].tolist() == processor.prompt_ids(PROMPTS[0])[:3]
-    lists = processor(images=pictures, text=PROMPTS, padding=False, return_tensors=None)
+    lists = processor(images=photos, text=PROMPTS, padding=False, return_tensors=None)
     assert [len(ids) for ids in lists.input_ids] == [len(processor.prompt_ids(text)) for text in PROMPTS]
-    assert isinstance(processor(images=pictures, return_tensors="np").pixel_values, np.ndarray)
+    assert isinstance(processor(images=photos, return_tensors="np").pixel_values, np.ndarray)
     with pytest.raises(ValueError, match="padding"):
         processor(text=PROMPTS, padding=False)
 
 
-def test_images_come_alone_in_lists_and_in_lists_of_one(processor, pictures):
-    expected = torch.stack([processor.pixels(picture) for picture in pictures])
-    for images in (pictures, tuple(pictures), [[picture] for picture in pictures], (p for p in pictures)):
+def test_images_come_alone_in_lists_and_in_lists_of_one(processor, photos):
+    expected = torch.stack([processor.pixels(photo) for photo in photos])
+    for images in (photos, tuple(photos), [[photo] for photo in photos], (p for p in photos)):
         assert torch.equal(processor(images=images).pixel_values, expected)
-    assert torch.equal(processor(pictures[0]).pixel_values, expected[:1])
-    assert processor(images=pictures, text="a").input_ids.shape[0] == 3
+    assert torch.equal(processor(photos[0]).pixel_values, expected[:1])
+    assert processor(images=photos, text="a").input_ids.shape[0] == 3
     with pytest.raises(ValueError, match="2 texts for 3 images; give one text for all of them or one for each"):
-        processor(images=pictures, text=["a", "b"])
+        processor(images=photos, text=["a", "b"])
     with pytest.raises(ValueError, match="nothing to process"):
         processor()
 
 
-def test_the_processors_own_prompt_stands_where_no_text_is_given(tokenizer, make_model, pictures):
+def test_the_processors_own_prompt_stands_where_no_text_is_given(tokenizer, make_model, photos):
     processor = CaptionerProcessor(tokenizer, image={"input_size": (3, 64, 64)}, prompt="two men")
     own = processor.prompt_ids()
     for text in (None, ""):
-        assert processor(images=pictures[0], text=text).input_ids.tolist() == [own]
+        assert processor(images=photos[0], text=text).input_ids.tolist() == [own]
     assert processor.prompts(2)["input_ids"].tolist() == [own, own]
-    assert processor(images=pictures[0], text="a cat").input_ids[0].tolist() == processor.prompt_ids("a cat") != own
+    assert processor(images=photos[0], text="a cat").input_ids[0].tolist() == processor.prompt_ids("a cat") != own
     model = make_model()
-    sequences = model.generate(**processor(images=pictures))
+    sequences = model.generate(**processor(images=photos))
     assert processor.captions(sequences) == [
         text.removeprefix("two men").strip() for text in processor.post_process_image_text_to_text(sequences)
     ]
 
 
-def test_generate_takes_the_settings_of_transformers(make_model, processor, pictures):
-    model, inputs = make_model(), processor(images=pictures[:2], text="a dog")
+def test_generate_takes_the_settings_of_transformers(make_model, processor, photos):
+    model, inputs = make_model(), processor(images=photos[:2], text="a dog")
     length = inputs.input_ids.shape[1]
     plain = model.generate(**inputs, num_beams=1)
     output = model.generate(**inputs, num_beams=1, return_dict_in_generate=True, output_scores=True)
@@ -142,8 +142,8 @@ def test_generate_takes_the_settings_of_transformers(make_model, processor, pict
     assert torch.equal(tuples[0], model(**inputs).logits)
 
 
-def test_a_streamer_gets_the_words_as_they_come(make_model, processor, pictures):
-    model, inputs = make_model(), processor(images=pictures[0], text="a dog")
+def test_a_streamer_gets_the_words_as_they_come(make_model, processor, photos):
+    model, inputs = make_model(), processor(images=photos[0], text="a dog")
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     sequences = model.generate(**inputs, num_beams=1, streamer=streamer)
     new = processor.decode(sequences[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
@@ -167,21 +167,21 @@ def test_auto_classes_load_a_saved_captioner(saved_model, processor, images, tra
     assert transformers_log == []
 
 
-def test_the_image_text_to_text_pipeline_continues_texts(saved_model, pictures, transformers_log):
+def test_the_image_text_to_text_pipeline_continues_texts(saved_model, photos, transformers_log):
     captioner.register()
     pipe = transformers.pipeline("image-text-to-text", model=str(saved_model))
     model, processor = pipe.model, pipe.processor
-    for picture, text in zip(pictures, ("a dog", "a", ""), strict=True):
-        expected = processor.post_process_image_text_to_text(model.generate(**processor(picture, text)))[0]
-        assert pipe(images=picture, text=text) == [{"input_text": text, "generated_text": expected}]
-        new = pipe(images=picture, text=text, return_full_text=False)[0]["generated_text"]
+    for photo, text in zip(photos, ("a dog", "a", ""), strict=True):
+        expected = processor.post_process_image_text_to_text(model.generate(**processor(photo, text)))[0]
+        assert pipe(images=photo, text=text) == [{"input_text": text, "generated_text": expected}]
+        new = pipe(images=photo, text=text, return_full_text=False)[0]["generated_text"]
         assert text + new == expected
-    several = pipe(images=pictures, text=PROMPTS, max_new_tokens=4)
+    several = pipe(images=photos, text=PROMPTS, max_new_tokens=4)
     assert all(row["generated_text"].startswith(text) for row, text in zip(several, PROMPTS, strict=True))
     given = transformers.pipeline("image-text-to-text", model=model, processor=processor)
-    assert given(images=pictures[0], text="a dog") == pipe(images=pictures[0], text="a dog")
+    assert given(images=photos[0], text="a dog") == pipe(images=photos[0], text="a dog")
     with pytest.raises(ValueError, match="a captioner has no chat template"):
-        pipe(text=[{"role": "user", "content": [{"type": "image", "image": pictures[0]}]}])
+        pipe(text=[{"role": "user", "content": [{"type": "image", "image": photos[0]}]}])
     assert transformers_log == []
 
 
@@ -206,12 +206,12 @@ def test_a_tokenizer_with_a_chat_template_is_saved_and_loaded(tokenizer, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # transformers warns of its own default
-def test_the_trainer_of_transformers_trains_and_evaluates(make_model, processor, pictures, tmp_path):
+def test_the_trainer_of_transformers_trains_and_evaluates(make_model, processor, photos, tmp_path):
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         pixels = torch.stack([processor.pixels(row["image"]) for row in rows])
         return {"pixel_values": pixels, **processor.text([row["caption"] for row in rows])}
 
-    rows = [{"image": image, "caption": text} for image, text in zip(pictures, PROMPTS, strict=True)] * 4
+    rows = [{"image": image, "caption": text} for image, text in zip(photos, PROMPTS, strict=True)] * 4
     decoder = AutoConfig.for_model("gpt2", **SMALL, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     settings = {"max_steps": 4, "use_cpu": True, "report_to": [], "logging_steps": 1, "disable_tqdm": True}
     settings |= {"remove_unused_columns": False, "learning_rate": 1e-2, "seed": 0, "save_strategy": "no"}
@@ -231,9 +231,9 @@ def test_the_trainer_of_transformers_trains_and_evaluates(make_model, processor,
     assert result.metrics["test_loss"] == pytest.approx(trainer.model(**batch).loss.item(), abs=1e-4)
 
 
-def test_training_and_captioning_log_no_warning_of_transformers(make_model, processor, pictures, transformers_log):
+def test_training_and_captioning_log_no_warning_of_transformers(make_model, processor, photos, transformers_log):
     model, text = make_model(), processor.text([*PROMPTS, *PROMPTS])
-    pixels = processor(images=pictures).pixel_values
+    pixels = processor(images=photos).pixel_values
     model(pixels, **text).loss.backward()
     checkpoint_activations(model.decoder)
     model.train()(pixels, **text).loss.backward()

@@ -84,10 +84,11 @@ def training_grids(config: TrainConfig, model: CaptionerModel, processor: Captio
     shapes = token_shapes(model.encoder, processor.image["input_size"], dict(zip(config.grids, grids, strict=True)))
     room = getattr(model.config.text_config, "max_position_embeddings", None)
     for name, (tokens, _) in shapes.items():
-        if model.config.fusion == "prefix" and room is not None and tokens + processor.max_length > room:
+        needed = model.fusion.positions(tokens, processor.max_length)
+        if room is not None and needed > room:
             raise ValueError(
                 f"the decoder has room for {room} tokens; those of the grid {name} and text need "
-                f"{tokens + processor.max_length}: leave it out of --grids, or lower --model.max-length"
+                f"{needed}: leave it out of --grids, or lower --model.max-length"
             )
     return grids
 
@@ -100,6 +101,8 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     """
     encoder, grid = frozen_encoder(config.encoder), parse_grid(config.grid)
     positions = FUSIONS[config.fusion].positions(encoder.num_tokens(grid), config.max_length)
+    tokenizer: PreTrainedTokenizerBase
+    text_config: PretrainedConfig
     if config.decoder is None:
         if config.tune != "full":
             raise SettingError("a decoder from scratch has to be trained whole", "tune", "decoder")

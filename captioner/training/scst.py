@@ -19,6 +19,7 @@ Letters: B images, K samples of each, M image tokens, D encoder width, T text to
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,8 +108,8 @@ class SelfCritical:
         """
         captioner = self.accelerator.unwrap_model(model)
         captioner.eval()
-        settings = self.processor.prompts(len(batch["rows"]), self.accelerator.device)
-        settings |= {"max_new_tokens": self.max_new_tokens}
+        prompts = self.processor.prompts(len(batch["rows"]), self.accelerator.device)
+        settings: dict[str, Any] = {**prompts, "max_new_tokens": self.max_new_tokens}
         count = self.config.samples
         with self.accelerator.autocast(), whole_weights(model):
             tokens = batch.get("image_tokens")
