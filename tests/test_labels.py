@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from captioner.data.row_stream import RowStream
 from captioner.labels import IGNORED, count_targets, label_generated, split_targets, token_loss
 from captioner.processing import CaptionerProcessor
 from captioner.training.objectives import CrossEntropy
@@ -72,6 +73,14 @@ def test_a_caption_that_is_too_long_is_cut_counted_and_learned_without_an_end(to
     cut.warn_cut(6)
     expected = "2 of 4 captions have more than 6 tokens (max_length): they are cut, and learned without an end"
     assert caplog.messages == [expected]
+
+
+def test_a_stream_reports_its_first_batch_with_cut_captions(tokenizer, caplog):
+    stream = RowStream([0, 1], CaptionerProcessor(tokenizer, max_length=6), captions_per_image=1, seed=0)
+    for captions in (["a cat"], ["a dog runs through the grass and two men"], ["two men on a beach and a red chair"]):
+        stream.collate([{"image": torch.zeros(3, 4, 4), "captions": captions}])
+    assert len(caplog.messages) == 1
+    assert "1 of 1 captions of one batch (no other is reported) have more than 6 tokens" in caplog.messages[0]
 
 
 def test_a_caption_of_exactly_the_longest_length_keeps_its_end(tokenizer):
