@@ -3,6 +3,7 @@
 Public names are imported when first touched, so that `import captioner` stays light.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
     from captioner.transformers_auto import ImageToTextPipeline as ImageToTextPipeline
     from captioner.transformers_auto import register as register
 
-try:
+with suppress(PackageNotFoundError):  # in a clone that is not installed, the command line and `__getattr__` say so
     __version__ = version("captioner")
-except PackageNotFoundError:
-    raise ImportError("captioner is not installed here: run `pip install .` in its repository first") from None
 
 _HOME = {
     "Caption": "inference",
@@ -55,8 +54,10 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'captioner' has no attribute '{name}'")
+    if "__version__" not in globals():
+        raise ImportError("captioner is not installed here: run `pip install .` in its folder first")
     return getattr(import_module(f"captioner.{_HOME[name]}"), name)
 
 

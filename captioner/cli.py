@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 COMMANDS = {
@@ -80,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error or images left out, 2 a wrong command line."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw one for every load and save
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        release = version("captioner")
+    except PackageNotFoundError:
+        print("captioner: not installed here; run `pip install .` in its folder first", file=sys.stderr)
+        sys.exit(1)
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
@@ -87,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE.format(commands=lines), end="")
         sys.exit(0)
     if name == "--version":
-        from importlib.metadata import version
-
-        print(f"captioner {version('captioner')}")
+        print(f"captioner {release}")
         sys.exit(0)
     if name not in COMMANDS:
         print(f"captioner: no command '{name}'; there are {', '.join(COMMANDS)}", file=sys.stderr)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
@@ -40,12 +39,17 @@ def caption_split(
 ) -> list[dict]:
     """Caption every image of a table once, shared out over the processes.
 
-    Batches are the same whatever the number of processes, and so are the captions. An image that cannot be opened
-    gets an empty caption, which scores zero, and a warning.
+    The batches, and so the captions, are the same for any number of processes. An image that cannot be opened gets an
+    empty caption, which scores zero, and a warning.
 
     Args:
-        grid: compressed grid asked of the encoder; `None` for the model's own. Cached tokens have theirs.
-        workers: image loading processes.
+        accelerator: shares out the batches.
+        model: the captioner model.
+        processor: its processor.
+        table: the images.
+        batch_size: images per batch.
+        grid: compressed grid that the encoder is asked for; `None` for the model's own. Cached tokens have their own.
+        workers: processes that load images.
         images: where the images of the table come from; its files if absent.
         generation: settings of transformers' `generate`.
 
@@ -63,7 +67,6 @@ def caption_split(
         collate_fn=list,
         worker_init_fn=leave_signals_to_main,
     )
-    start = torch.tensor([processor.prompt_ids()], device=accelerator.device)
     model.eval()
     done: list[tuple[int, str]] = []
     hidden = not accelerator.is_main_process
@@ -75,7 +78,8 @@ def caption_split(
                 done.append((row, ""))
         if good:
             inputs = send_to_device(images.batch([opened for _, opened in good]), accelerator.device)
-            sequences = model.generate(**inputs, input_ids=start.expand(len(good), -1), grid=grid, **generation)
+            inputs |= processor.prompts(len(good), accelerator.device)
+            sequences = model.generate(**inputs, grid=grid, **generation)
             done += [(row, text) for (row, _), text in zip(good, processor.captions(sequences), strict=True)]
     captions = dict(gather_object(done))
     ids = table["image_id"]

@@ -14,17 +14,13 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging as transformers_logging
 
+from captioner.encoders.shipped import SHIPPED, WEIGHTS
 from captioner.errors import SettingError
 from captioner.grids import Grid, parse_grid
 from captioner.hub import hub_options
 from captioner.images import ImageError, ImageSource, is_single, name_source
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
-
-DEFAULT_WEIGHTS = Path(__file__).parent / "weights"
-
-SHIPPED = "shipped"
-"""Name of the captioner that comes with this package."""
 
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that count something."""
@@ -133,12 +129,12 @@ class Captioner:
         """
         with self._lock:
             tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
-            prompt = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(tokens), -1)
-            sequences = self.model.generate(image_tokens=tokens, input_ids=prompt, **generation)
+            prompts = self.processor.prompts(len(tokens), self.device)
+            sequences = self.model.generate(image_tokens=tokens, **prompts, **generation)
             captions = self.processor.captions(sequences)
             if not logprob:
                 return captions, [None] * len(captions)
-            logprobs = self.model.log_probability(sequences, tokens, prompt)
+            logprobs = self.model.log_probability(sequences, tokens, prompts["input_ids"])
         return captions, [round(value, 4) for value in logprobs.tolist()]
 
     @overload
@@ -230,7 +226,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     Raises:
         ValueError: the folder or repository holds no captioner, its weights are not whole, or there is no such device.
     """
-    source = str(DEFAULT_WEIGHTS if model in (None, SHIPPED) else model)
+    source = str(WEIGHTS if model in (None, SHIPPED) else model)
     local = os.path.exists(source)
     if local and not (Path(source) / "config.json").is_file():
         raise SettingError(f"no captioner model in '{source}': it has no config.json", "model")

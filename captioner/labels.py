@@ -1,44 +1,90 @@
-"""Which tokens of a text are to be learned, and what is read before each of them.
+"""Which tokens of a text are learned, where they are predicted, and the loss on them.
 
-Letters: B texts, T their tokens, N tokens to be said in all.
+The logits at a position predict the next token. A label is the token to learn at its own place, or `IGNORED`.
+
+Letters: B texts, K of them for an image, T0 tokens of the prompt, T tokens, N tokens that are learned, V vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 
 IGNORED = -100
-"""Label of text positions that carry no loss, as everywhere in transformers."""
+"""Label of tokens that are not learned, as everywhere in transformers."""
 
 
-def label_generated(prompt: torch.Tensor, sequences: torch.Tensor, end: int) -> dict[str, torch.Tensor]:
-    """Arrange generated tokens as text to learn: prompt and what follows the end have no label.
-
-    Args:
-        prompt: what each began with (B, T0).
-        sequences: what was generated (B, T1), padded with anything after the end token.
-        end: the end token.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels`, each (B, T0 + T1).
-    """
-    ends = sequences == end
-    after = ends.cumsum(1) - ends.long() > 0
-    return {
-        "input_ids": torch.cat([prompt, sequences], 1),
-        "attention_mask": torch.cat([torch.ones_like(prompt), (~after).long()], 1),
-        "labels": torch.cat([torch.full_like(prompt, IGNORED), sequences.masked_fill(after, IGNORED)], 1),
-    }
+def next_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Return the label that the logits at each position but the last predict, (B, T-1)."""
+    return labels[:, 1:]
 
 
-def next_tokens(text: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Turn labelled text into what is to be read, and what is then to be said.
+def count_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Count the tokens of labels (B, T) that are learned, as a tensor on their device."""
+    return (next_labels(labels) != IGNORED).sum()
+
+
+def split_targets(text: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Split labelled texts into the inputs of a model and the tokens that it should predict.
 
     Args:
         text: `input_ids`, `attention_mask` and `labels` (B, T).
 
     Returns:
-        `input_ids` and `attention_mask` (B, T-1) of all but the last token, with `wanted` where the next one is to be
-        said, as `CaptionerModel` takes them; and those next tokens (N,), as `cross_entropy` does.
+        The arguments of `CaptionerModel.logits_at`: `input_ids` and `attention_mask` (B, T-1), which lack the last
+        token, and `positions` (B, T-1), true where the next token is learned. And those tokens, (N,).
     """
-    labels = text["labels"][:, 1:]
-    read = {name: text[name][:, :-1] for name in ("input_ids", "attention_mask")}
-    return read | {"wanted": labels != IGNORED}, labels[labels != IGNORED]
+    labels = next_labels(text["labels"])
+    positions = labels != IGNORED
+    inputs = {name: text[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    return inputs | {"positions": positions}, labels[positions]
+
+
+def token_loss(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, reduction: str = "sum"
+) -> torch.Tensor:
+    """Compute the cross-entropy of tokens, in float32.
+
+    Args:
+        logits: (..., V).
+        targets: tokens (...); those that are `IGNORED` have no loss.
+        label_smoothing: share of the probability that is spread over the vocabulary.
+        reduction: `sum` over all tokens, or `none` for the loss of each.
+    """
+    logits = logits.flatten(0, -2).float()
+    return F.cross_entropy(
+        logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing, reduction=reduction
+    )
+
+
+def label_generated(
+    sequences: torch.Tensor,
+    prompt_length: int,
+    end: int | list[int] | None,
+    prompt_mask: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Label generated texts: every token after the prompt is learned, up to and with the end token.
+
+    Args:
+        sequences: texts (B*K, T), prompt included; what follows an end token is padding.
+        prompt_length: tokens of the prompt, T0.
+        end: the end token, or several of them.
+        prompt_mask: 0 where a prompt is padded on its left (B, T0). Such rows are moved to the left, because padding
+            before a text would change its positions.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each (B*K, T).
+    """
+    prompt, generated = sequences[:, :prompt_length], sequences[:, prompt_length:]
+    ends = torch.isin(generated, torch.tensor([] if end is None else end).to(generated))
+    padding = ends.cumsum(1) - ends.long() > 0
+    mask = torch.ones_like(prompt)
+    if prompt_mask is not None:
+        mask = prompt_mask.to(mask).repeat_interleave(len(prompt) // len(prompt_mask), 0)
+    text = {
+        "input_ids": sequences,
+        "attention_mask": torch.cat([mask, (~padding).long()], 1),
+        "labels": torch.cat([torch.full_like(prompt, IGNORED), generated.masked_fill(padding, IGNORED)], 1),
+    }
+    if prompt_mask is not None:
+        order = (1 - text["attention_mask"]).argsort(dim=1, stable=True)
+        text = {name: values.gather(1, order) for name, values in text.items()}
+    return text

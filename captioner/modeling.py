@@ -1,11 +1,11 @@
 """The captioner: a frozen encoder, a projector, a causal language model; readable top to bottom.
 
-Letters: B images, K captions of each, M image tokens, D encoder width, E decoder width, T text tokens, V vocabulary,
-N text positions at which a prediction is wanted.
+Letters: B images, K captions of each, M image tokens, D encoder width, E decoder width, P prefix tokens, T text tokens,
+T0 of them in the prompt, V vocabulary, N text positions at which logits are wanted.
 
-    pixel_values (B, 3, H, W) -> encoder (frozen) -> image_tokens (B, M, D) -> projector -> prefix (B, M, E) -> decoder
+    pixel_values (B, 3, H, W) -> encoder (frozen) -> image_tokens (B, M, D) -> projector -> prefix (B, P, E) -> decoder
 
-How the decoder takes the prefix is in `fusion.py`.
+How the decoder is given the prefix is in `fusion.py`; how its logits are computed, in `text_decoder.py`.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput, can_return_tuple
 
 from captioner.encoders import build_encoder
-from captioner.fusion import FUSIONS, Reader
+from captioner.errors import SettingError
+from captioner.fusion import FUSIONS, Fusion
+from captioner.generation import check_room, merge_settings
 from captioner.grids import Grid, parse_grid
-from captioner.labels import IGNORED, label_generated, next_tokens
+from captioner.labels import count_targets, label_generated, next_labels, split_targets, token_loss
+from captioner.text_decoder import TextDecoder
 
 
 class CaptionerConfig(PretrainedConfig):
@@ -29,12 +39,13 @@ class CaptionerConfig(PretrainedConfig):
     Args:
         encoder_config: `{"name": timm name, "kwargs": {...}}`, handed to `create_encoder`.
         text_config: configuration of any causal language model, as an object or a dict with `model_type`.
-        fusion: `prefix` or `cross_attention`.
-        grid: compressed grid (rows, columns) asked of the encoder; `None` for the encoder's own default.
-        blind: zero the image tokens. The control that shows what a decoder says without looking.
+        fusion: how the decoder is given the image, a key of `FUSIONS`.
+        grid: compressed grid (rows, columns) that the encoder is asked for; `None` for the encoder's own default.
+        blind: whether the image tokens are zeroed. Such a model is the image-blind baseline: its scores show what the
+            captions of a training set alone teach.
 
     Raises:
-        ValueError: the fusion is not known, or the decoder has no cross-attention.
+        SettingError: the fusion is not known, or the decoder cannot do it.
     """
 
     model_type = "captioner"
@@ -50,18 +61,13 @@ class CaptionerConfig(PretrainedConfig):
         **kwargs,
     ):
         if fusion not in FUSIONS:
-            raise ValueError(f"fusion is '{fusion}'; it must be one of {', '.join(FUSIONS)}")
+            raise SettingError(f"there is no fusion '{fusion}'; there are {', '.join(FUSIONS)}", "fusion")
         self.encoder_config = encoder_config or {"name": "lookupvit_small_patch16_224", "kwargs": {}}
         if text_config is None:
             text_config = {"model_type": "gpt2"}
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        if fusion == "cross_attention":
-            if not hasattr(text_config, "add_cross_attention"):
-                raise ValueError(
-                    f"a {text_config.model_type} decoder has no cross-attention; use --model.fusion prefix"
-                )
-            text_config.add_cross_attention = True
+        FUSIONS[fusion].configure(text_config)
         self.text_config, self.fusion, self.blind = text_config, fusion, blind
         self.grid = parse_grid(grid)
         super().__init__(**kwargs)
@@ -78,7 +84,7 @@ class CaptionerConfig(PretrainedConfig):
 
 
 class Projector(nn.Module):
-    """Bring image tokens (B, M, D) to the decoder's width (B, M, E): layer norm, then a two-layer perceptron."""
+    """Map image tokens (B, M, D) to the decoder's width (B, M, E): a layer norm, then a two-layer perceptron."""
 
     def __init__(self, encoder_dim: int, decoder_dim: int):
         super().__init__()
@@ -93,23 +99,23 @@ class Projector(nn.Module):
 
 @dataclass
 class CaptionerOutput(ModelOutput):
-    """What a forward pass returns: mean `loss` over the labels, if any, and `logits`, (B*K, T, V) or (N, V)."""
+    """What a forward pass returns: the `loss` over the labels, if there are labels, and the `logits` (B*K, T, V)."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
 
 class CaptionerModel(PreTrainedModel, GenerationMixin):
-    """A frozen image encoder, a projector and a text decoder, as one transformers model.
+    """A frozen image encoder, a projector and a text decoder, as one model of transformers.
 
-    Text always begins with a start token (the tokenizer's bos, or its eos if it has none); position t of the logits
-    predicts text token t + 1, whichever way images are fused.
+    Every text starts with the start token (the tokenizer's bos, or its eos if it has no bos). The logits at position t
+    predict token t + 1 of the text, whatever the fusion.
     """
 
     config_class = CaptionerConfig
     base_model_prefix = "captioner"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers declares it so
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -117,13 +123,10 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: CaptionerConfig):
         super().__init__(config)
-        with torch.device("cpu"):  # timm computes at construction; transformers would have it on no device at all
+        with torch.device("cpu"):  # timm computes at construction; transformers would have it on the meta device
             self.encoder = build_encoder(config.encoder_config).freeze()
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
-        width = config.text_config.hidden_size
-        if config.fusion == "prefix":  # some decoders, OPT-350m for one, embed words in another width than their own
-            width = self.decoder.get_input_embeddings().embedding_dim
-        self.projector = Projector(self.encoder.embed_dim, width)
+        self.projector = Projector(self.encoder.embed_dim, self.fusion.width)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -136,16 +139,26 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             nn.init.zeros_(module.norm.bias)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the decoder's token embedding."""
+        """Return the decoder's word embeddings."""
         return self.decoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the decoder's token embedding."""
+        """Replace the decoder's word embeddings."""
         self.decoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the decoder's language-model head."""
         return self.decoder.get_output_embeddings()
+
+    @property
+    def fusion(self) -> Fusion:
+        """How the decoder is given the prefix."""
+        return FUSIONS[self.config.fusion](self.decoder)
+
+    @property
+    def text_decoder(self) -> TextDecoder:
+        """The decoder as it computes the logits of texts about images."""
+        return TextDecoder(self.fusion)
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) into image tokens (B, M, D), at the configured grid unless another is given."""
@@ -157,10 +170,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         image_tokens: torch.Tensor | None = None,
         grid: Grid | None = None,
     ) -> torch.Tensor:
-        """Project pixels (B, 3, H, W), or image tokens (B, M, D) encoded before, into the decoder's width (B, M, E).
+        """Build the prefix (B, P, E): what the decoder knows before the text.
+
+        Args:
+            pixel_values: images (B, 3, H, W).
+            image_tokens: image tokens (B, M, D) encoded before, in place of pixels.
+            grid: compressed grid that the encoder is asked for; `None` for the configured one.
 
         Raises:
-            ValueError: neither is given, or the tokens are not of this encoder's width.
+            ValueError: there is no image, or the tokens are not of this encoder's width.
         """
         if image_tokens is None:
             if pixel_values is None:
@@ -174,8 +192,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         image_tokens = image_tokens.to(self.projector.fc1.weight.dtype)
         if self.config.blind:
             image_tokens = torch.zeros_like(image_tokens)
-        return self.projector(image_tokens)
+        return self.projector(image_tokens)  # (B, P, E); further embeddings of the prefix would be appended here
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -184,100 +203,144 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         grid: Grid | None = None,
-        label_smoothing: float = 0.0,
-        wanted: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CaptionerOutput:
-        """Predict each text token from the image and the text before it.
+        """Compute the logits at every text position, from the image and the text so far.
 
         Args:
             pixel_values: images (B, 3, H, W).
-            input_ids: text (B*K, T), the K captions of an image in a row; each begins with the start token.
+            input_ids: texts (B*K, T), the K texts about one image in a row; each starts with the start token.
             attention_mask: 1 for text, 0 for padding (B*K, T).
-            labels: text to predict (B*K, T), usually `input_ids` with -100 (`IGNORED`) for padding and prompt.
+            labels: `input_ids` with -100 (`IGNORED`) for every token that is not learned (B*K, T).
             image_tokens: encoded images (B, M, D), in place of pixels.
-            grid: compressed grid asked of the encoder; `None` for the configured one.
-            label_smoothing: share of the probability spread over the vocabulary in the loss.
-            wanted: where logits are wanted (B*K, T), true at N positions: they are then (N, V), in the order of the
-                positions. Padding, and prompts that are given, need none: more than half of a batch. Without labels.
+            grid: compressed grid that the encoder is asked for; `None` for the configured one.
+            num_items_in_batch: number that divides the summed loss, as transformers' `Trainer` gives it; `None` for the
+                learned tokens of this call.
             kwargs: handed to the decoder.
 
         Raises:
-            ValueError: no text, captions that cannot be shared out among the images, or labels with `wanted`.
+            ValueError: there is no text or no image, or the texts do not divide among the images.
         """
-        if input_ids is None:
-            raise ValueError("no text: give input_ids that begin with the start token")
-        if labels is not None and wanted is not None:
-            raise ValueError("labels need logits everywhere: leave wanted out")
-        prefix = self.prefix(pixel_values, image_tokens, grid)  # (B, M, E)
-        if len(input_ids) % len(prefix):
-            raise ValueError(f"{len(input_ids)} captions do not divide among {len(prefix)} images")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        logits = self.reader().predict(prefix, input_ids, attention_mask, wanted, **kwargs)
+        inputs = self.check_inputs(self.prefix(pixel_values, image_tokens, grid), input_ids, attention_mask)
+        logits = self.text_decoder.logits(*inputs, **kwargs)
         loss = None
         if labels is not None:
-            said, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-            loss = F.cross_entropy(said, targets, label_smoothing=label_smoothing, reduction="sum")
-            loss = loss / (targets != IGNORED).sum().clamp(min=1)
+            items = count_targets(labels).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = token_loss(logits[:, :-1], next_labels(labels)) / items
         return CaptionerOutput(loss=loss, logits=logits)
 
-    def reader(self) -> Reader:
-        """Return the decoder as it reads texts about images, by the configured fusion."""
-        return Reader(self.decoder, self.config.fusion)
+    def logits_at(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> torch.Tensor:
+        """Compute the logits at some text positions only, (N, V), row by row.
+
+        No logits are needed at padding and at a given prompt, which are more than half of a usual batch.
+
+        Args:
+            pixel_values: images (B, 3, H, W).
+            input_ids: texts (B*K, T), the K texts about one image in a row; each starts with the start token.
+            attention_mask: 1 for text, 0 for padding (B*K, T).
+            positions: true at the N positions (B*K, T); `None` for every position with text.
+            image_tokens: encoded images (B, M, D), in place of pixels.
+            grid: compressed grid that the encoder is asked for; `None` for the configured one.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        inputs = self.check_inputs(self.prefix(pixel_values, image_tokens, grid), input_ids, attention_mask)
+        return self.text_decoder.logits_at(*inputs, inputs[-1].bool() if positions is None else positions)
+
+    def check_inputs(
+        self, prefix: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the prefix (B, P, E), and the texts that go with it and their mask (B*K, T); see `forward`."""
+        if input_ids is None:
+            raise ValueError("no text: give input_ids that start with the start token")
+        if len(input_ids) % len(prefix):
+            raise ValueError(f"{len(input_ids)} captions do not divide among {len(prefix)} images")
+        return prefix, input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
     @torch.no_grad()
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         grid: Grid | None = None,
+        generation_config: GenerationConfig | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """Caption images.
+    ) -> Any:
+        """Continue a text about each image.
 
         Args:
             pixel_values: images (B, 3, H, W).
-            input_ids: start token and prompt that every caption continues (B, T); the start token alone if absent.
+            input_ids: start token and prompt of each text (B, T0), as the processor makes them; the start token alone
+                if absent.
+            attention_mask: 0 where a prompt is padded on its left (B, T0).
             image_tokens: encoded images (B, M, D), in place of pixels.
-            grid: compressed grid asked of the encoder; `None` for the configured one.
-            kwargs: generation settings of transformers: `num_beams`, `max_new_tokens`, `do_sample`, `top_p`,
-                `repetition_penalty`, `num_return_sequences`, ...
+            grid: compressed grid that the encoder is asked for; `None` for the configured one.
+            generation_config: settings that replace the model's own, one by one.
+            kwargs: settings of transformers' `generate`, such as `num_beams`, `max_new_tokens`, `do_sample`,
+                `streamer`, `num_return_sequences` or `return_dict_in_generate`. They replace those of
+                `generation_config`. A `max_length` counts the tokens of the prompt and the new ones, not the image's.
 
         Returns:
-            New tokens (B * num_return_sequences, up to max_new_tokens), without start and prompt, padded at the end.
+            Texts (B * num_return_sequences, T) as transformers returns them: start token, prompt, new tokens, end
+            token, and padding on the right. With `return_dict_in_generate` an output with these as `sequences`.
+
+        Raises:
+            ValueError: there is no image, prompts and images do not match, or the decoder has no room for the text.
         """
-        prefix = self.prefix(pixel_values, image_tokens, grid)  # (B, M, E)
+        prefix = self.prefix(pixel_values, image_tokens, grid)
         if input_ids is None:
-            start = self.generation_config.bos_token_id
-            input_ids = torch.full((len(prefix), 1), start, device=prefix.device)
-        if "generation_config" not in kwargs:
-            kwargs = self.generation_config.to_diff_dict() | kwargs
-            kwargs.pop("transformers_version", None)
-        inputs = self.reader().fuse(prefix, input_ids, torch.ones_like(input_ids))
-        sequences = self.decoder.generate(**inputs, **kwargs)
-        return sequences[:, input_ids.shape[1] :] if self.config.fusion == "cross_attention" else sequences
+            input_ids = self.start_ids(len(prefix))
+        if len(input_ids) != len(prefix):
+            raise ValueError(f"{len(input_ids)} prompts for {len(prefix)} images; give one for each")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        settings = merge_settings(self.generation_config, generation_config, kwargs, input_ids.shape[1])
+        check_room(self.fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
+        inputs = self.fusion.arrange(prefix, input_ids, attention_mask)
+        return self.decoder.generate(**{"input_ids": input_ids, **inputs, **settings})
+
+    def start_ids(self, count: int) -> torch.Tensor:
+        """Return the start token for each of `count` texts that have no prompt, (count, 1)."""
+        start = self.generation_config.bos_token_id
+        if start is None:
+            raise ValueError("no text: give input_ids, because generation_config has no bos_token_id to start with")
+        return torch.full((count, 1), start, device=self.device)
 
     @torch.no_grad()
     def log_probability(
-        self, sequences: torch.Tensor, image_tokens: torch.Tensor, input_ids: torch.Tensor | None = None
+        self,
+        sequences: torch.Tensor,
+        image_tokens: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the log-probability of generated captions under the model itself, end token included.
+        """Return the log-probability that the model itself gives to generated texts, end token included.
 
         Args:
-            sequences: what `generate` returned (B*K, T).
-            image_tokens: the encoded images (B, M, D) it was generated from.
-            input_ids: start token and prompt given to `generate` (B, T0).
+            sequences: texts that `generate` returned (B*K, T).
+            image_tokens: image tokens (B, M, D) that they were generated from.
+            input_ids: prompts that `generate` was given (B, T0); the start token alone if absent.
+            attention_mask: the mask of these prompts (B, T0).
 
         Returns:
-            One natural logarithm for each caption (B*K,), in float32.
+            One natural logarithm for each text (B*K,), float32. The prompt is given, so it counts as certain.
         """
-        if input_ids is None:
-            input_ids = sequences.new_full((len(image_tokens), 1), self.generation_config.bos_token_id)
-        prompt = input_ids.repeat_interleave(len(sequences) // len(input_ids), 0)
-        text = label_generated(prompt, sequences, self.generation_config.eos_token_id)
-        read, said = next_tokens(text)
-        logits = self.forward(image_tokens=image_tokens, **read).logits.float()  # (N, V)
-        logprobs = -F.cross_entropy(logits, said, reduction="none")  # (N,)
-        return logprobs.new_zeros(read["wanted"].shape).masked_scatter(read["wanted"], logprobs).sum(1)
+        prompt_length = 1 if input_ids is None else input_ids.shape[1]
+        text = label_generated(sequences, prompt_length, self.generation_config.eos_token_id, attention_mask)
+        inputs, targets = split_targets(text)
+        positions = inputs["positions"]
+        logits = self.logits_at(None, inputs["input_ids"], inputs["attention_mask"], positions, image_tokens)  # (N, V)
+        logprobs = -token_loss(logits, targets, reduction="none")  # (N,)
+        return logprobs.new_zeros(positions.shape).masked_scatter(positions, logprobs).sum(1)

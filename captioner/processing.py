@@ -1,14 +1,22 @@
-"""The processor: what stands between files and text on one side and the model's tensors on the other."""
+"""The processor: what stands between files and text on one side and the model's tensors on the other.
 
+Letters: B images, T tokens of a text, H W pixels.
+"""
+
+import logging
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from timm.data import create_transform
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import BatchFeature, PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from captioner.images import ImageSource, is_single, open_image
 from captioner.labels import IGNORED
+
+logger = logging.getLogger(__name__)
 
 IMAGE_DEFAULTS = {
     "input_size": (3, 224, 224),
@@ -18,7 +26,7 @@ IMAGE_DEFAULTS = {
     "crop_pct": 1.0,
     "crop_mode": "squash",
 }
-"""Keys are timm's. `squash` shows the encoder the whole image; `center` crops it as classifiers do."""
+"""Settings of timm's transform. `squash` resizes the whole image to a square; `center` crops it, as classifiers do."""
 
 
 def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: str = "squash") -> dict:
@@ -27,7 +35,7 @@ def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: 
     Args:
         default_cfg: the encoder's `default_cfg`.
         image_size: side of the image in pixels; `None` for the encoder's own.
-        crop_mode: how an image becomes a square; `center` takes the encoder's own share of it.
+        crop_mode: how an image becomes a square; `center` crops the encoder's own share of it.
     """
     image = {key: default_cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
     if image_size is not None:
@@ -38,31 +46,50 @@ def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: 
 class CaptionerProcessor(ProcessorMixin):
     """Image transform and tokenizer in one object; `save_pretrained` writes both into one folder.
 
+    It makes the start of every text: the start token and the prompt, in `prompt_ids`.
+
     Args:
         tokenizer: any fast tokenizer; without a pad token its end token pads.
         image: timm's data settings; what is missing is taken from `IMAGE_DEFAULTS`.
         prompt: text that every caption continues, such as `A photo of`.
-        max_length: text tokens above which a caption is cut, start and end token included.
+        max_length: tokens above which a text of training is cut, start token and prompt included.
     """
 
     def __init__(self, tokenizer=None, image: dict | None = None, prompt: str = "", max_length: int = 40):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "right"
+        tokenizer.padding_side = "left"  # texts are continued on the right
         self.image = {key: (image or {}).get(key, default) for key, default in IMAGE_DEFAULTS.items()}
         self.prompt, self.max_length = prompt, max_length
         self._transform = create_transform(**self.image)
         super().__init__(tokenizer)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "CaptionerProcessor":
+        """Load a processor from a folder or the hub; see transformers for the options."""
+        # The tokenizer's own files say what it is. Without a configuration, transformers would read the captioner's,
+        # and warn that it does not know such models.
+        kwargs.setdefault("config", PretrainedConfig())
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     @property
     def start_token_id(self) -> int:
-        """The token that every text begins with: bos, or eos where a tokenizer has no bos."""
+        """The token that every text starts with: bos, or eos where a tokenizer has no bos."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 
-    def prompt_ids(self) -> list[int]:
-        """Return start token and prompt as token ids."""
-        return [self.start_token_id, *self._ids([self.prompt])[0]]
+    def prompt_ids(self, text: str = "") -> list[int]:
+        """Return the start token and the tokens of a text to continue; an empty text stands for the prompt."""
+        return [self.start_token_id, *self._ids([text or self.prompt])[0]]
+
+    def prompts(self, count: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+        """Return the start token and the prompt for each of `count` images, as `CaptionerModel.generate` takes them.
+
+        Returns:
+            `input_ids` and `attention_mask`, each (count, T).
+        """
+        input_ids = torch.tensor([self.prompt_ids()], device=device).expand(count, -1)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -76,19 +103,20 @@ class CaptionerProcessor(ProcessorMixin):
         return self._transform(open_image(image))
 
     def texts(self, captions: Sequence[str]) -> "Texts":
-        """Encode captions for training once, to batch any of them later: start, prompt, caption, end.
+        """Encode captions for training once, to batch any of them later: start token, prompt, caption, end token.
 
-        The full stop of a caption is left out.
+        The full stop of a caption is left out. A caption that is too long is cut to `max_length` tokens and gets no end
+        token, so that no model learns to end there; `Texts.cut` counts these.
         """
-        lead, end = self.prompt_ids(), self.tokenizer.eos_token_id
+        lead, end, longest = self.prompt_ids(), self.tokenizer.eos_token_id, self.max_length
         # a caption after a prompt continues a sentence: byte-level tokenizers mark that by the space before it
         tidy = [(" " if self.prompt else "") + c.strip().removesuffix(".").rstrip() for c in captions]
         rows = (
-            np.array([*lead, *ids][: self.max_length - 1] + [end], np.int32)
+            np.array([*lead, *ids, end][:longest], np.int32)
             for start in range(0, len(tidy), 10_000)  # COCO's 600,000 at once would take gigabytes
             for ids in self._ids(tidy[start : start + 10_000])
         )
-        return Texts(rows, len(lead), self.tokenizer.pad_token_id)
+        return Texts(rows, len(lead), end, self.tokenizer.pad_token_id)
 
     def text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode captions for training as one batch; see `Texts.batch` for what is returned."""
@@ -98,30 +126,91 @@ class CaptionerProcessor(ProcessorMixin):
         self,
         images: ImageSource | Sequence[ImageSource] | None = None,
         text: str | Sequence[str] | None = None,
-        return_tensors: str = "pt",
-        **kwargs,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: Literal["left", "right"] = "left",
     ) -> BatchFeature:
-        """Turn images into `pixel_values` (B, 3, H, W) and captions into what `text` of this class returns."""
+        """Turn images and texts to continue into the arguments of `CaptionerModel.generate`.
+
+        Captions to train on have an end token and labels; `text` and `texts` encode those.
+
+        Args:
+            images: one image or B of them.
+            text: text that the captions continue, one for all images or one for each. Without it, and where it is
+                empty, the processor's own `prompt`.
+            return_tensors: `pt`, `np`, or `None` for lists of tokens.
+            padding: `True` or `longest`, `max_length`, or `False`.
+            truncation: whether a text of more than `max_length` tokens is cut; the start token counts.
+            max_length: the processor's own if `None`.
+            pad_to_multiple_of: see transformers' tokenizers.
+            padding_side: `generate` needs padding on the left.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) if there are images; `input_ids` and `attention_mask` (B, T) of start token and
+            text.
+
+        Raises:
+            ImageError: an image cannot be used.
+            ValueError: there are neither images nor texts, or not one text for each image.
+        """
         if images is None and text is None:
             raise ValueError("nothing to process: give images, text or both")
-        data = {}
+        data: dict[str, Any] = {}
         if images is not None:
             images = [images] if is_single(images) else list(images)
+            images = [image[0] if isinstance(image, list | tuple) and len(image) == 1 else image for image in images]
             data["pixel_values"] = torch.stack([self.pixels(image) for image in images])
-        if text is not None:
-            data |= self.text([text] if isinstance(text, str) else text)
+        count = None if images is None else len(images)
+        texts = [text or ""] * (count or 1) if text is None or isinstance(text, str) else list(text)
+        if count is not None and len(texts) != count:
+            raise ValueError(f"{len(texts)} texts for {count} images; give one text for all of them or one for each")
+        longest = self.max_length if max_length is None else max_length
+        ids = [self.prompt_ids(text)[: longest if truncation else None] for text in texts]
+        data |= pad_without_fast_tokenizer_warning(
+            self.tokenizer,
+            {"input_ids": ids},
+            padding=padding,
+            max_length=longest if padding == "max_length" else None,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=True,
+        )
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def captions(self, sequences: torch.Tensor) -> list[str]:
-        """Decode generated tokens (B, T) into tidy captions: one line, no special tokens.
+    def captions(self, sequences: torch.Tensor, prompt_length: int | None = None) -> list[str]:
+        """Decode generated texts (B, T) into tidy captions: one line, no special tokens, no prompt.
 
-        The prompt is not part of them: no reference caption begins with it, and scores would suffer.
+        No reference caption begins with the prompt, so scores would suffer from it.
+
+        Args:
+            sequences: what `CaptionerModel.generate` returned.
+            prompt_length: tokens at the front that are left out; those of start token and `prompt` if `None`.
         """
-        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        length = len(self.prompt_ids()) if prompt_length is None else prompt_length
+        texts = self.tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: torch.Tensor, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        """Decode texts (B, T), prompt included, without the space that many tokenizers write before the first word."""
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.lstrip() for text in texts]
+
+    def apply_chat_template(self, *args, **kwargs) -> str:
+        """Refuse a chat: a captioner continues a text about an image and follows no instructions.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a captioner has no chat template: give it images, and as text what the caption begins with")
 
     @property
     def model_input_names(self) -> list[str]:
-        """Name what the model takes."""
+        """Names of what the model takes."""
         return ["pixel_values", "input_ids", "attention_mask"]
 
 
@@ -130,27 +219,41 @@ class Texts:
 
     Args:
         rows: token ids of each caption.
-        lead: how many of them are start and prompt.
+        lead: tokens of start and prompt in each.
+        end: id of the end token.
         pad: id of the padding token.
     """
 
-    def __init__(self, rows: Iterable[np.ndarray], lead: int, pad: int):
+    def __init__(self, rows: Iterable[np.ndarray], lead: int, end: int, pad: int):
         rows = list(rows)
         self.lengths = np.array([len(row) for row in rows])
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.ids, self.lead, self.pad = np.concatenate(rows), lead, pad
+        self.cut = int((self.ids[self.starts + self.lengths - 1] != end).sum())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def warn_cut(self, limit: int, scope: str = "") -> None:
+        """Log how many captions were cut to `limit` tokens, if any were."""
+        if self.cut:
+            message = (
+                "%d of %d captions%s have more than %d tokens (max_length): they are cut, and learned without an end"
+            )
+            logger.warning(message, self.cut, len(self), f" {scope}" if scope else "", limit)
 
     def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Batch captions by number, padded to the longest.
+        """Batch captions by number, padded on the right to the longest.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, each (captions, T). Start, prompt and padding carry no label.
+            `input_ids`, `attention_mask` and `labels`, each (captions, T). Start token, prompt and padding have no
+            label.
         """
         lengths, places = self.lengths[numbers][:, None], np.arange(self.lengths[numbers].max())
-        there = places < lengths  # (captions, T)
-        input_ids = np.where(there, self.ids[np.where(there, self.starts[numbers][:, None] + places, 0)], self.pad)
-        labels = np.where(there & (places >= self.lead), input_ids, IGNORED)
-        arrays = {"input_ids": input_ids, "attention_mask": there, "labels": labels}
+        filled = places < lengths  # (captions, T)
+        input_ids = np.where(filled, self.ids[np.where(filled, self.starts[numbers][:, None] + places, 0)], self.pad)
+        labels = np.where(filled & (places >= self.lead), input_ids, IGNORED)
+        arrays = {"input_ids": input_ids, "attention_mask": filled, "labels": labels}
         return {key: torch.from_numpy(array.astype(np.int64)) for key, array in arrays.items()}
 
 

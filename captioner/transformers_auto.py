@@ -1,8 +1,13 @@
-"""Make transformers know the captioner: Auto classes, and the `image-to-text` pipeline that transformers 5 dropped."""
+"""Make transformers know the captioner: its Auto classes, and its pipelines for images.
 
-import torch
+Importing this changes nothing in transformers; `register` does.
+"""
+
+from typing import Any
+
 import transformers.pipelines
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from captioner.images import ImageSource
@@ -13,25 +18,31 @@ TASK = "image-to-text"
 
 
 def register() -> None:
-    """Register config, model and processor with the Auto classes, and the pipeline under its old name.
+    """Make transformers know the captioner, for this process.
 
-    Calling it again changes nothing.
+    `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` then load captioners, and `pipeline` runs them as
+    `image-text-to-text` and as `image-to-text`, a task that transformers 5 dropped. A second call changes nothing.
     """
     AutoConfig.register(CaptionerConfig.model_type, CaptionerConfig, exist_ok=True)
     AutoModelForImageTextToText.register(CaptionerConfig, CaptionerModel, exist_ok=True)
     AutoProcessor.register(CaptionerConfig, CaptionerProcessor, exist_ok=True)
+    # The pipeline image-text-to-text looks into this table of names alone, and logs an error for a model outside it.
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[CaptionerConfig.model_type] = CaptionerModel.__name__
     if TASK in PIPELINE_REGISTRY.get_supported_tasks():
         return
     model = AutoModelForImageTextToText
     PIPELINE_REGISTRY.register_pipeline(TASK, ImageToTextPipeline, pt_model=model, type="multimodal")
-    # Recent transformers 5 rewrites the dropped task's name to `image-text-to-text` before it looks into the registry.
+    # The newest transformers turn the dropped task's name into `image-text-to-text` before they look into the registry.
     resolve = getattr(transformers.pipelines, "_resolve_deprecated_task", None)
     if resolve is not None:
         transformers.pipelines._resolve_deprecated_task = lambda task: task if task == TASK else resolve(task)
 
 
 class ImageToTextPipeline(Pipeline):
-    """The `image-to-text` task that transformers 5 dropped: images in, `[{"generated_text": ...}]` out."""
+    """The task `image-to-text`, which transformers 5 dropped: images in, `[{"generated_text": ...}]` out."""
+
+    model: CaptionerModel
+    processor: CaptionerProcessor
 
     _load_processor = True
     _load_image_processor = False
@@ -50,15 +61,15 @@ class ImageToTextPipeline(Pipeline):
             generation["max_new_tokens"] = max_new_tokens
         return {}, generation | kwargs, {}
 
-    def preprocess(self, image: ImageSource) -> dict:
+    def preprocess(self, input_: ImageSource, **preprocess_parameters: Any) -> dict[str, Any]:
         """Open and transform one image."""
-        return {"image": self.processor(image).pixel_values}
+        return {"image": self.processor(input_).pixel_values}
 
-    def _forward(self, inputs: dict, **generation) -> dict:
-        pixel_values = inputs["image"]
-        start = torch.tensor([self.processor.prompt_ids()], device=self.device).expand(len(pixel_values), -1)
-        return {"sequences": self.model.generate(pixel_values, start, **generation)}
+    def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> dict[str, Any]:
+        pixel_values = input_tensors["image"]
+        prompts = self.processor.prompts(len(pixel_values), self.device)
+        return {"sequences": self.model.generate(pixel_values, **prompts, **forward_parameters)}
 
-    def postprocess(self, outputs: dict) -> list[dict[str, str]]:
+    def postprocess(self, model_outputs: dict[str, Any], **postprocess_parameters: Any) -> list[dict[str, str]]:
         """Decode the captions of one image."""
-        return [{"generated_text": text} for text in self.processor.captions(outputs["sequences"])]
+        return [{"generated_text": text} for text in self.processor.captions(model_outputs["sequences"])]

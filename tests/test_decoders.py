@@ -96,9 +96,8 @@ def test_a_decoder_of_the_hub_is_taken_with_its_weights(make_decoder, name):
     model(**batch).loss.backward()
     trained = [parameter.grad is not None for n, parameter in model.named_parameters() if not n.startswith("encoder.")]
     assert sum(trained) > 0.9 * len(trained)
-    prompt = torch.tensor([processor.prompt_ids()] * 2)
-    sequences = model.eval().generate(image_tokens=batch["image_tokens"], input_ids=prompt, min_new_tokens=5)
-    assert sequences.shape == (2, 5)
+    sequences = model.eval().generate(image_tokens=batch["image_tokens"], **processor.prompts(2), min_new_tokens=5)
+    assert sequences.shape == (2, 1 + 5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

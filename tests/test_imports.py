@@ -20,12 +20,13 @@ ROOMS = [
     "inference",
     "data",
     "modeling",
+    "text_decoder generation",
     "fusion",
     "processing",
     "labels",
     "encoders",
     "runs",
-    "images grids hub",
+    "images grids hub transformers_versions",
     "errors",
 ]
 """From top to bottom. What stands in one line shares a level: of two folders there, neither imports the other."""

@@ -79,8 +79,9 @@ def test_beams_may_stand_for_samples(make_model, make_objective):
 
 def test_samples_are_labelled_up_to_their_end(make_objective):
     sequences = torch.tensor([[9, 8, 7, 6], [9, 8, 2, 0], [2, 0, 0, 0], [9, 2, 2, 2]])  # 2 ends, 0 or 2 pads
-    made = label_generated(torch.ones(4, 1, dtype=torch.long), sequences, 2)
-    assert made["input_ids"].tolist() == [[1, *row] for row in sequences.tolist()]
+    sequences = torch.cat([torch.ones(4, 1, dtype=torch.long), sequences], 1)
+    made = label_generated(sequences, 1, 2)
+    assert made["input_ids"].tolist() == sequences.tolist()
     assert made["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert made["labels"].masked_fill(made["labels"] == IGNORED, -1).tolist() == [
         [-1, 9, 8, 7, 6],
@@ -88,7 +89,7 @@ def test_samples_are_labelled_up_to_their_end(make_objective):
         [-1, 2, -1, -1, -1],
         [-1, 9, 2, -1, -1],
     ]
-    assert make_objective().read(sequences)[1] == [False, True, True, True]
+    assert make_objective().decode(sequences)[1] == [False, True, True, True]
 
 
 def test_pixels_are_encoded_once_for_all_samples(make_model, make_objective, monkeypatch):
@@ -129,8 +130,7 @@ def test_the_gradient_is_the_policy_gradient(make_model, make_objective, monkeyp
     advantage = np.random.default_rng(0).normal(size=8)  # a model without training says nothing worth a reward
     monkeypatch.setattr(objective, "advantage", lambda batch: (advantage, {}))
     loss, _ = objective.loss(model, made)
-    sequences = made["input_ids"][:, 1:]
-    logprobs = model.log_probability(sequences, made["image_tokens"])
+    logprobs = model.log_probability(made["input_ids"], made["image_tokens"])
     assert loss.item() == pytest.approx(-(logprobs.double() @ torch.tensor(advantage)).item(), abs=1e-4)
     loss.backward()
     assert model.projector.fc1.weight.grad.abs().sum() > 0

@@ -8,17 +8,17 @@ from safetensors import safe_open
 
 import captioner
 from captioner.encoders import create_encoder, encoder_config
-from captioner.inference import DEFAULT_WEIGHTS
+from captioner.encoders.shipped import WEIGHTS
 from captioner.processing import image_settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_the_weights_are_small_half_precision_and_safetensors_alone():
-    files = [path for path in DEFAULT_WEIGHTS.iterdir() if path.is_file()]
+    files = [path for path in WEIGHTS.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 60 * 2**20
     assert {path.suffix for path in files} <= {".json", ".md", ".safetensors"}
-    with safe_open(DEFAULT_WEIGHTS / "model.safetensors", "pt") as file:
+    with safe_open(WEIGHTS / "model.safetensors", "pt") as file:
         kinds = {key: str(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
     assert {kind for key, kind in kinds.items() if not key.endswith("num_batches_tracked")} == {"F16"}
 

@@ -119,6 +119,7 @@ class CaptionStream(SeededStream):
         super().__init__(len(table), seed, grids, per_step)
         self.images = images or ImageFiles(table, processor)
         self.texts = processor.texts([caption for group in table["captions"] for caption in group])
+        self.texts.warn_cut(processor.max_length)
         self.counts = [len(group) for group in table["captions"]]
         self.firsts = np.cumsum([0, *self.counts]).tolist()
         self.captions_per_image = captions_per_image

@@ -83,7 +83,7 @@ class RowStream(SeededStream):
         super().__init__(len(rows), seed, grids, per_step)
         self.rows, self.processor, self.captions_per_image = rows, processor, captions_per_image
         self.buffer, self.on_bad = buffer, on_bad
-        self.threads = 1
+        self.threads, self.cut_reported = 1, False
         self.reader: RowReader | None = None  # opened by the process that reads
 
     def choose(self, i: int, attempt: int) -> int:
@@ -138,4 +138,8 @@ class RowStream(SeededStream):
         images = {"pixel_values": torch.stack([item["image"] for item in items])}
         if grid := self.grid(items):
             images["grid"] = grid
-        return images | self.processor.text([caption for item in items for caption in item["captions"]])
+        texts = self.processor.texts([caption for item in items for caption in item["captions"]])
+        if texts.cut and not self.cut_reported:
+            self.cut_reported = True
+            texts.warn_cut(self.processor.max_length, "of one batch (no other is reported)")
+        return images | texts.batch(range(len(texts)))

@@ -1,4 +1,4 @@
-"""The model to train: from an encoder and a decoder, or from a captioner trained before; and which of it is trained."""
+"""The model to train: built from an encoder and a decoder, or loaded as a captioner that was trained before."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,9 @@ from transformers import (
 
 from captioner.data.encoding import token_shapes
 from captioner.encoders import encoder_config, frozen_encoder
+from captioner.errors import SettingError
+from captioner.fusion import FUSIONS
+from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid
 from captioner.hub import hub_options
 from captioner.inference import load
@@ -24,25 +27,28 @@ from captioner.modeling import CaptionerConfig, CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.training.config import ModelConfig, TrainConfig
 from captioner.training.lora import tune
+from captioner.transformers_versions import checkpoint_activations
 
 
 def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tuple[CaptionerModel, CaptionerProcessor]:
-    """Build the model and processor a run begins with; `tune`, LoRA and generation are set on them.
+    """Build or load the model and processor of a run, and set what is trained and how it generates.
 
     Args:
-        config: the run; its `init_from` and `stage` decide whether anything is built from scratch.
-        captions: reads what a decoder from scratch takes its tokenizer from.
+        config: the run; its `init_from` and `stage` decide whether the model is built or loaded.
+        captions: returns the captions that a decoder from scratch trains its tokenizer on.
 
     Raises:
-        ValueError: an encoder, decoder or captioner that cannot be had, or parts that do not fit together.
+        ValueError: an encoder, decoder or captioner cannot be found, or parts do not fit together.
+        SettingError: the decoder has no room for captions of `max_new_tokens`.
     """
     source = config.init_from
     if source is None and config.stage == "scst":
         source = str(config.output / "best")
         if not Path(source).is_dir():
-            raise ValueError(
-                f"stage scst starts from a trained captioner, and there is none at '{source}'; "
-                "train stage xe with this --output first, or name a captioner with --init-from"
+            raise SettingError(
+                f"stage scst starts from a trained captioner, and there is none at '{source}'; train stage xe first",
+                "output",
+                "init_from",
             )
     if source is None:
         model, processor = build_captioner(config.model, captions() if config.model.decoder is None else [])
@@ -51,7 +57,7 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         model, processor = loaded.model, loaded.processor
     tune(model, config.model)
     if config.gradient_checkpointing:
-        model.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model.decoder)
     model.generation_config = GenerationConfig(
         bos_token_id=processor.start_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
@@ -59,6 +65,8 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )
+    prefix_tokens, prompt_tokens = model.encoder.num_tokens(model.config.grid), len(processor.prompt_ids())
+    check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # before an epoch is spent
     return model, processor
 
 
@@ -76,42 +84,41 @@ def training_grids(config: TrainConfig, model: CaptionerModel, processor: Captio
     shapes = token_shapes(model.encoder, processor.image["input_size"], dict(zip(config.grids, grids, strict=True)))
     room = getattr(model.config.text_config, "max_position_embeddings", None)
     for name, (tokens, _) in shapes.items():
-        if model.config.fusion == "prefix" and room is not None and tokens + processor.max_length > room:
+        needed = model.fusion.positions(tokens, processor.max_length)
+        if room is not None and needed > room:
             raise ValueError(
                 f"the decoder has room for {room} tokens; those of the grid {name} and text need "
-                f"{tokens + processor.max_length}: leave it out of --grids, or lower --model.max-length"
+                f"{needed}: leave it out of --grids, or lower --model.max-length"
             )
     return grids
 
 
 def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:
-    """Build a captioner; a decoder from scratch takes its tokenizer from `captions`.
+    """Build a captioner; a decoder from scratch trains its tokenizer on `captions`.
 
     Raises:
-        ValueError: an encoder or decoder that cannot be had, or that do not fit together.
+        ValueError: an encoder or decoder cannot be found, or they do not fit together.
     """
-    encoder = frozen_encoder(config.encoder)
-    text_tokens = config.max_length
-    if config.fusion == "prefix":
-        text_tokens += encoder.num_tokens(parse_grid(config.grid))
+    encoder, grid = frozen_encoder(config.encoder), parse_grid(config.grid)
+    positions = FUSIONS[config.fusion].positions(encoder.num_tokens(grid), config.max_length)
+    tokenizer: PreTrainedTokenizerBase
+    text_config: PretrainedConfig
     if config.decoder is None:
         if config.tune != "full":
-            raise ValueError(
-                "a decoder from scratch has to be trained whole; leave --model.tune out, or name a --model.decoder"
-            )
+            raise SettingError("a decoder from scratch has to be trained whole", "tune", "decoder")
         tokenizer = train_tokenizer(captions, config.vocab_size)
-        text_config = new_decoder(config, tokenizer, positions=max(512, text_tokens))
+        text_config = new_decoder(config, tokenizer, positions=max(512, positions))
     else:
-        tokenizer, text_config = hub_decoder(config.decoder, positions=text_tokens)
+        tokenizer, text_config = hub_decoder(config.decoder, positions)
     image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
     processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
     if len(processor.prompt_ids()) >= config.max_length - 1:
-        raise ValueError(f"the prompt leaves no room for captions of {config.max_length} tokens; raise max_length")
+        raise SettingError(f"the prompt leaves no room for captions of {config.max_length} tokens", "max_length")
     model_config = CaptionerConfig(
         encoder_config=encoder_config(config.encoder, encoder),
         text_config=text_config,
         fusion=config.fusion,
-        grid=parse_grid(config.grid),
+        grid=grid,
         blind=config.blind,
     )
     model = CaptionerModel(model_config)
@@ -142,10 +149,10 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
     """Fetch tokenizer and configuration of a causal language model; its weights are trained in float32.
 
     Args:
-        positions: tokens it must have room for, image tokens included.
+        positions: tokens that it must have room for, image tokens included.
 
     Raises:
-        ValueError: there is none of that name, or it lacks an end token or the room.
+        ValueError: there is none of that name, or it has no end token or not the room.
     """
     try:
         options = hub_options(name)
@@ -156,7 +163,7 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of '{name}' has no end token, so captions could not end; "
-            "name one as eos_token in its tokenizer_config.json, or take another decoder"
+            "name one as eos_token in its tokenizer_config.json, or use another decoder"
         )
     if len(tokenizer) > text_config.vocab_size:
         raise ValueError(
@@ -165,11 +172,10 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
         )
     room = getattr(text_config, "max_position_embeddings", None)
     if room is not None and room < positions:
-        raise ValueError(
-            f"'{name}' has room for {room} tokens; image tokens and text need {positions}: "
-            "take a smaller --model.grid or --model.max-length"
+        raise SettingError(
+            f"'{name}' has room for {room} tokens; image tokens and text need {positions}", "grid", "max_length"
         )
-    text_config.dtype = torch.float32  # many are published in bfloat16, in which small updates are lost
+    text_config.dtype = torch.float32  # many are published in bfloat16, which loses small updates
     return tokenizer, text_config
 
 
@@ -177,7 +183,7 @@ def copy_weights(name: str, decoder: nn.Module) -> None:
     """Load the weights of a causal language model into a decoder of the same configuration.
 
     Raises:
-        ValueError: it has no safetensors weights, or they are of another architecture.
+        ValueError: it has no safetensors weights, or those of another architecture.
     """
     try:
         pretrained = AutoModelForCausalLM.from_pretrained(

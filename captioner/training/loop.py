@@ -21,7 +21,7 @@ from torch import nn
 
 from captioner.data.batches import open_images
 from captioner.data.token_cache import encoder_fingerprint, open_cache
-from captioner.labels import IGNORED
+from captioner.labels import count_targets
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 from captioner.report.curves import write_curves
@@ -194,7 +194,7 @@ def train_step(
     """
     model.train()
     group = [objective.prepare(model, next(batches)) for _ in range(config.accumulation)]
-    tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in group)
+    tokens = sum(count_targets(batch["labels"]) for batch in group)
     tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
     totals: dict[str, torch.Tensor | float] = {"loss": torch.zeros((), device=accelerator.device)}
     for number, batch in enumerate(group):

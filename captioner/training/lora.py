@@ -1,8 +1,9 @@
-"""Which of a captioner is trained: its whole decoder, none of it, or low-rank updates (LoRA), merged on saving."""
+"""Which weights of a captioner are trained: the whole decoder, none of it, or low-rank updates (LoRA) of it."""
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from captioner.errors import SettingError
 from captioner.modeling import CaptionerModel
 from captioner.training.config import ModelConfig
 
@@ -11,10 +12,10 @@ ADAPTER = "default"
 
 
 def tune(model: CaptionerModel, config: ModelConfig) -> None:
-    """Say what is trained: the projector always, the decoder whole, not at all, or by low-rank updates.
+    """Choose the weights that are trained: the projector always; the decoder whole, not at all, or by low-rank updates.
 
     Raises:
-        ValueError: LoRA is asked for and peft is not installed.
+        SettingError: LoRA is asked for and peft is not installed.
     """
     model.decoder.requires_grad_(config.tune == "full")
     if config.tune != "lora":
@@ -22,7 +23,7 @@ def tune(model: CaptionerModel, config: ModelConfig) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ValueError("--model.tune lora needs peft: pip install 'captioner[lora]'") from None
+        raise SettingError("LoRA needs peft: pip install 'captioner[lora]'", "tune") from None
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -34,9 +35,10 @@ def tune(model: CaptionerModel, config: ModelConfig) -> None:
 
 
 def merged_weights(model: CaptionerModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict of `model` with LoRA's updates added to the weights they update; others pass unchanged.
+    """Return a state dict of `model` with LoRA's updates added to the weights that they update.
 
-    Neither the model nor `state` is touched: merging and unmerging in place would change the weights by rounding.
+    Other weights pass unchanged. Neither the model nor `state` is changed: merging in place and taking the updates out
+    again would change the weights by rounding.
     """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     merged = {}

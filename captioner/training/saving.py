@@ -18,11 +18,11 @@ def save_best(
 ) -> None:
     """Write a prepared model and its processor, whole or not at all; every process calls this.
 
-    LoRA's updates are merged into the decoder, so that captioning needs neither peft nor the decoder's repository,
-    and costs what it would without them.
+    LoRA's updates are merged into the decoder. Captioning then needs neither peft nor the decoder's repository, and
+    costs no more than without LoRA.
 
     Raises:
-        OSError: the disk is full or not writable; the best model before is untouched.
+        OSError: the disk is full or not writable; the best model so far is unchanged.
     """
     state = accelerator.get_state_dict(model)  # gathers the shards, where the model is sharded
     if accelerator.is_main_process:
@@ -30,10 +30,10 @@ def save_best(
         state = merged_weights(captioner, state)
         cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
         for key, value in state.items():
-            # A token cache knows its encoder by float16 weights, which bfloat16 would change.
-            kept = "float16" if dtype == "bfloat16" and key.startswith("encoder.") else dtype
-            kept = getattr(torch, kept) if value.is_floating_point() else value.dtype
-            state[key] = cast.setdefault(value.data_ptr(), value.to(kept))
+            # The digest of a token cache is that of the encoder's float16 weights, which bfloat16 would change.
+            name = "float16" if dtype == "bfloat16" and key.startswith("encoder.") else dtype
+            saved = getattr(torch, name) if value.is_floating_point() else value.dtype
+            state[key] = cast.setdefault(value.data_ptr(), value.to(saved))
         temporary = folder.with_name(f".{folder.name}")
         try:
             captioner.save_pretrained(temporary, state_dict=state)

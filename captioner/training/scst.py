@@ -1,48 +1,49 @@
-"""Self-critical sequence training (SCST): captions are sampled and learned in proportion to how well they score.
+"""Self-critical sequence training (SCST): the model samples captions and learns each by how well it scores.
 
 Rennie et al., 2017, https://arxiv.org/abs/1612.00563, with their baseline, the greedy caption's reward, or that of
 Luo, 2020, https://arxiv.org/abs/2003.09971 ("new self-critical"): the mean reward of the image's other samples.
 
-Three things decide what is learned, and are as in Luo's reference implementation unless said otherwise:
+Three choices decide what is learned. They follow Luo's reference implementation where nothing else is stated:
 
 - **The end token counts as a word.** It is appended to every reference, and to every sample that reached it, before
-  n-grams are counted. Without it a caption cut off in "a man on a" costs nothing, and models learn to stop there.
-- **References are tokenized as evaluation does** (PTB, lower-cased, without punctuation), so that the reward is the
-  score; n-gram statistics are those of the training split, counted once.
-- **Sampling is from the model itself**: temperature 1, nothing cut, dropout off in sampling and in learning (there it
-  is on), so that the gradient is that of the captions' own probabilities. With `search="beam"` the captions are the
-  beams of a search instead (Cornia et al., 2020, https://arxiv.org/abs/1912.08226): what is learned from is then close
-  to what captioning writes, where samples are much worse.
+  n-grams are counted. Without it a caption that stops at "a man on a" costs nothing, and models learn to stop there.
+- **References are tokenized as evaluation tokenizes them** (PTB, lower case, no punctuation), so that the reward is the
+  score. The n-gram statistics are those of the training split, counted once.
+- **Samples come from the model's own distribution**: temperature 1, no token excluded, and no dropout in sampling or
+  learning (Luo has dropout), so that the gradient is that of the captions' own probabilities. With `search="beam"` the
+  captions are the beams of a search instead (Cornia et al., 2020, https://arxiv.org/abs/1912.08226). The model then
+  learns from captions close to those it will write; samples are much worse.
 
-Letters: B images, K samples of each, M image tokens, D encoder width, T text tokens.
+Letters: B images, K samples of each, M image tokens, D encoder width, T text tokens, N of them that are learned.
 """
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from captioner.labels import label_generated, next_tokens
+from captioner.labels import label_generated, split_targets, token_loss
 from captioner.metrics import CiderD, tokenize_caption
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
 from captioner.metrics.overlap import bleu, bleu_statistics
 from captioner.processing import CaptionerProcessor
 from captioner.runs.sharding import whole_weights
 from captioner.training.config import ScstConfig
+from captioner.training.wrapped import call_method
 
 END = " </s>"
-"""The end of a caption, as a word that no tokenized caption contains."""
+"""The end token as a word, which no tokenized caption contains."""
 
 
 class CaptionReward:
     """CIDEr-D (0 to 10) of captions against an image's references, plus BLEU-4 (0 to 1) by a weight.
 
     Args:
-        references: captions of each image; images are known by their number in this list.
+        references: captions of each image; an image is named by its number in this list.
         bleu_weight: weight of BLEU-4.
 
     Raises:
@@ -63,7 +64,7 @@ class CaptionReward:
         Args:
             images: (B,) number of each caption's image.
             captions: B captions, plain text.
-            ended: whether each reached its end token, or was cut.
+            ended: whether each caption reached its end token; one that did not was cut.
 
         Returns:
             (B,) rewards, float64.
@@ -79,8 +80,8 @@ class CaptionReward:
 class SelfCritical:
     """The objective of stage scst: sampled captions, their tokens weighted by reward minus baseline.
 
-    An image is encoded once for all its samples. Rewards are computed on the CPU while the device runs the forward
-    they will weigh.
+    Each image is encoded once for all its samples. The CPU computes the rewards while the device runs the forward pass
+    whose losses they weigh.
     """
 
     def __init__(
@@ -94,59 +95,60 @@ class SelfCritical:
         self.accelerator, self.processor, self.config = accelerator, processor, config
         self.reward = CaptionReward(references, config.bleu_weight)
         self.max_new_tokens = max_new_tokens
-        self.start = torch.tensor([processor.prompt_ids()], device=accelerator.device)  # (1, T0)
+        self.prompt_length = len(processor.prompt_ids())
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: dict) -> dict:
         """Sample K captions of each of B images.
 
         Returns:
-            `image_tokens` (B, M, D), the samples as `input_ids`, `attention_mask` and `labels` (B*K, T), the row of
-            each one's image in the training table, `images` (B*K,), their `captions` and whether they `ended`; and, if
-            greedy is the baseline, `greedy_captions` and `greedy_ended` (B).
+            `image_tokens` (B, M, D); the samples as `input_ids`, `attention_mask` and `labels` (B*K, T); `images`
+            (B*K,), the row of each sample's image in the training table; `captions`, the samples as text, and whether
+            each `ended`; with the greedy baseline also `greedy_captions` and `greedy_ended` (B).
         """
         captioner = self.accelerator.unwrap_model(model)
         captioner.eval()
-        start = self.start.expand(len(batch["rows"]), -1)
-        settings = {"input_ids": start, "max_new_tokens": self.max_new_tokens}
+        prompts = self.processor.prompts(len(batch["rows"]), self.accelerator.device)
+        settings: dict[str, Any] = {**prompts, "max_new_tokens": self.max_new_tokens}
         count = self.config.samples
         with self.accelerator.autocast(), whole_weights(model):
             tokens = batch.get("image_tokens")
             if tokens is None:
                 tokens = captioner.encode(batch["pixel_values"], batch.get("grid"))
             settings["image_tokens"] = tokens
-            way = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            search = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             if self.config.search == "beam":
-                way = {"do_sample": False, "num_beams": count}
-            sampled = captioner.generate(**settings, **way, num_return_sequences=count)  # (B*K, T)
-            found = dict(zip(("captions", "ended"), self.read(sampled), strict=True))
+                search = {"do_sample": False, "num_beams": count}
+            sampled = captioner.generate(**settings, **search, num_return_sequences=count)  # (B*K, T)
+            decoded = dict(zip(("captions", "ended"), self.decode(sampled), strict=True))
             if self.config.baseline == "greedy":
-                greedy = self.read(captioner.generate(**settings, do_sample=False, num_beams=1))
-                found |= dict(zip(("greedy_captions", "greedy_ended"), greedy, strict=True))
+                greedy = self.decode(captioner.generate(**settings, do_sample=False, num_beams=1))
+                decoded |= dict(zip(("greedy_captions", "greedy_ended"), greedy, strict=True))
         captioner.train()
         images = np.repeat(batch["rows"].cpu().numpy(), count)  # (B*K,)
-        prompt = self.start.expand(len(sampled), -1)
-        text = label_generated(prompt, sampled, self.processor.tokenizer.eos_token_id)
-        return {"image_tokens": tokens, "images": images, **found, **text}
+        text = label_generated(sampled, self.prompt_length, self.processor.tokenizer.eos_token_id)
+        return {"image_tokens": tokens, "images": images, **decoded, **text}
 
-    def read(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
-        """Decode generated tokens (B, T) into texts, and say of each whether it ended."""
-        ended = (sequences == self.processor.tokenizer.eos_token_id).any(1)
-        return self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True), ended.tolist()
+    def decode(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
+        """Decode generated texts (B, T) without the prompt; return them, and whether each reached its end token."""
+        generated = sequences[:, self.prompt_length :]
+        ended = (generated == self.processor.tokenizer.eos_token_id).any(1)
+        return self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True), ended.tolist()
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        """Sum the negative log-likelihood of every sampled token, weighted by its caption's advantage."""
-        read, said = next_tokens(batch)  # before the forward, for it waits for the device
-        logits = model(image_tokens=batch["image_tokens"], **read).logits.float()  # (N, V)
-        losses = F.cross_entropy(logits, said, reduction="none")  # (N,)
+        """Return the sum over sampled tokens of their negative log-likelihood times their caption's advantage."""
+        inputs, targets = split_targets(batch)  # before the forward, because it waits for the device
+        logits = call_method(model, "logits_at", image_tokens=batch["image_tokens"], **inputs)  # (N, V)
+        losses = token_loss(logits, targets, reduction="none")  # (N,)
         start = time.perf_counter()
-        advantage, means = self.advantage(batch)  # the forward above is still under way on a GPU
+        advantage, means = self.advantage(batch)  # a GPU still computes the forward meanwhile
         means["reward_ms"] = 1000 * (time.perf_counter() - start)
         weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)[:, None]  # (B*K, 1)
-        return (losses * weights.expand(read["wanted"].shape)[read["wanted"]]).sum(), means
+        positions = inputs["positions"]
+        return (losses * weights.expand(positions.shape)[positions]).sum(), means
 
     def advantage(self, batch: dict) -> tuple[np.ndarray, dict[str, float]]:
-        """Return by how much each sample's reward exceeds its baseline (B*K,), and the mean rewards."""
+        """Return each sample's reward minus its baseline (B*K,), and the mean rewards."""
         count = self.config.samples
         rewards = self.reward(batch["images"], batch["captions"], batch["ended"]).reshape(-1, count)  # (B, K)
         if self.config.baseline == "mean":
@@ -158,7 +160,7 @@ class SelfCritical:
 
 
 def silence_dropout(module: nn.Module) -> None:
-    """Switch dropout off for good, however an architecture keeps its rate; training mode then changes nothing."""
+    """Set every dropout rate to zero, in modules and in attributes, so that training mode changes nothing."""
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0

@@ -3,14 +3,13 @@
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
 from captioner.data.batches import ImageRows, Images
 from captioner.evaluation import caption_split, score_results
-from captioner.labels import next_tokens
+from captioner.labels import split_targets, token_loss
 from captioner.processing import CaptionerProcessor
 from captioner.training.config import TrainConfig
 
@@ -27,10 +26,10 @@ def validate(
     images: Images,
     config: TrainConfig,
 ) -> tuple[dict, list[dict]]:
-    """Caption the validation images and score them, in every process alike.
+    """Caption the validation images and score the captions; every process returns the same.
 
     Returns:
-        The record (`loss_val`, `CIDEr`, `BLEU-4`) and the captions, as COCO results in the table's order.
+        The record (`loss_val`, `CIDEr`, `BLEU-4`), and the captions as COCO results in the order of the table.
     """
     results = caption_split(
         accelerator,
@@ -56,7 +55,7 @@ def validation_loss(
     images: Images,
     config: TrainConfig,
 ) -> float:
-    """Return the cross-entropy per token of the validation captions, not smoothed, each image's first K of them."""
+    """Return the cross-entropy per token of the first K captions of each validation image, without smoothing."""
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
@@ -68,12 +67,12 @@ def validation_loss(
             continue
         groups = table[[row for row, _ in good]]["captions"]
         captions = [group[k % len(group)] for group in groups for k in range(count)]
-        seen, text = images.batch([image for _, image in good]), processor.text(captions)
-        seen, text = send_to_device((seen, text), accelerator.device)
-        read, said = next_tokens(text)
+        batch = images.batch([image for _, image in good]), processor.text(captions)
+        image_inputs, text = send_to_device(batch, accelerator.device)
+        text_inputs, targets = split_targets(text)
         with accelerator.autocast():
-            logits = accelerator.unwrap_model(model)(**seen, **read).logits.float()  # (N, V)
-        sums[0] += F.cross_entropy(logits, said, reduction="sum")
-        sums[1] += len(said)
+            logits = accelerator.unwrap_model(model).logits_at(**image_inputs, **text_inputs)  # (N, V)
+        sums[0] += token_loss(logits, targets)
+        sums[1] += len(targets)
     total, tokens = accelerator.reduce(sums, "sum").tolist()
     return total / max(tokens, 1)

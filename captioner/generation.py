@@ -1,0 +1,45 @@
+"""The settings of one call of `CaptionerModel.generate`."""
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from captioner.errors import SettingError
+from captioner.fusion import Fusion
+
+
+def merge_settings(
+    own: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int
+) -> dict[str, Any]:
+    """Merge the settings of one call with those of the model.
+
+    Args:
+        own: the model's settings.
+        given: settings that replace them, one by one.
+        kwargs: settings that replace both. A `max_length` here or in `given` counts the tokens of prompt and new text:
+            transformers would count those of the image, too.
+        prompt_length: tokens of the prompt.
+    """
+    call = ({} if given is None else given.to_diff_dict()) | kwargs
+    settings = own.to_diff_dict() | call
+    settings.pop("transformers_version", None)
+    if call.get("max_length") is not None and call.get("max_new_tokens") is None:
+        settings["max_new_tokens"] = max(1, call["max_length"] - prompt_length)
+    if settings.get("max_new_tokens") is not None:
+        settings.pop("max_length", None)  # transformers warns of both
+    return settings
+
+
+def check_room(fusion: Fusion, prefix_tokens: int, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a text that is longer than the positions of the decoder.
+
+    Raises:
+        SettingError: it is.
+    """
+    room = getattr(fusion.decoder.config, "max_position_embeddings", None)
+    needed = fusion.positions(prefix_tokens, prompt_tokens + new_tokens)
+    if room is not None and needed > room:
+        raise SettingError(
+            f"the decoder has room for {room} tokens; image, prompt and {new_tokens} new tokens need {needed}",
+            "max_new_tokens",
+        )
