@@ -25,7 +25,7 @@ from captioner.commands.cache import CacheConfig, fill_cache
 from captioner.commands.evaluate import EvaluateConfig, evaluate
 from captioner.data.config import DataConfig
 from captioner.encoders import create_encoder
-from captioner.grids import parse_grid
+from captioner.grids import parse_grid, write_grid
 from captioner.metrics import confidence
 from captioner.pretraining.config import PretrainConfig
 from captioner.pretraining.probes import probe_encoder
@@ -78,7 +78,7 @@ class Settings:
     def __post_init__(self):
         if not self.grids:
             raise ValueError("name at least one of --grids")
-        self.grids = tuple("x".join(map(str, parse_grid(grid))) for grid in self.grids)
+        self.grids = tuple(write_grid(parse_grid(grid)) for grid in self.grids)
 
 
 @dataclass

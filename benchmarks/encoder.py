@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import captioner.encoders  # noqa: F401 - registers LookupViT with timm
-from captioner.grids import Grid
+from captioner.grids import Grid, write_grid
 
 
 @dataclass
@@ -47,7 +47,7 @@ def build(settings: Settings, size: int) -> dict[str, tuple[nn.Module, tuple[Gri
     for absorb, form in ((False, "direct"), (True, "absorbed"), (None, "as picked")):
         model = timm.create_model(f"lookupvit_{name}", num_classes=0, img_size=size, absorb=absorb)
         for grid in settings.grids:
-            models[f"LookupViT-{settings.scale} {grid}x{grid} {form}"] = (model, ((grid, grid),))
+            models[f"LookupViT-{settings.scale} {write_grid((grid, grid))} {form}"] = (model, ((grid, grid),))
     return {key: (model.to(settings.device).eval(), args) for key, (model, args) in models.items()}
 
 

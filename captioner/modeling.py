@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from captioner.encoders import build_encoder
+from captioner.encoders import rebuild_encoder
 from captioner.fusion import FUSIONS, Reader
 from captioner.grids import Grid, parse_grid
 from captioner.labels import IGNORED, label_generated, next_tokens
@@ -118,7 +118,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CaptionerConfig):
         super().__init__(config)
         with torch.device("cpu"):  # timm computes at construction; transformers would have it on no device at all
-            self.encoder = build_encoder(config.encoder_config).freeze()
+            self.encoder = rebuild_encoder(config.encoder_config).freeze()
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
         if config.fusion == "prefix":  # some decoders, OPT-350m for one, embed words in another width than their own

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from captioner.encoders import PooledEncoder, TokenEncoder, build_encoder, create_encoder, frozen_encoder
+from captioner.encoders import PooledEncoder, TokenEncoder, create_encoder, frozen_encoder, rebuild_encoder
 
 STOCK = ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"]
 OURS = timm.list_models("lookupvit*")
@@ -71,7 +71,7 @@ def test_a_configuration_reaches_nothing_elsewhere(tmp_path):
         ("resnet18", {"pretrained_cfg_overlay": {"file": "weights.pth"}}),
     ):
         with pytest.raises(ValueError, match="may not ask for"):
-            build_encoder({"name": name, "kwargs": kwargs})
+            rebuild_encoder({"name": name, "kwargs": kwargs})
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""What makes tokens of pixels at the start of an encoder.
+"""Stems: the first layers of an encoder, which make tokens from pixels.
 
 Letters: B batch, C image channels, H W pixels, (h, w) the token grid, D width.
 """
@@ -13,13 +13,14 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from captioner.encoders.registry import loading_options
+from captioner.errors import SettingError
 
 
 class NetworkStem(HybridEmbed):
     """The first stages of a timm network, down to the patch's stride, and a linear layer to the encoder's width.
 
-    As in ViT's hybrids (Dosovitskiy et al., ICLR 2021, section 3.1), but of a small network. It is meant to begin from
-    trained weights (`init_stem`), so its running statistics stay as they are, in training too.
+    As in ViT's hybrids (Dosovitskiy et al., ICLR 2021, section 3.1), but from a small network. It is meant to start
+    from trained weights (`init_stem`), so its running statistics stay as they are, in training too.
 
     Args:
         name: timm name of the network, without a tag.
@@ -84,26 +85,26 @@ def init_stem(
     mean: Sequence[float] | torch.Tensor,
     std: Sequence[float] | torch.Tensor,
 ) -> None:
-    """Copy a trained network's first stages into a stem, in place; its input is brought to what the network knows.
+    """Copy a trained network's first stages into a stem, in place, and scale its input as that network expects it.
 
     Args:
         stem: the stem.
         network: a timm network of the stem's name.
         own: `mean` and `std` of the encoder's input, for pixels in [0, 1].
         mean: mean of the network's input, likewise.
-        std: deviation of the network's input, likewise.
+        std: standard deviation of the network's input, likewise.
 
     Raises:
-        ValueError: the network is another.
+        SettingError: it is another network.
     """
     own_mean, own_std, mean, std = (
         torch.as_tensor(v, device="cpu").view(-1, 1, 1) for v in (own["mean"], own["std"], mean, std)
     )
     weights, trained = stem.backbone.model.state_dict(), network.state_dict()
     if wrong := [key for key, value in weights.items() if key not in trained or trained[key].shape != value.shape]:
-        raise ValueError(
-            f"{type(network).__name__} does not fit the stem '{stem.name}': '{wrong[0]}' differs; "
-            "give --encoder-options without that stem"
+        raise SettingError(
+            f"{type(network).__name__} does not fit the stem '{stem.name}': '{wrong[0]}' differs",
+            *("init_from", "encoder_options"),
         )
     stem.backbone.model.load_state_dict({key: trained[key] for key in weights})
     stem.scale.copy_(own_std / std)
@@ -113,7 +114,7 @@ def init_stem(
 def create_stem(
     stem: str, img_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, options: dict | None = None
 ) -> nn.Module:
-    """Build what turns pixels (B, C, H, W) into lookup tokens (B, h, w, D).
+    """Build the stem that turns pixels (B, C, H, W) into lookup tokens (B, h, w, D).
 
     - `patch`: a linear layer per patch, as ViT has it.
     - `conv`: three overlapping convolutions in its place (Xiao et al., NeurIPS 2021, arXiv 2106.14881), narrow enough
