@@ -234,11 +234,11 @@ class LookupViT(TokenEncoder):
         rows = torch.cat([torch.zeros_like(resize[:1]), resize]).expand(len(lookup), -1, -1)  # (B, M, N)
         lookup_rows = torch.eye(len(resize.T), dtype=resize.dtype, device=resize.device).expand(len(lookup), -1, -1)
         for block in self.blocks:
-            with AttentionRecorder(block.refine) as refined:
+            with AttentionRecorder() as recorder:
                 compressed, lookup, attn = block.update(compressed, lookup)
             attn = attn.to(rows.dtype).mean(1)  # (B, M, N)
             rows = mix(rows, attn, lookup_rows)
-            rows = mix(rows, refined.maps[0], rows)
+            rows = mix(rows, recorder.maps[-1], rows)  # the block attends to itself last
             if not block.last:
                 lookup_rows = mix(lookup_rows, shares(attn), rows)  # (B, N, N)
         return self.norm(compressed), lookup, normalize(rows).unflatten(-1, size)

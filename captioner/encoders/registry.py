@@ -66,7 +66,7 @@ def create_encoder(name: str, **kwargs: Any) -> TokenEncoder:
             raise ValueError(f"no weights of the encoder '{name}': {first_line(error)}") from None
         if not kwargs or isinstance(error, NotImplementedError):
             raise  # a fault of the encoder's own code
-        options = " ".join(f"{key}={value}" for key, value in kwargs.items())
+        options = " ".join(f"{key}={kwargs[key]}" for key in kwargs if key not in loading_options(kwargs))
         raise SettingError(
             f"the encoder '{name}' does not take its options, {options}: {first_line(error)}", "encoder_options"
         ) from error

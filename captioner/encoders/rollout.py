@@ -25,40 +25,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
+
+SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
 class AttentionRecorder(TorchFunctionMode):
-    """Records the attention (B, N, N), averaged over the heads, of each attention layer that runs within the context.
+    """Records the self-attention (B, N, N), averaged over the heads, of each layer that runs within the context.
 
-    It listens to `scaled_dot_product_attention`, with which timm's and torch's layers attend, in this thread alone, and
-    changes no output.
-
-    Args:
-        module: what will run; layers of timm that would attend without that call are told to use it.
+    It watches the calls of `scaled_dot_product_attention`, with which timm's and torch's layers attend, and of a
+    softmax of shape (B, H, N, N), with which they attend where that call is switched off. It does so in this thread
+    alone, and changes no output.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self):
         super().__init__()
         self.maps: list[torch.Tensor] = []
-        self.unfused = [layer for layer in module.modules() if getattr(layer, "fused_attn", True) is False]
-
-    def __enter__(self) -> "AttentionRecorder":
-        for layer in self.unfused:
-            layer.fused_attn = True
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for layer in self.unfused:
-            layer.fused_attn = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run any torch function; of an attention, compute the weights too."""
+        """Run any torch function; of an attention, record the weights too."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            self.maps.append(attention_weights(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+            self.maps.append(attention_weights(*args, **kwargs))
+        elif func in SOFTMAX and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
+            self.maps.append(result.detach().to(torch.promote_types(result.dtype, torch.float32)).mean(1))
+        return result
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from captioner.encoders.base import TokenEncoder, TokenMaps, image_size
-from captioner.encoders.maps import cell_weights, pool_tokens
+from captioner.encoders.maps import pool_tokens
 from captioner.encoders.rollout import AttentionRecorder, roll_out
 from captioner.grids import Grid
 
@@ -103,7 +103,7 @@ class PooledEncoder(TokenEncoder):
         `rollout.py`); a pooled token has the mean of its patches. Of other models (CNNs, attention within windows) each
         token has the cells that it is pooled from, evenly.
         """
-        recorder = AttentionRecorder(self.model)
+        recorder = AttentionRecorder()
         if attention:
             with recorder:
                 x = self.forward_features(pixel_values)
@@ -122,7 +122,7 @@ class PooledEncoder(TokenEncoder):
             return maps._replace(attention=self.covered_cells(pooled, size, grid))
         rows = roll_out(recorder.maps, self.num_prefix_tokens)  # (B, N, h*w)
         prefix, patches = rows.split([self.num_prefix_tokens, size[0] * size[1]], 1)
-        patches = cell_weights(pool_tokens, size, grid, rows) @ patches
+        patches = pool_tokens(patches.unflatten(1, size), grid).flatten(1, 2)  # (B, r*c, h*w)
         return maps._replace(attention=torch.cat([prefix, patches], 1).unflatten(-1, size))
 
     def places(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
