@@ -103,27 +103,34 @@ class PooledEncoder(TokenEncoder):
         `rollout.py`); a pooled token has the mean of its patches. Of other models (CNNs, attention within windows) each
         token has the cells that it is pooled from, evenly.
         """
-        recorder = AttentionRecorder()
         if attention:
-            with recorder:
+            with AttentionRecorder() as recorder:
                 x = self.forward_features(pixel_values)
         else:
             x = self.forward_features(pixel_values)
         places = self.places(x, image_size(pixel_values))  # (B, h, w, D)
         size = (places.shape[1], places.shape[2])
         grid = self.check_grid(grid, size)
-        pooled = places if grid == size else pool_tokens(places, grid)
+        pooled = places if grid == size else pool_tokens(places, grid)  # (B, r, c, D)
         summary = x[:, 0] if self.has_class_token else pooled.mean((1, 2))
-        maps = TokenMaps(summary, pooled)
-        if not attention:
-            return maps
-        blocks, count = len(getattr(self.model, "blocks", ())), self.num_prefix_tokens + size[0] * size[1]
+        return TokenMaps(summary, pooled, attention=self.roll_out(recorder, pooled, size) if attention else None)
+
+    def roll_out(self, recorder: AttentionRecorder, tokens: torch.Tensor, size: Grid) -> torch.Tensor:
+        """Return where each token comes from (B, M, h, w), from what was recorded of the model's attention.
+
+        Args:
+            tokens: the pooled tokens (B, r, c, D).
+            size: the model's map (h, w).
+        """
+        grid = (tokens.shape[1], tokens.shape[2])
+        blocks, cells = len(getattr(self.model, "blocks", ())), size[0] * size[1]
+        count = self.num_prefix_tokens + cells
         if blocks == 0 or [m.shape[1:] for m in recorder.maps] != [(count, count)] * blocks:
-            return maps._replace(attention=self.covered_cells(pooled, size, grid))
+            return self.covered_cells(tokens, size, grid)
         rows = roll_out(recorder.maps, self.num_prefix_tokens)  # (B, N, h*w)
-        prefix, patches = rows.split([self.num_prefix_tokens, size[0] * size[1]], 1)
+        prefix, patches = rows.split([self.num_prefix_tokens, cells], 1)
         patches = pool_tokens(patches.unflatten(1, size), grid).flatten(1, 2)  # (B, r*c, h*w)
-        return maps._replace(attention=torch.cat([prefix, patches], 1).unflatten(-1, size))
+        return torch.cat([prefix, patches], 1).unflatten(-1, size)
 
     def places(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Lay the model's features out as a map (B, h, w, D), without prefix tokens.
