@@ -2,9 +2,18 @@
 
 from collections.abc import Iterable
 from operator import index
+from typing import overload
 
 Grid = tuple[int, int]
 """Rows and columns of compressed tokens."""
+
+
+@overload
+def parse_grid(grid: None) -> None: ...
+
+
+@overload
+def parse_grid(grid: str | int | Iterable[int]) -> Grid: ...
 
 
 def parse_grid(grid: str | int | Iterable[int] | None) -> Grid | None:

@@ -92,10 +92,10 @@ def test_a_model_of_several_maps_is_refused():
 
 
 def test_tokens_that_lie_on_no_grid_are_still_tokens():
-    encoder = create_encoder("volo_d1_224").eval()
+    encoder = create_encoder("coat_lite_tiny").eval()
     with torch.no_grad():
-        assert encoder.forward_tokens(torch.zeros(1, 3, 224, 224)).shape == (1, encoder.num_tokens(), 384)
-    with pytest.raises(ValueError, match="the 197 tokens of VOLO do not lie on a grid"):
+        assert encoder.forward_tokens(torch.zeros(1, 3, 224, 224)).shape == (1, encoder.num_tokens(), 320)
+    with pytest.raises(ValueError, match="the 50 tokens of CoaT do not lie on a grid"):
         encoder.forward_maps(torch.zeros(1, 3, 224, 224))
 
 

@@ -4,19 +4,22 @@ The patch embedding and positions carry over. Each LookupViT block takes one blo
 become the refinement block as they are, and its attention weights also serve information gathering, which begins as the
 ViT's own attention to the patches. What the ViT has no counterpart of (infusion, the lookup MLP) ends in a zero
 projection, so that the lookup stream begins unchanged.
+
+Types: timm's models share no class that declares their layers, so they are `Any` here.
 """
+
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from captioner.encoders.base import TokenEncoder
 from captioner.encoders.maps import resize_tokens
 from captioner.encoders.registry import create_timm
 from captioner.errors import SettingError
 
 
-def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
+def init_from_vit(encoder: Any, vit: Any) -> None:
     """Copy a ViT's weights into a LookupViT, in place.
 
     Of a deeper ViT, blocks are taken evenly from first to last.
@@ -45,14 +48,14 @@ def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
         encoder.norm.load_state_dict(vit.norm.state_dict())
 
 
-def check_fit(encoder: TokenEncoder, vit: nn.Module) -> None:
+def check_fit(encoder: Any, vit: Any) -> None:
     """Refuse a ViT whose shapes differ from the encoder's.
 
     Raises:
         ValueError: they do, or it has other layers, or fewer blocks.
     """
     if not hasattr(vit, "blocks") or not hasattr(vit, "patch_embed") or not hasattr(vit.blocks[0], "attn"):
-        raise ValueError(f"{type(vit).__name__} is not a ViT of attention blocks")
+        raise SettingError(f"{type(vit).__name__} is not a ViT of attention blocks", "init_from")
     ours, theirs = encoder.blocks[0].refine, vit.blocks[0]
     pairs = {
         "width": (encoder.embed_dim, vit.embed_dim),
@@ -62,15 +65,19 @@ def check_fit(encoder: TokenEncoder, vit: nn.Module) -> None:
     }
     for what, (own, other) in pairs.items():
         if own != other:
-            raise ValueError(f"the ViT's {what} is {other}, the encoder's {own}; they must be equal")
+            raise SettingError(f"the ViT's {what} is {other}, the encoder's {own}; they must be equal", "init_from")
     names = set(ours.state_dict()) ^ set(theirs.state_dict())
     if names:
-        raise ValueError(f"the ViT's blocks are not those of the encoder: only one of them has '{min(names)}'")
+        raise SettingError(
+            f"the ViT's blocks are not those of the encoder: only one of them has '{min(names)}'", "init_from"
+        )
     if len(vit.blocks) < len(encoder.blocks):
-        raise ValueError(f"the ViT has {len(vit.blocks)} blocks, fewer than the encoder's {len(encoder.blocks)}")
+        raise SettingError(
+            f"the ViT has {len(vit.blocks)} blocks, fewer than the encoder's {len(encoder.blocks)}", "init_from"
+        )
 
 
-def copy_positions(encoder: TokenEncoder, vit: nn.Module) -> None:
+def copy_positions(encoder: Any, vit: Any) -> None:
     """Take the class token and the positional embedding, resized for the compressed tokens."""
     prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches  # 1, or 0 where the class token has no position
     positions = vit.pos_embed[:, prefix:].unflatten(1, vit.patch_embed.grid_size)  # (1, h, w, D)
@@ -80,7 +87,7 @@ def copy_positions(encoder: TokenEncoder, vit: nn.Module) -> None:
         encoder.cls_token.copy_(vit.cls_token + (vit.pos_embed[:, :1] if prefix else 0))
 
 
-def copy_block(block: nn.Module, source: nn.Module) -> None:
+def copy_block(block: Any, source: Any) -> None:
     """Fill a `LookupBlock` from a ViT's block."""
     block.refine.load_state_dict(source.state_dict())
     block.norm_compressed.load_state_dict(source.norm1.state_dict())

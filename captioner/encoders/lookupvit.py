@@ -31,6 +31,7 @@ from captioner.encoders.mhbc import MHBC
 from captioner.encoders.registry import create_timm
 from captioner.encoders.rollout import AttentionRecorder, mix, normalize, shares
 from captioner.encoders.stems import NetworkStem, create_stem, init_stem
+from captioner.errors import SettingError
 from captioner.grids import Grid, parse_grid, write_grid
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -133,7 +134,7 @@ class LookupViT(TokenEncoder):
         super().__init__(embed_dim=embed_dim, num_prefix_tokens=1, stride=patch_embed.feat_ratio(), grid=grid)
         self.grad_checkpointing = False
 
-        self.patch_embed = patch_embed
+        self.patch_embed: Any = patch_embed  # PatchEmbed or HybridEmbed of timm
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_lookup = nn.Parameter(torch.zeros(1, *self.patch_embed.grid_size, embed_dim))
         self.pos_compressed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
@@ -180,8 +181,9 @@ class LookupViT(TokenEncoder):
         """
         patch = self.patch_embed.feat_ratio(as_scalar=False)
         if image_size[0] % patch[0] or image_size[1] % patch[1]:
-            raise ValueError(
-                f"image of {write_grid(image_size)} px is not a multiple of the patch, {write_grid(patch)} px"
+            raise SettingError(
+                f"image of {write_grid(image_size)} px is not a multiple of the patch, {write_grid(patch)} px",
+                "image_size",
             )
         return image_size[0] // patch[0], image_size[1] // patch[1]
 
@@ -262,7 +264,7 @@ class LookupViT(TokenEncoder):
         """
         if not isinstance(self.patch_embed, NetworkStem):
             return init_from_vit(self, source)
-        network = create_timm("network", source, pretrained=True) if isinstance(source, str) else source
+        network: Any = create_timm("network", source, pretrained=True) if isinstance(source, str) else source
         mean = network.pretrained_cfg["mean"] if mean is None else mean
         std = network.pretrained_cfg["std"] if std is None else std
         init_stem(self.patch_embed, network, self.default_cfg, mean, std)

@@ -20,7 +20,7 @@ def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
 
 def pool_tokens(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Average a token map (B, h, w, D) within the cells of a grid, to (B, r, c, D)."""
-    return F.adaptive_avg_pool2d(tokens.movedim(-1, 1), tuple(grid)).movedim(1, -1)
+    return F.adaptive_avg_pool2d(tokens.movedim(-1, 1), grid).movedim(1, -1)
 
 
 def cell_weights(

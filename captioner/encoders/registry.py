@@ -11,7 +11,6 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from timm.layers import to_2tuple
 from timm.models import is_model_in_modules, model_entrypoint
-from torch import nn
 
 from captioner.encoders.base import TokenEncoder
 from captioner.encoders.timm_models import PooledEncoder
@@ -49,21 +48,21 @@ def create_encoder(name: str, **kwargs: Any) -> TokenEncoder:
     if not timm.is_model(architecture):
         close = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:5])
         hint = f"did you mean one of: {close}?" if close else "import the module that registers it first"
-        raise ValueError(f"no encoder named '{name}' in timm; {hint}")
-    settings = {"num_classes": 0, "pretrained": has_weights(name)}
+        raise SettingError(f"no encoder named '{name}' in timm; {hint}", "encoder")
+    settings: dict[str, Any] = {"num_classes": 0, "pretrained": has_weights(name)}
     if is_model_in_modules(architecture, ["vision_transformer"]):
         settings["dynamic_img_size"] = True  # any size divisible by the patch, as the contract has it
     try:
-        model = timm.create_model(name, **{**settings, **kwargs})
+        model: Any = timm.create_model(name, **{**settings, **kwargs})
         if "img_size" in kwargs:
             channels, size = model.pretrained_cfg["input_size"][0], to_2tuple(kwargs["img_size"])
             model.pretrained_cfg["input_size"] = (channels, *size)
         return model if isinstance(model, TokenEncoder) else PooledEncoder(model)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"no weights of the encoder '{name}': {first_line(error)}") from None
+        raise SettingError(f"no weights of the encoder '{name}': {first_line(error)}", "encoder") from None
     except WRONG_OPTIONS as error:
         if isinstance(error, RuntimeError) and settings["pretrained"]:
-            raise ValueError(f"no weights of the encoder '{name}': {first_line(error)}") from None
+            raise SettingError(f"no weights of the encoder '{name}': {first_line(error)}", "encoder") from None
         if not kwargs or isinstance(error, NotImplementedError):
             raise  # a fault of the encoder's own code
         options = " ".join(f"{key}={kwargs[key]}" for key in kwargs if key not in loading_options(kwargs))
@@ -88,7 +87,7 @@ def frozen_encoder(name: str) -> TokenEncoder:
     return encoder
 
 
-def create_timm(what: str, name: str, **options: Any) -> nn.Module:
+def create_timm(what: str, name: str, **options: Any) -> Any:
     """Build a timm model to take weights from or to learn from.
 
     Args:
@@ -129,11 +128,13 @@ def exported_config(name: str) -> dict[str, Any]:
         else:
             config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"no encoder at '{name}': {first_line(error)}") from None
+        raise SettingError(f"no encoder at '{name}': {first_line(error)}", "encoder") from None
     if kind == "local-dir" and not (folder / "model.safetensors").is_file():
-        raise ValueError(f"no weights of the encoder '{name}': it has no model.safetensors")
+        raise SettingError(f"no weights of the encoder '{name}': it has no model.safetensors", "encoder")
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise ValueError(f"the config.json of '{name}' describes no timm model; `captioner pretrain` exports one")
+        raise SettingError(
+            f"the config.json of '{name}' describes no timm model; `captioner pretrain` exports one", "encoder"
+        )
     return config
 
 
@@ -146,7 +147,9 @@ def describe_encoder(name: str, **kwargs: Any) -> dict[str, Any]:
         name: as for `create_encoder`.
         kwargs: what `create_encoder` was given beside it.
     """
-    config = exported_config(name) if name.startswith(EXPORTED) else {"architecture": name.split(".")[0]}
+    config: dict[str, Any] = {"architecture": name.split(".")[0]}
+    if name.startswith(EXPORTED):
+        config = exported_config(name)
     kwargs = {**(config.get("model_args") or {}), **kwargs}
     skipped = {"num_classes", "global_pool", *loading_options(kwargs)}
     return {"name": config["architecture"], "kwargs": {k: v for k, v in kwargs.items() if k not in skipped}}

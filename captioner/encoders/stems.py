@@ -31,32 +31,34 @@ class NetworkStem(HybridEmbed):
         options: further keyword arguments of the network.
 
     Raises:
-        ValueError: timm has no such network, it cannot be cut there, or the options ask for weights.
+        SettingError: timm has no such network, it cannot be cut there, or the options ask for weights.
     """
 
     def __init__(
         self, name: str, img_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, options: dict | None
     ):
         if not isinstance(name, str) or "." in name or not timm.is_model(name):
-            raise ValueError(
-                f"stem is '{name}'; LookupViT knows 'patch', 'conv' and the networks of timm, by name without a tag"
+            raise SettingError(
+                f"stem is '{name}'; LookupViT knows 'patch', 'conv' and the networks of timm, by name without a tag",
+                "encoder_options",
             )
         options = options or {}
         if not isinstance(options, dict) or (asked := [*loading_options(options), *({"out_indices"} & options.keys())]):
             what = f"ask for '{asked[0]}'" if isinstance(options, dict) else f"be '{options}'"
-            raise ValueError(f"the options of a stem may not {what}")
+            raise SettingError(f"the options of a stem may not {what}", "encoder_options")
         make = partial(timm.create_model, name, features_only=True, feature_cls="getter", in_chans=in_chans, **options)
         try:
             network = make()
             strides = network.feature_info.reduction()
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"timm cannot cut the stem '{name}' into stages: {str(error) or 'wrong options'}"
-            ) from None
+            reason = (str(error).splitlines() or ["wrong options"])[0]
+            raise SettingError(f"timm cannot cut the stem '{name}' into stages: {reason}", "encoder_options") from None
         if not hasattr(network.model, "forward_intermediates"):
-            raise ValueError(f"timm cannot cut the stem '{name}' into stages")
+            raise SettingError(f"timm cannot cut the stem '{name}' into stages", "encoder_options")
         if patch_size not in strides:
-            raise ValueError(f"stem '{name}' has strides {strides}, none of which is the patch, {patch_size} px")
+            raise SettingError(
+                f"stem '{name}' has strides {strides}, none of which is the patch, {patch_size} px", "encoder_options"
+            )
         stage = max(i for i, stride in enumerate(strides) if stride == patch_size)
         sizes = {"feature_size": [side // patch_size for side in to_2tuple(img_size)], "feature_ratio": patch_size}
         formats = {"output_fmt": "NHWC", "strict_img_size": False}
@@ -122,17 +124,19 @@ def create_stem(
     - any other: the first stages of the timm network of that name, see `NetworkStem`.
 
     Raises:
-        ValueError: the stem is unknown, or its strides do not make the patch.
+        SettingError: the stem is unknown, or its strides do not make the patch.
     """
     if stem not in ("patch", "conv"):
         return NetworkStem(stem, img_size, patch_size, in_chans, dim, options)
     if options:
-        raise ValueError(f"a stem of '{stem}' takes no options, only a network does")
+        raise SettingError(f"a stem of '{stem}' takes no options, only a network does", "encoder_options")
     if stem == "patch":
         return PatchEmbed(img_size, patch_size, in_chans, dim, output_fmt="NHWC", flatten=False, strict_img_size=False)
     first = patch_size // 4
     if first * 4 != patch_size:
-        raise ValueError(f"a conv stem has strides {first}, 2, 2, which do not make a patch of {patch_size} px")
+        raise SettingError(
+            f"a conv stem has strides {first}, 2, 2, which do not make a patch of {patch_size} px", "encoder_options"
+        )
     backbone = ConvStem(
         in_chans,
         channels=(dim // 6, dim // 3, dim),

@@ -24,11 +24,11 @@ class PooledEncoder(TokenEncoder):
         model: the timm model.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         prefix, stages = getattr(model, "num_prefix_tokens", 0), getattr(model, "feature_info", None) or [{}]
         stride = stages[-1].get("reduction", 0)
         super().__init__(embed_dim=model.num_features, num_prefix_tokens=prefix, stride=stride)
-        self.model = model
+        self.model: Any = model  # timm's models share no class that declares what they have
         class_token = getattr(model, "cls_token", None)
         self.has_class_token = prefix > 0 and getattr(model, "has_class_token", class_token is not None)
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
@@ -46,7 +46,8 @@ class PooledEncoder(TokenEncoder):
     @property
     def own_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that the model is made for."""
-        return tuple(self.default_cfg["input_size"][1:])
+        _, height, width = self.default_cfg["input_size"]
+        return height, width
 
     @property
     def timm_model(self) -> nn.Module:
@@ -92,7 +93,7 @@ class PooledEncoder(TokenEncoder):
             return x  # also tokens that lie on no grid
         maps = self.places(x, image_size(pixel_values))
         if grid is not None:
-            maps = pool_tokens(maps, self.check_grid(grid, tuple(maps.shape[1:3])))
+            maps = pool_tokens(maps, self.check_grid(grid, (maps.shape[1], maps.shape[2])))
         tokens = maps.flatten(1, 2)
         return torch.cat([x[:, : self.num_prefix_tokens], tokens], 1) if self.num_prefix_tokens else tokens
 
@@ -103,6 +104,7 @@ class PooledEncoder(TokenEncoder):
         `rollout.py`); a pooled token has the mean of its patches. Of other models (CNNs, attention within windows) each
         token has the cells that it is pooled from, evenly.
         """
+        recorder = None
         if attention:
             with AttentionRecorder() as recorder:
                 x = self.forward_features(pixel_values)
@@ -113,7 +115,7 @@ class PooledEncoder(TokenEncoder):
         grid = self.check_grid(grid, size)
         pooled = places if grid == size else pool_tokens(places, grid)  # (B, r, c, D)
         summary = x[:, 0] if self.has_class_token else pooled.mean((1, 2))
-        return TokenMaps(summary, pooled, attention=self.roll_out(recorder, pooled, size) if attention else None)
+        return TokenMaps(summary, pooled, attention=self.roll_out(recorder, pooled, size) if recorder else None)
 
     def roll_out(self, recorder: AttentionRecorder, tokens: torch.Tensor, size: Grid) -> torch.Tensor:
         """Return where each token comes from (B, M, h, w), from what was recorded of the model's attention.
@@ -156,7 +158,8 @@ class PooledEncoder(TokenEncoder):
 
     def largest_grid(self, image_size: tuple[int, int]) -> Grid:
         """Return the map (h, w) of an image of H x W pixels, found by encoding a blank one, once for each size."""
-        if (size := tuple(image_size)) not in self.map_sizes:
+        size = image_size[0], image_size[1]
+        if size not in self.map_sizes:
             places = self.places(self.encode_blank(size), size)
             self.map_sizes[size] = (places.shape[1], places.shape[2])
         return self.map_sizes[size]
