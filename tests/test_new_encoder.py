@@ -56,7 +56,7 @@ def test_a_new_encoder_goes_through_every_job_at_grids_of_its_own(captioned, cla
     assert grids() == {(2, 2), (4, 4)}
     assert json.loads((tokens / "cache.json").read_text())["grids"] == {"2x2": [4, 16], "4x4": [16, 16]}
 
-    args = ["debug", *data, *base, "--model.grid", "2x2", "--grids", "2x2", "4x4", "--epochs", "2"]
+    args = ["debug", *data, *base, "--model.grid", "2x2", "--grids", "2x2", "4x4", "--epochs", "1"]
     run("train", *args, "--output", tmp_path / "online")
     assert grids() == {(2, 2), (4, 4)}
     run("train", *args, "--data.tokens", tokens, "--output", model)
@@ -100,7 +100,7 @@ def test_a_new_encoder_is_a_timm_model_and_can_be_rebuilt():
         rebuild_encoder({"name": "nosuch_patch8_32", "kwargs": {}})
 
 
-def test_what_a_subclass_forgets_is_named():
+def test_what_a_subclass_forgets_is_named(monkeypatch):
     class Bare(TokenEncoder):
         def __init__(self):
             super().__init__(embed_dim=4, num_prefix_tokens=0, stride=8)
@@ -114,6 +114,9 @@ def test_what_a_subclass_forgets_is_named():
         Choosing()
     with pytest.raises(TypeError, match="'num_prefix_tokens' and 'stride'"):
         TokenEncoder(embed_dim=4)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: Bare())
+    with pytest.raises(ValueError, match="the encoder 'window_patch8_32' has no default_cfg; let build_model_with_cfg"):
+        create_encoder("window_patch8_32")
     with pytest.raises(ValueError, match="a Bare cannot start from the weights of another network"):
         Bare().init_from("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="global_pool is 'token'; a Bare has avg"):

@@ -54,6 +54,8 @@ def create_encoder(name: str, **kwargs: Any) -> TokenEncoder:
         settings["dynamic_img_size"] = True  # any size divisible by the patch, as the contract has it
     try:
         model: Any = timm.create_model(name, **{**settings, **kwargs})
+        if not hasattr(model, "default_cfg"):
+            raise ValueError(f"the encoder '{name}' has no default_cfg; let build_model_with_cfg of timm build it")
         if "img_size" in kwargs:
             channels, size = model.pretrained_cfg["input_size"][0], to_2tuple(kwargs["img_size"])
             model.pretrained_cfg["input_size"] = (channels, *size)
