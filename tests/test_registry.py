@@ -23,7 +23,7 @@ def test_a_configuration_reaches_nothing_elsewhere(name, kwargs):
         rebuild_encoder({"name": name, "kwargs": kwargs})
 
 
-@pytest.mark.parametrize("description", [{}, {"name": 5}, {"name": "resnet18", "kwargs": [1]}, {"name": None}])
+@pytest.mark.parametrize("description", [{}, {"name": 5}, {"name": "resnet18", "kwargs": [1]}, "resnet18", [1]])
 def test_what_is_no_description_is_refused(description):
     with pytest.raises(ValueError, match="a captioner's configuration describes no encoder by"):
         rebuild_encoder(description)

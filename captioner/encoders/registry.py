@@ -167,9 +167,10 @@ def rebuild_encoder(description: Mapping[str, Any]) -> TokenEncoder:
     Raises:
         ValueError: it asks for what lies elsewhere, for what timm does not know, or is no description.
     """
-    name, kwargs = description.get("name"), description.get("kwargs", {})
+    fields = description if isinstance(description, Mapping) else {}
+    name, kwargs = fields.get("name"), fields.get("kwargs", {})
     if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
-        raise ValueError(f"a captioner's configuration describes no encoder by {dict(description)}")
+        raise ValueError(f"a captioner's configuration describes no encoder by {description}")
     if elsewhere := [name] * name.startswith(EXPORTED) + loading_options(kwargs):
         raise ValueError(f"a captioner's configuration may not ask for '{elsewhere[0]}' of its encoder")
     return create_encoder(name.split(".")[0], **kwargs, pretrained=False)
