@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from captioner import recipes
@@ -25,7 +26,7 @@ from captioner.commands.cache import CacheConfig, fill_cache
 from captioner.commands.evaluate import EvaluateConfig, evaluate
 from captioner.data.config import DataConfig
 from captioner.encoders import create_encoder
-from captioner.grids import parse_grid
+from captioner.grids import parse_grid, write_grid
 from captioner.metrics import confidence
 from captioner.pretraining.config import PretrainConfig
 from captioner.pretraining.probes import probe_encoder
@@ -78,7 +79,7 @@ class Settings:
     def __post_init__(self):
         if not self.grids:
             raise ValueError("name at least one of --grids")
-        self.grids = tuple("x".join(map(str, parse_grid(grid))) for grid in self.grids)
+        self.grids = tuple(write_grid(parse_grid(grid)) for grid in self.grids)
 
 
 @dataclass
@@ -183,7 +184,8 @@ def measure_costs(rows: list[Row], settings: Settings) -> None:
         for row, encoder, taken in zip(rows, encoders, seconds, strict=True):
             grid = None if row.grid == "all" else parse_grid(row.grid)
             if turn == 0:
-                with FlopCounterMode(display=False) as counter:
+                # torch counts no FLOPs of the fused attention of CPUs
+                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                     row.tokens = encoder.encode(pixels[:1], grid).shape[1]
                 row.gflops, row.bytes = counter.get_total_flops() / 1e9, 2 * row.tokens * encoder.embed_dim
             start = time.perf_counter()

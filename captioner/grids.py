@@ -1,13 +1,22 @@
 """Compressed grids as people write them: `5x5`, `5` or `(5, 5)`. Imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from operator import index
+from typing import overload
 
 Grid = tuple[int, int]
 """Rows and columns of compressed tokens."""
 
 
-def parse_grid(grid: str | int | Sequence[int] | None) -> Grid | None:
+@overload
+def parse_grid(grid: None) -> None: ...
+
+
+@overload
+def parse_grid(grid: str | int | Iterable[int]) -> Grid: ...
+
+
+def parse_grid(grid: str | int | Iterable[int] | None) -> Grid | None:
     """Read a compressed grid: `"5x5"`, `"5"`, 5 and [5, 5] are (5, 5); `None`, which stands for a default, passes.
 
     Raises:
@@ -19,10 +28,15 @@ def parse_grid(grid: str | int | Sequence[int] | None) -> Grid | None:
         if isinstance(grid, str):
             sides = [int(side) for side in grid.lower().split("x")]
         else:
-            sides = [index(side) for side in (grid if isinstance(grid, list | tuple) else [grid])]
+            sides = [index(side) for side in (grid if isinstance(grid, Iterable) else [grid])]
     except (TypeError, ValueError):
         sides = []
     sides = sides * 2 if len(sides) == 1 else sides
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"grid '{grid}' is not of the form ROWSxCOLUMNS, such as 5x5")
     return sides[0], sides[1]
+
+
+def write_grid(grid: Iterable[int]) -> str:
+    """Write a grid, or another size of rows and columns, as `5x5`: the inverse of `parse_grid`."""
+    return "x".join(map(str, grid))

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, can_return_tuple
 
-from captioner.encoders import build_encoder
+from captioner.encoders import rebuild_encoder
 from captioner.errors import SettingError
 from captioner.fusion import FUSIONS, Fusion
 from captioner.generation import check_room, merge_settings
@@ -124,7 +124,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CaptionerConfig):
         super().__init__(config)
         with torch.device("cpu"):  # timm computes at construction; transformers would have it on the meta device
-            self.encoder = build_encoder(config.encoder_config).freeze()
+            self.encoder = rebuild_encoder(config.encoder_config).freeze()
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.projector = Projector(self.encoder.embed_dim, self.fusion.width)
         self.post_init()

@@ -258,8 +258,11 @@ def test_compiles_without_breaks():
     model = make().float()
     images = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    encode = torch.compile(model.forward_maps, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+        for found, expected in zip(encode(images, (3, 2))[:3], model.forward_maps(images, (3, 2))[:3], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

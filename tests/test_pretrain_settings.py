@@ -54,14 +54,14 @@ def test_a_batch_without_labels_leaves_the_label_head_in_the_graph():
     encoder = create_encoder("lookupvit_tiny_patch16_224", depth=1)
     student = Student(encoder, PretrainConfig(label_weight=1.0), [], num_classes=3)
     pixels, labels = torch.rand(2, 3, 64, 64), torch.zeros(2, 3)
-    losses = student(pixels, 2, [], labels)
+    losses = student(pixels, (2, 2), [], labels)
     assert losses["labels"] == 0
     losses["loss"].backward()
     assert student.label_head.weight.grad.abs().sum() == 0
     labels[1] = torch.tensor([0.1, 0.8, 0.1])
-    summary = student.look((pixels - student.mean) / student.std, 2)[0]
+    summary = student.encode((pixels - student.mean) / student.std, (2, 2)).summary
     wanted = torch.nn.functional.cross_entropy(student.label_head(summary[1:]), labels[1:])
-    torch.testing.assert_close(student(pixels, 2, [], labels)["labels"], wanted)
+    torch.testing.assert_close(student(pixels, (2, 2), [], labels)["labels"], wanted)
 
 
 @pytest.mark.slow
@@ -188,8 +188,11 @@ def test_what_cannot_be_learned_or_built_is_said_before_training(captioned, clas
         ({"captions": wordless}, "have no words of a-z: give --word-weight 0"),
         ({"teachers": (TeacherConfig("resnet18.nobodys"),)}, "no weights of the teacher 'resnet18.nobodys'"),
         ({"teachers": (teach(weights, options={"foo": 1}),)}, "the teacher 'resnet10t' does not take its options"),
-        ({"encoder_options": {"foo": 1}}, "has no such option: .*'foo'"),
-        ({"encoder": "resnet10t", "encoder_options": {}, **probe}, "the probe cannot be made: grid 3x3 is larger"),
+        ({"encoder_options": {"foo": 1}}, "does not take its options, foo=1: .*'foo'"),
+        (
+            {"encoder": "resnet10t", "encoder_options": {}, **probe},
+            "grid 3x3 is larger than the feature map 2x2",
+        ),
         ({"encoder": "vit_tiny_patch16_224", "encoder_options": {"depth": 1}, "image_size": 72}, "views of 72 px"),
         ({**probe, "probe_val": str(captioned / "images")}, "the probe's images have no classes"),
     ):

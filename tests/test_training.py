@@ -79,9 +79,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(captioned, tmp_path):
 @pytest.mark.parametrize(
     ("model", "grids", "message"),
     [
-        ({}, ("2x2", "5x5"), "has a grid of its own, 3x3, to validate at: name one of --grids with --model.grid"),
-        ({"grid": None}, ("2x2", "3X3"), "has a grid of its own, 5x5"),
-        ({"encoder": "vit_tiny_patch16_224", "grid": None}, ("2x2", "3x3"), "hands on all its tokens: name one of"),
+        ({}, ("2x2", "5x5"), "the model's own grid, the grid 3x3, which is none of the grids to train at, 2x2, 5x5"),
+        ({"grid": None}, ("2x2", "3X3"), "own grid, the grid 5x5, which is none of"),
+        (
+            {"encoder": "vit_tiny_patch16_224", "grid": None},
+            ("2x2", "3x3"),
+            "own grid, a token for every cell",
+        ),
         ({}, ("3x3", "15x15"), "15x15"),
         ({"max_length": 500}, ("3x3", "7x7"), "room for 512 tokens; those of the grid 7x7 and text need 550"),
         ({}, ("3x3", "five"), "grid 'five' is not of the form ROWSxCOLUMNS"),

@@ -28,7 +28,7 @@ from captioner.data.token_cache import (
     manifest_digest,
     read_manifest,
 )
-from captioner.encoders import TokenEncoder, encoder_config, frozen_encoder
+from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
 from captioner.grids import parse_grid
 from captioner.inference import load
 from captioner.processing import image_settings
@@ -140,7 +140,7 @@ def open_encoder(config: CacheConfig, accelerator: Accelerator) -> tuple[TokenEn
     else:
         encoder = frozen_encoder(config.model.encoder).to(accelerator.device)
         settings = image_settings(encoder.default_cfg, config.model.image_size, config.model.crop_mode)
-        description = encoder_config(config.model.encoder, encoder)
+        description = describe_encoder(config.model.encoder)
     return encoder, encoder_fingerprint(encoder, description, settings)
 
 

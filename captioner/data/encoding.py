@@ -39,10 +39,14 @@ if TYPE_CHECKING:
 def token_shapes(
     encoder: TokenEncoder, input_size: Sequence[int], grids: dict[str, Grid | None]
 ) -> dict[str, tuple[int, int]]:
-    """Find the shape (M, D) of an image's tokens at each grid, by encoding a blank one.
+    """Find the shape (M, D) of an image's tokens at each grid, by encoding a black image.
+
+    Args:
+        input_size: channels, height and width of the images, in pixels.
+        grids: the grids by name; `None` for the encoder's default.
 
     Raises:
-        ValueError: the encoder has not such a grid.
+        ValueError: the encoder does not take images of this size, or a grid is larger than its map.
     """
     blank = torch.zeros(1, *input_size, device=next(encoder.parameters()).device)
     return {name: tuple(encoder.encode(blank, grid).shape[1:]) for name, grid in grids.items()}

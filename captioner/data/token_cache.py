@@ -24,7 +24,7 @@ from pyarrow.compute import struct_field
 from safetensors import SafetensorError, safe_open
 
 from captioner.encoders import TokenEncoder
-from captioner.grids import Grid
+from captioner.grids import Grid, write_grid
 from captioner.images import ImageError
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -41,7 +41,7 @@ SOURCE = ("encoder", "arguments", "weights", "image")
 
 
 def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict) -> dict:
-    """Say what decides the tokens of an image: the encoder, its weights, the preprocessing.
+    """Describe what decides the tokens of an image: the encoder, its weights, the preprocessing.
 
     Weights are compared as float16, so that a model saved in half precision keeps the cache it was trained on.
 
@@ -60,9 +60,9 @@ def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict
 
 
 def grid_name(encoder: TokenEncoder, grid: Grid | None) -> str:
-    """Name the tokens that an encoder hands on when asked for a grid: `5x5`, or `all` where it does not choose."""
-    grid = grid or getattr(encoder, "grid", None)
-    return "all" if grid is None else f"{grid[0]}x{grid[1]}"
+    """Name the tokens of a grid, or for `None` of the encoder's default: `5x5`, or `all` for a token of every cell."""
+    grid = grid or encoder.grid
+    return "all" if grid is None else write_grid(grid)
 
 
 def image_names(table: "Dataset") -> list[str]:
@@ -219,7 +219,7 @@ class CachedImages:
         self, opened: Sequence[int], views: Sequence[int] | None = None, grid: Grid | None = None
     ) -> dict[str, torch.Tensor]:
         """Gather the tokens of B images at a grid, each in the view given, else in the plain one."""
-        shards = self.shards[f"{grid[0]}x{grid[1]}" if grid else self.first]
+        shards = self.shards[write_grid(grid) if grid else self.first]
         some = shards[self.shard[opened[0]]]
         tokens = torch.empty(len(opened), *some.shape[2:], dtype=some.dtype)  # (B, M, D)
         for i, number in enumerate(opened):

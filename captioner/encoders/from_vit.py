@@ -2,22 +2,24 @@
 
 The patch embedding and positions carry over. Each LookupViT block takes one block of the ViT: its attention and MLP
 become the refinement block as they are, and its attention weights also serve information gathering, which begins as the
-ViT's own reading of the patches. What the ViT has no counterpart of (infusion, the lookup MLP) ends in a zero
+ViT's own attention to the patches. What the ViT has no counterpart of (infusion, the lookup MLP) ends in a zero
 projection, so that the lookup stream begins unchanged.
+
+Types: timm's models share no class that declares their layers, so they are `Any` here.
 """
 
-import timm
+from typing import Any
+
 import torch
-from safetensors import SafetensorError
 from timm.layers import PatchEmbed
 from torch import nn
 
-from captioner.encoders.base import TokenEncoder
-from captioner.encoders.lookupvit import LookupBlock, LookupViT, resize_tokens
-from captioner.encoders.registry import EXPORTED
+from captioner.encoders.maps import resize_tokens
+from captioner.encoders.registry import create_timm
+from captioner.errors import SettingError
 
 
-def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
+def init_from_vit(encoder: Any, vit: Any) -> None:
     """Copy a ViT's weights into a LookupViT, in place.
 
     Of a deeper ViT, blocks are taken evenly from first to last.
@@ -27,13 +29,13 @@ def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
         vit: timm name of a ViT, whose pretrained weights are taken, or a timm ViT itself.
 
     Raises:
-        ValueError: the encoder is no LookupViT or has a conv stem, the ViT's weights cannot be had, or its width,
-            heads, patch or depth do not fit the encoder.
+        ValueError: the encoder has a conv stem, the ViT's weights cannot be had, or its width, heads, patch or depth do
+            not fit the encoder.
     """
-    if not isinstance(encoder, LookupViT):
-        raise ValueError(f"only a LookupViT can start from a ViT, not {type(encoder).__name__}")
     if not isinstance(encoder.patch_embed, PatchEmbed):
-        raise ValueError("a LookupViT with a conv stem has no place for a ViT's patch embedding: give stem=patch")
+        raise SettingError(
+            "a LookupViT with a conv stem has no place for a ViT's patch embedding: give stem=patch", "encoder_options"
+        )
     if isinstance(vit, str):
         vit = create_timm("ViT", vit, pretrained=True, num_classes=0)
     check_fit(encoder, vit)
@@ -46,35 +48,14 @@ def init_from_vit(encoder: TokenEncoder, vit: str | nn.Module) -> None:
         encoder.norm.load_state_dict(vit.norm.state_dict())
 
 
-def create_timm(what: str, name: str, **options) -> nn.Module:
-    """Build a timm model, saying in one line why it cannot be had.
-
-    Args:
-        what: what the model is to the user, as the message calls it.
-        name: timm name, with a tag or without, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
-        options: handed to `timm.create_model`.
-
-    Raises:
-        ValueError: there is no such model, its weights cannot be had, or it does not take the options.
-    """
-    if not name.startswith(EXPORTED) and not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"no {what} named '{name}' in timm")
-    try:
-        return timm.create_model(name, **options)
-    except (RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"no weights of the {what} '{name}': {str(error).splitlines()[0]}") from None
-    except TypeError as error:
-        raise ValueError(f"the {what} '{name}' does not take its options: {str(error).splitlines()[0]}") from None
-
-
-def check_fit(encoder: LookupViT, vit: nn.Module) -> None:
+def check_fit(encoder: Any, vit: Any) -> None:
     """Refuse a ViT whose shapes differ from the encoder's.
 
     Raises:
         ValueError: they do, or it has other layers, or fewer blocks.
     """
     if not hasattr(vit, "blocks") or not hasattr(vit, "patch_embed") or not hasattr(vit.blocks[0], "attn"):
-        raise ValueError(f"{type(vit).__name__} is not a ViT of attention blocks")
+        raise SettingError(f"{type(vit).__name__} is not a ViT of attention blocks", "init_from")
     ours, theirs = encoder.blocks[0].refine, vit.blocks[0]
     pairs = {
         "width": (encoder.embed_dim, vit.embed_dim),
@@ -84,15 +65,19 @@ def check_fit(encoder: LookupViT, vit: nn.Module) -> None:
     }
     for what, (own, other) in pairs.items():
         if own != other:
-            raise ValueError(f"the ViT's {what} is {other}, the encoder's {own}; they must be equal")
+            raise SettingError(f"the ViT's {what} is {other}, the encoder's {own}; they must be equal", "init_from")
     names = set(ours.state_dict()) ^ set(theirs.state_dict())
     if names:
-        raise ValueError(f"the ViT's blocks are not those of the encoder: only one of them has '{min(names)}'")
+        raise SettingError(
+            f"the ViT's blocks are not those of the encoder: only one of them has '{min(names)}'", "init_from"
+        )
     if len(vit.blocks) < len(encoder.blocks):
-        raise ValueError(f"the ViT has {len(vit.blocks)} blocks, fewer than the encoder's {len(encoder.blocks)}")
+        raise SettingError(
+            f"the ViT has {len(vit.blocks)} blocks, fewer than the encoder's {len(encoder.blocks)}", "init_from"
+        )
 
 
-def copy_positions(encoder: LookupViT, vit: nn.Module) -> None:
+def copy_positions(encoder: Any, vit: Any) -> None:
     """Take the class token and the positional embedding, resized for the compressed tokens."""
     prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches  # 1, or 0 where the class token has no position
     positions = vit.pos_embed[:, prefix:].unflatten(1, vit.patch_embed.grid_size)  # (1, h, w, D)
@@ -102,8 +87,8 @@ def copy_positions(encoder: LookupViT, vit: nn.Module) -> None:
         encoder.cls_token.copy_(vit.cls_token + (vit.pos_embed[:, :1] if prefix else 0))
 
 
-def copy_block(block: LookupBlock, source: nn.Module) -> None:
-    """Fill a LookupViT block from a ViT block."""
+def copy_block(block: Any, source: Any) -> None:
+    """Fill a `LookupBlock` from a ViT's block."""
     block.refine.load_state_dict(source.state_dict())
     block.norm_compressed.load_state_dict(source.norm1.state_dict())
     block.norm_lookup.load_state_dict(source.norm1.state_dict())

@@ -1,4 +1,4 @@
-"""LookupViT: compressed tokens that look up the image (Koner et al., ECCV 2024, arXiv 2407.12753).
+"""LookupViT: a few compressed tokens gather what they need from many (Koner et al., ECCV 2024, arXiv 2407.12753).
 
 Letters: B batch, N lookup tokens (the patches), M compressed tokens (class token + g x g grid), D width, H heads,
 d = D / H the width of a head, C image channels, (h, w) the lookup grid.
@@ -14,19 +14,25 @@ Steps 1 and 3 together are multi-head bidirectional cross-attention (MHBC). Each
 can be moved, exactly, to the M side ("absorbed"); `MHBC` takes whichever form costs fewer multiply-adds.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from captioner.encoders.base import TokenEncoder
+from captioner.encoders.base import PretrainedPart, TokenEncoder, TokenMaps, image_size
+from captioner.encoders.from_vit import init_from_vit
+from captioner.encoders.maps import cell_weights, resize_tokens
 from captioner.encoders.mhbc import MHBC
-from captioner.encoders.stems import create_stem
-from captioner.grids import Grid, parse_grid
+from captioner.encoders.registry import create_timm
+from captioner.encoders.rollout import AttentionRecorder, mix, normalize, shares
+from captioner.encoders.stems import NetworkStem, create_stem, init_stem
+from captioner.errors import SettingError
+from captioner.grids import Grid, parse_grid, write_grid
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -59,14 +65,17 @@ class LookupBlock(nn.Module):
 
     def forward(self, streams: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Update (P, L) of shapes (B, M, D) and (B, N, D)."""
-        compressed, lookup = streams
+        return self.update(*streams)[:2]
+
+    def update(self, compressed: torch.Tensor, lookup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Update P and L; returned with A (B, H, M, N), by which P gathered from L."""
         read, attn = self.cross.gather(self.norm_compressed(compressed), self.norm_lookup(lookup))
         compressed = compressed + self.drop_path(read)
         compressed = self.refine(compressed)  # (B, M, D)
         if not self.last:
             lookup = lookup + self.drop_path(self.cross.infusion(self.norm_refined(compressed), attn))
             lookup = lookup + self.drop_path(self.lookup_mlp(self.norm_lookup_mlp(lookup)))  # (B, N, D)
-        return compressed, lookup
+        return compressed, lookup, attn
 
 
 class LookupViT(TokenEncoder):
@@ -91,7 +100,14 @@ class LookupViT(TokenEncoder):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
         absorb: see `MHBC`.
+
+    Raises:
+        ValueError: the stem, the heads or the pooling do not exist or do not fit.
     """
+
+    chooses_grid = True
+    has_dense_tokens = True
+    map_name = "lookup grid"
 
     def __init__(
         self,
@@ -113,17 +129,15 @@ class LookupViT(TokenEncoder):
         drop_path_rate: float = 0.0,
         absorb: bool | None = None,
     ):
-        super().__init__()
-        if global_pool not in ("token", "avg"):
-            raise ValueError(f"global_pool is '{global_pool}'; LookupViT knows 'token' and 'avg'")
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.num_classes, self.global_pool, self.grid = num_classes, global_pool, parse_grid(grid)
+        patch_embed = create_stem(stem, img_size, patch_size, in_chans, embed_dim, stem_options)
+        grid = parse_grid(grid)
+        super().__init__(embed_dim=embed_dim, num_prefix_tokens=1, stride=patch_embed.feat_ratio(), grid=grid)
         self.grad_checkpointing = False
 
-        self.patch_embed = create_stem(stem, img_size, patch_size, in_chans, embed_dim, stem_options)
+        self.patch_embed: Any = patch_embed  # PatchEmbed or HybridEmbed of timm
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_lookup = nn.Parameter(torch.zeros(1, *self.patch_embed.grid_size, embed_dim))
-        self.pos_compressed = nn.Parameter(torch.zeros(1, *self.grid, embed_dim))
+        self.pos_compressed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
@@ -145,7 +159,7 @@ class LookupViT(TokenEncoder):
         ]
         self.norm = LayerNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -159,23 +173,28 @@ class LookupViT(TokenEncoder):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def largest_grid(self, image_size: tuple[int, int]) -> Grid:
+        """Return the lookup grid (h, w) of an image of H x W pixels: no compressed grid can be larger.
+
+        Raises:
+            ValueError: the image is not a multiple of the patch.
+        """
+        patch = self.patch_embed.feat_ratio(as_scalar=False)
+        if image_size[0] % patch[0] or image_size[1] % patch[1]:
+            raise SettingError(
+                f"image of {write_grid(image_size)} px is not a multiple of the patch, {write_grid(patch)} px",
+                "image_size",
+            )
+        return image_size[0] // patch[0], image_size[1] // patch[1]
+
     def embed(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Make the two streams from pixels: compressed tokens (B, 1+g*g, D) and lookup tokens (B, N, D).
 
         Raises:
             ValueError: the image is not a multiple of the patch, or the grid is larger than the lookup grid.
         """
-        patch = self.patch_embed.feat_ratio(as_scalar=False)
-        height, width = pixel_values.shape[-2:]
-        if height % patch[0] or width % patch[1]:
-            raise ValueError(f"image of {height}x{width} px is not a multiple of the patch, {patch[0]}x{patch[1]} px")
-        grid = self.grid if grid is None else grid
+        grid = self.resolve_grid(grid, image_size(pixel_values))
         x = self.patch_embed(pixel_values)  # (B, h, w, D)
-        if not (1 <= grid[0] <= x.shape[1] and 1 <= grid[1] <= x.shape[2]):
-            raise ValueError(
-                f"compressed grid {grid[0]}x{grid[1]} is not within the lookup grid {x.shape[1]}x{x.shape[2]}, "
-                "the largest at this image size"
-            )
         lookup = x + resize_tokens(self.pos_lookup, x.shape[1:3])
         compressed = resize_tokens(x, grid) + resize_tokens(self.pos_compressed, grid)  # (B, g, g, D)
         cls_token = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
@@ -190,41 +209,72 @@ class LookupViT(TokenEncoder):
             compressed, lookup = self.blocks(streams)
         return self.norm(compressed), lookup
 
-    def forward_features(self, x: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+    def forward_tokens(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Encode pixels (B, C, H, W) into normed compressed tokens (B, 1+g*g, D), the class token first."""
-        return self.forward_streams(x, grid)[0]
+        return self.forward_streams(pixel_values, grid)[0]
 
-    forward_tokens = forward_features
+    def forward_maps(self, pixel_values: torch.Tensor, grid: Grid | None = None, attention: bool = False) -> TokenMaps:
+        """Encode pixels (B, C, H, W) into class token, compressed tokens and lookup tokens; see `TokenMaps`.
 
-    def num_tokens(self, grid: Grid | None = None) -> int:
-        """Count the compressed tokens, class token included."""
-        rows, columns = self.grid if grid is None else grid
-        return 1 + rows * columns
+        Attention is rolled out through both streams, see `rollout.py`.
+        """
+        size = self.largest_grid(image_size(pixel_values))
+        grid = self.check_grid(grid or self.grid, size)
+        if attention:
+            tokens, lookup, cells = self.roll_out(pixel_values, size, grid)
+        else:
+            tokens, lookup = self.forward_streams(pixel_values, grid)
+            cells = None
+        return self.lay_out(tokens, grid)._replace(dense=lookup.unflatten(1, size), attention=cells)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Classify tokens (B, M, D) into logits (B, num_classes), or stop at the pooled feature (B, D)."""
-        x = self.head_drop(x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1))
-        return x if pre_logits else self.head(x)
+    def roll_out(
+        self, pixel_values: torch.Tensor, size: Grid, grid: Grid
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `forward_streams`, and where each compressed token comes from (B, M, h, w)."""
+        compressed, lookup = self.embed(pixel_values, grid)
+        resize = cell_weights(resize_tokens, size, grid, lookup)  # (g*g, N)
+        rows = torch.cat([torch.zeros_like(resize[:1]), resize]).expand(len(lookup), -1, -1)  # (B, M, N)
+        lookup_rows = torch.eye(len(resize.T), dtype=resize.dtype, device=resize.device).expand(len(lookup), -1, -1)
+        for block in self.blocks:
+            with AttentionRecorder() as recorder:
+                compressed, lookup, attn = block.update(compressed, lookup)
+            attn = attn.to(rows.dtype).mean(1)  # (B, M, N)
+            rows = mix(rows, attn, lookup_rows)
+            rows = mix(rows, recorder.maps[-1], rows)  # the block attends to itself last
+            if not block.last:
+                lookup_rows = mix(lookup_rows, shares(attn), rows)  # (B, N, N)
+        return self.norm(compressed), lookup, normalize(rows).unflatten(-1, size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classify pixels (B, C, H, W) into logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    @property
+    def pretrained_part(self) -> PretrainedPart | None:
+        """The stem, if it is cut from a network."""
+        stem = self.patch_embed
+        return PretrainedPart(stem.name, stem.options, stem.backbone) if isinstance(stem, NetworkStem) else None
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier layer."""
-        return self.head
+    def init_from(
+        self,
+        source: str | nn.Module,
+        mean: Sequence[float] | torch.Tensor | None = None,
+        std: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Start from a ViT (see `init_from_vit`); with a stem cut from a network, from that network (see `init_stem`).
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier of `num_classes` outputs in place (0 for none)."""
-        self.num_classes, self.global_pool = num_classes, global_pool or self.global_pool
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        Raises:
+            ValueError: the weights cannot be had or do not fit.
+        """
+        if not isinstance(self.patch_embed, NetworkStem):
+            return init_from_vit(self, source)
+        network: Any = create_timm("network", source, pretrained=True) if isinstance(source, str) else source
+        mean = network.pretrained_cfg["mean"] if mean is None else mean
+        std = network.pretrained_cfg["std"] if std is None else std
+        init_stem(self.patch_embed, network, self.default_cfg, mean, std)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory: recompute each block in the backward pass."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that timm's optimiser leaves undecayed."""
+        """Return the names of the parameters that an optimiser leaves undecayed, beside vectors."""
         return {"cls_token", "pos_lookup", "pos_compressed"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -232,14 +282,7 @@ class LookupViT(TokenEncoder):
         return {"stem": r"^cls_token|pos_|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
-def resize_tokens(tokens: torch.Tensor, size: Grid) -> torch.Tensor:
-    """Resize a token map (B, h, w, D) bilinearly, in two dimensions, to (B, *size, D)."""
-    if tuple(tokens.shape[1:3]) == tuple(size):
-        return tokens
-    return F.interpolate(tokens.movedim(-1, 1), size=tuple(size), mode="bilinear").movedim(1, -1)
-
-
-def _create(variant: str, pretrained: bool, **kwargs) -> LookupViT:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> LookupViT:
     if (stem := kwargs.get("stem", "patch")) != "patch":
         overlay = {"first_conv": "patch_embed.backbone.0.conv" if stem == "conv" else None}
         kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
@@ -264,7 +307,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def lookupvit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+def lookupvit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> LookupViT:
     """LookupViT-Ti/16: width 192, 12 blocks, 3 heads."""
     return _create(
         "lookupvit_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
@@ -272,7 +315,7 @@ def lookupvit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
 
 
 @register_model
-def lookupvit_small_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+def lookupvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LookupViT:
     """LookupViT-S/16: width 384, 12 blocks, 6 heads."""
     return _create(
         "lookupvit_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs}
@@ -280,7 +323,7 @@ def lookupvit_small_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT
 
 
 @register_model
-def lookupvit_base_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+def lookupvit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LookupViT:
     """LookupViT-B/16: width 768, 12 blocks, 12 heads."""
     return _create(
         "lookupvit_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
@@ -288,7 +331,7 @@ def lookupvit_base_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
 
 
 @register_model
-def lookupvit_large_patch16_224(pretrained: bool = False, **kwargs) -> LookupViT:
+def lookupvit_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> LookupViT:
     """LookupViT-L/16: width 1024, 24 blocks, 16 heads."""
     return _create(
         "lookupvit_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, "num_heads": 16, **kwargs}

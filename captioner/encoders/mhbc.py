@@ -34,7 +34,7 @@ class MHBC(nn.Module):
         self.infuse_proj = nn.Linear(dim, dim) if infuse else None
 
     def absorbs(self, num_compressed: int, num_lookup: int) -> bool:
-        """Whether the absorbed form is taken for M compressed and N lookup tokens."""
+        """Return whether the absorbed form is used for M compressed and N lookup tokens."""
         if self.absorb is not None:
             return self.absorb
         m, n, heads = num_compressed, num_lookup, self.num_heads
@@ -46,7 +46,7 @@ class MHBC(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def gather(self, compressed: torch.Tensor, lookup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Information gathering: what the compressed tokens read, and the map A by which they read it.
+        """Information gathering: compute the update of the compressed tokens, and the attention A that it is made by.
 
         Args:
             compressed: normed compressed tokens (B, M, D).
@@ -76,7 +76,7 @@ class MHBC(nn.Module):
 
         Args:
             compressed: normed, refined compressed tokens (B, M, D).
-            attn: the map that `gather` returned.
+            attn: the attention A that `gather` returned.
         """
         v = self.split(self.infuse_v(compressed))  # (B, H, M, d)
         if self.absorbs(*attn.shape[2:]):
@@ -88,7 +88,7 @@ class MHBC(nn.Module):
 
 
 def per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Apply to each head its own matrix: x (B, H, M, i) and weight (H, i, o) give (B, H, M, o).
+    """Multiply each head by its own matrix: x (B, H, M, i) and weight (H, i, o) give (B, H, M, o).
 
     One product per head over the whole batch; `x @ weight` would copy the weights for every image.
     """

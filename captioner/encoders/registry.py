@@ -2,16 +2,20 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from timm.models import is_model_in_modules
+from timm.layers import to_2tuple
+from timm.models import is_model_in_modules, model_entrypoint
 
 from captioner.encoders.base import TokenEncoder
 from captioner.encoders.shipped import SHIPPED, describe_shipped, load_shipped
 from captioner.encoders.timm_models import PooledEncoder
+from captioner.errors import SettingError
 from captioner.hub import hub_options
 
 logger = logging.getLogger(__name__)
@@ -20,9 +24,17 @@ logger = logging.getLogger(__name__)
 EXPORTED = ("hf-hub:", "local-dir:")
 """How names of encoders begin that are not timm's own."""
 
+WRONG_OPTIONS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+"""What models raise for keyword arguments that they do not take."""
 
-def create_encoder(name: str, **kwargs) -> TokenEncoder:
-    """Build an encoder by its timm name: this package's own, or any stock timm model through `PooledEncoder`.
+
+def own_encoders() -> list[str]:
+    """Return the timm names of this package's own encoders."""
+    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__package__}.")]
+
+
+def create_encoder(name: str, **kwargs: Any) -> TokenEncoder:
+    """Build an encoder by its timm name: a `TokenEncoder`, or any stock timm model through `PooledEncoder`.
 
     Args:
         name: a timm model name, such as `lookupvit_small_patch16_224`; or, with its weights, a timm name with a tag
@@ -31,28 +43,41 @@ def create_encoder(name: str, **kwargs) -> TokenEncoder:
         kwargs: handed to `timm.create_model` (`img_size`, `pretrained`, `checkpoint_path`, ...).
 
     Raises:
-        ValueError: timm knows no model of that name, or its weights cannot be had.
+        ValueError: timm knows no model of that name, it does not take the options, or its weights cannot be had.
     """
     if name == SHIPPED:
         description = describe_shipped()
-        encoder = build_encoder({**description, "kwargs": description["kwargs"] | kwargs})
+        encoder = rebuild_encoder({**description, "kwargs": description["kwargs"] | kwargs})
         load_shipped(encoder)
         return encoder
     exported = name.startswith(EXPORTED)
     architecture = exported_config(name)["architecture"] if exported else name.split(".")[0]
     if not timm.is_model(architecture):
         close = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:5])
-        raise ValueError(f"no encoder named '{name}' in timm" + (f"; did you mean one of: {close}?" if close else ""))
-    settings = {"num_classes": 0, "pretrained": has_weights(name)}
+        hint = f"did you mean one of: {close}?" if close else "import the module that registers it first"
+        raise SettingError(f"no encoder named '{name}' in timm; {hint}", "encoder")
+    settings: dict[str, Any] = {"num_classes": 0, "pretrained": has_weights(name)}
     if is_model_in_modules(architecture, ["vision_transformer"]):
         settings["dynamic_img_size"] = True  # any size divisible by the patch, as the contract has it
     try:
-        model = timm.create_model(name, **{**settings, **kwargs})
-    except TypeError as error:
-        raise ValueError(f"the encoder '{name}' has no such option: {error}") from None
-    except (RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"no weights of the encoder '{name}': {str(error).splitlines()[0]}") from None
-    return model if isinstance(model, TokenEncoder) else PooledEncoder(model)
+        model: Any = timm.create_model(name, **{**settings, **kwargs})
+        if not hasattr(model, "default_cfg"):
+            raise ValueError(f"the encoder '{name}' has no default_cfg; let build_model_with_cfg of timm build it")
+        if "img_size" in kwargs:
+            channels, size = model.pretrained_cfg["input_size"][0], to_2tuple(kwargs["img_size"])
+            model.pretrained_cfg["input_size"] = (channels, *size)
+        return model if isinstance(model, TokenEncoder) else PooledEncoder(model)
+    except (OSError, SafetensorError) as error:
+        raise SettingError(f"no weights of the encoder '{name}': {first_line(error)}", "encoder") from None
+    except WRONG_OPTIONS as error:
+        if isinstance(error, RuntimeError) and settings["pretrained"]:
+            raise SettingError(f"no weights of the encoder '{name}': {first_line(error)}", "encoder") from None
+        if not kwargs or isinstance(error, NotImplementedError):
+            raise  # a fault of the encoder's own code
+        options = " ".join(f"{key}={kwargs[key]}" for key in kwargs if key not in loading_options(kwargs))
+        raise SettingError(
+            f"the encoder '{name}' does not take its options, {options}: {first_line(error)}", "encoder_options"
+        ) from error
 
 
 def frozen_encoder(name: str) -> TokenEncoder:
@@ -71,12 +96,33 @@ def frozen_encoder(name: str) -> TokenEncoder:
     return encoder
 
 
+def create_timm(what: str, name: str, **options: Any) -> Any:
+    """Build a timm model to take weights from or to learn from.
+
+    Args:
+        what: what the model is to the user, as the message calls it.
+        name: timm name, with a tag or without, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        options: handed to `timm.create_model`.
+
+    Raises:
+        ValueError: there is no such model, its weights cannot be had, or it does not take the options.
+    """
+    if not name.startswith(EXPORTED) and not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"no {what} named '{name}' in timm")
+    try:
+        return timm.create_model(name, **options)
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(f"no weights of the {what} '{name}': {first_line(error)}") from None
+    except TypeError as error:
+        raise ValueError(f"the {what} '{name}' does not take its options: {first_line(error)}") from None
+
+
 def has_weights(name: str) -> bool:
-    """Tell whether an encoder of this name comes with trained weights; others begin at random."""
+    """Return whether an encoder of this name comes with trained weights; others start from random ones."""
     return name == SHIPPED or name.startswith(EXPORTED) or "." in name
 
 
-def exported_config(name: str) -> dict:
+def exported_config(name: str) -> dict[str, Any]:
     """Read what timm wrote beside the weights of `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
 
     Raises:
@@ -87,48 +133,63 @@ def exported_config(name: str) -> dict:
     try:
         if kind == "hf-hub":
             hub_options(place)  # refuses one that cannot be had
-            return json.loads(Path(hf_hub_download(place, "config.json")).read_text())
-        config = json.loads((folder / "config.json").read_text())
+            config = json.loads(Path(hf_hub_download(place, "config.json")).read_text())
+        else:
+            config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"no encoder at '{name}': {str(error).splitlines()[0]}") from None
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"no weights of the encoder '{name}': it has no model.safetensors")
-    if "architecture" not in config:
-        raise ValueError(f"'{folder / 'config.json'}' describes no timm model; export one with captioner pretrain")
+        raise SettingError(f"no encoder at '{name}': {first_line(error)}", "encoder") from None
+    if kind == "local-dir" and not (folder / "model.safetensors").is_file():
+        raise SettingError(f"no weights of the encoder '{name}': it has no model.safetensors", "encoder")
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise SettingError(
+            f"the config.json of '{name}' describes no timm model; `captioner pretrain` exports one", "encoder"
+        )
     return config
 
 
-def encoder_config(name: str, encoder: TokenEncoder) -> dict:
-    """Say how to rebuild an encoder without the folder or hub it came from: `{"name": timm name, "kwargs": {...}}`.
+def describe_encoder(name: str, **kwargs: Any) -> dict[str, Any]:
+    """Return how to rebuild an encoder without the folder or hub it came from: `{"name": timm name, "kwargs": {...}}`.
+
+    What decides about weights or about a classifier is left out: the description is of the tokens.
 
     Args:
-        name: what `create_encoder` built it from.
-        encoder: what it built.
+        name: as for `create_encoder`.
+        kwargs: what `create_encoder` was given beside it.
     """
     if name == SHIPPED:
         return describe_shipped()
-    kwargs = {}
+    config: dict[str, Any] = {"architecture": name.split(".")[0]}
     if name.startswith(EXPORTED):
-        kwargs = exported_config(name).get("model_args", {})
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("num_classes", "global_pool")}
-    return {"name": encoder.default_cfg["architecture"], "kwargs": kwargs}
+        config = exported_config(name)
+    kwargs = {**(config.get("model_args") or {}), **kwargs}
+    skipped = {"num_classes", "global_pool", *loading_options(kwargs)}
+    return {"name": config["architecture"], "kwargs": {k: v for k, v in kwargs.items() if k not in skipped}}
 
 
-def build_encoder(description: dict) -> TokenEncoder:
-    """Build the encoder that a configuration describes, without weights: these are the captioner's own.
+def rebuild_encoder(description: Mapping[str, Any]) -> TokenEncoder:
+    """Build the encoder that a captioner's configuration describes, without weights: the captioner has its own.
 
     Args:
-        description: `{"name": timm name, "kwargs": {...}}`.
+        description: `{"name": timm name, "kwargs": {...}}`. It may be hostile: it is refused if it asks for anything to
+            be loaded.
 
     Raises:
-        ValueError: it names what lies elsewhere, or what timm does not know; a configuration may be hostile.
+        ValueError: it asks for what lies elsewhere, for what timm does not know, or is no description.
     """
-    name, kwargs = description["name"], description.get("kwargs", {})
+    fields = description if isinstance(description, Mapping) else {}
+    name, kwargs = fields.get("name"), fields.get("kwargs", {})
+    if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
+        raise ValueError(f"a captioner's configuration describes no encoder by {description}")
     if elsewhere := [name] * name.startswith(EXPORTED) + loading_options(kwargs):
         raise ValueError(f"a captioner's configuration may not ask for '{elsewhere[0]}' of its encoder")
     return create_encoder(name.split(".")[0], **kwargs, pretrained=False)
 
 
-def loading_options(kwargs: dict) -> list[str]:
-    """Name those of timm's keyword arguments that make it load something."""
-    return [key for key in kwargs if str(key).startswith(("pretrained", "checkpoint")) or key == "cache_dir"]
+def loading_options(kwargs: Mapping[str, Any]) -> list[str]:
+    """Return those of timm's keyword arguments that make it load something."""
+    return [key for key in kwargs if key.startswith(("pretrained", "checkpoint")) or key == "cache_dir"]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

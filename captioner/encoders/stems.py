@@ -1,4 +1,4 @@
-"""What makes tokens of pixels at the start of an encoder.
+"""Stems: the first layers of an encoder, which make tokens from pixels.
 
 Letters: B batch, C image channels, H W pixels, (h, w) the token grid, D width.
 """
@@ -13,13 +13,14 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from captioner.encoders.registry import loading_options
+from captioner.errors import SettingError
 
 
 class NetworkStem(HybridEmbed):
     """The first stages of a timm network, down to the patch's stride, and a linear layer to the encoder's width.
 
-    As in ViT's hybrids (Dosovitskiy et al., ICLR 2021, section 3.1), but of a small network. It is meant to begin from
-    trained weights (`init_stem`), so its running statistics stay as they are, in training too.
+    As in ViT's hybrids (Dosovitskiy et al., ICLR 2021, section 3.1), but from a small network. It is meant to start
+    from trained weights (`init_stem`), so its running statistics stay as they are, in training too.
 
     Args:
         name: timm name of the network, without a tag.
@@ -30,32 +31,34 @@ class NetworkStem(HybridEmbed):
         options: further keyword arguments of the network.
 
     Raises:
-        ValueError: timm has no such network, it cannot be cut there, or the options ask for weights.
+        SettingError: timm has no such network, it cannot be cut there, or the options ask for weights.
     """
 
     def __init__(
         self, name: str, img_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, options: dict | None
     ):
         if not isinstance(name, str) or "." in name or not timm.is_model(name):
-            raise ValueError(
-                f"stem is '{name}'; LookupViT knows 'patch', 'conv' and the networks of timm, by name without a tag"
+            raise SettingError(
+                f"stem is '{name}'; LookupViT knows 'patch', 'conv' and the networks of timm, by name without a tag",
+                "encoder_options",
             )
         options = options or {}
         if not isinstance(options, dict) or (asked := [*loading_options(options), *({"out_indices"} & options.keys())]):
             what = f"ask for '{asked[0]}'" if isinstance(options, dict) else f"be '{options}'"
-            raise ValueError(f"the options of a stem may not {what}")
+            raise SettingError(f"the options of a stem may not {what}", "encoder_options")
         make = partial(timm.create_model, name, features_only=True, feature_cls="getter", in_chans=in_chans, **options)
         try:
             network = make()
             strides = network.feature_info.reduction()
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"timm cannot cut the stem '{name}' into stages: {str(error) or 'wrong options'}"
-            ) from None
+            reason = (str(error).splitlines() or ["wrong options"])[0]
+            raise SettingError(f"timm cannot cut the stem '{name}' into stages: {reason}", "encoder_options") from None
         if not hasattr(network.model, "forward_intermediates"):
-            raise ValueError(f"timm cannot cut the stem '{name}' into stages")
+            raise SettingError(f"timm cannot cut the stem '{name}' into stages", "encoder_options")
         if patch_size not in strides:
-            raise ValueError(f"stem '{name}' has strides {strides}, none of which is the patch, {patch_size} px")
+            raise SettingError(
+                f"stem '{name}' has strides {strides}, none of which is the patch, {patch_size} px", "encoder_options"
+            )
         stage = max(i for i, stride in enumerate(strides) if stride == patch_size)
         sizes = {"feature_size": [side // patch_size for side in to_2tuple(img_size)], "feature_ratio": patch_size}
         formats = {"output_fmt": "NHWC", "strict_img_size": False}
@@ -84,26 +87,26 @@ def init_stem(
     mean: Sequence[float] | torch.Tensor,
     std: Sequence[float] | torch.Tensor,
 ) -> None:
-    """Copy a trained network's first stages into a stem, in place; its input is brought to what the network knows.
+    """Copy a trained network's first stages into a stem, in place, and scale its input as that network expects it.
 
     Args:
         stem: the stem.
         network: a timm network of the stem's name.
         own: `mean` and `std` of the encoder's input, for pixels in [0, 1].
         mean: mean of the network's input, likewise.
-        std: deviation of the network's input, likewise.
+        std: standard deviation of the network's input, likewise.
 
     Raises:
-        ValueError: the network is another.
+        SettingError: it is another network.
     """
     own_mean, own_std, mean, std = (
         torch.as_tensor(v, device="cpu").view(-1, 1, 1) for v in (own["mean"], own["std"], mean, std)
     )
     weights, trained = stem.backbone.model.state_dict(), network.state_dict()
     if wrong := [key for key, value in weights.items() if key not in trained or trained[key].shape != value.shape]:
-        raise ValueError(
-            f"{type(network).__name__} does not fit the stem '{stem.name}': '{wrong[0]}' differs; "
-            "give --encoder-options without that stem"
+        raise SettingError(
+            f"{type(network).__name__} does not fit the stem '{stem.name}': '{wrong[0]}' differs",
+            *("init_from", "encoder_options"),
         )
     stem.backbone.model.load_state_dict({key: trained[key] for key in weights})
     stem.scale.copy_(own_std / std)
@@ -113,7 +116,7 @@ def init_stem(
 def create_stem(
     stem: str, img_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, options: dict | None = None
 ) -> nn.Module:
-    """Build what turns pixels (B, C, H, W) into lookup tokens (B, h, w, D).
+    """Build the stem that turns pixels (B, C, H, W) into lookup tokens (B, h, w, D).
 
     - `patch`: a linear layer per patch, as ViT has it.
     - `conv`: three overlapping convolutions in its place (Xiao et al., NeurIPS 2021, arXiv 2106.14881), narrow enough
@@ -121,17 +124,19 @@ def create_stem(
     - any other: the first stages of the timm network of that name, see `NetworkStem`.
 
     Raises:
-        ValueError: the stem is unknown, or its strides do not make the patch.
+        SettingError: the stem is unknown, or its strides do not make the patch.
     """
     if stem not in ("patch", "conv"):
         return NetworkStem(stem, img_size, patch_size, in_chans, dim, options)
     if options:
-        raise ValueError(f"a stem of '{stem}' takes no options, only a network does")
+        raise SettingError(f"a stem of '{stem}' takes no options, only a network does", "encoder_options")
     if stem == "patch":
         return PatchEmbed(img_size, patch_size, in_chans, dim, output_fmt="NHWC", flatten=False, strict_img_size=False)
     first = patch_size // 4
     if first * 4 != patch_size:
-        raise ValueError(f"a conv stem has strides {first}, 2, 2, which do not make a patch of {patch_size} px")
+        raise SettingError(
+            f"a conv stem has strides {first}, 2, 2, which do not make a patch of {patch_size} px", "encoder_options"
+        )
     backbone = ConvStem(
         in_chans,
         channels=(dim // 6, dim // 3, dim),

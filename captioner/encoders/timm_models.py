@@ -1,45 +1,69 @@
 """Stock timm models as encoders: their feature map pooled to a grid of tokens, the baseline of every comparison.
 
-Letters: B batch, N tokens of the model, M tokens handed on, D width, (h, w) the model's own grid.
+Letters: B batch, N tokens of the model, M tokens returned, D width, (h, w) the model's own map.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from captioner.encoders.base import TokenEncoder
+from captioner.encoders.base import TokenEncoder, TokenMaps, image_size
+from captioner.encoders.maps import pool_tokens
+from captioner.encoders.rollout import AttentionRecorder, roll_out
 from captioner.grids import Grid
 
 
 class PooledEncoder(TokenEncoder):
     """Any timm ViT or CNN as a `TokenEncoder`.
 
-    A ViT hands on its prefix tokens (class, registers) and its patches; a CNN its feature map, row by row. With a
-    `grid`, patches are average-pooled to it; without, all of them are handed on.
+    It returns a ViT's prefix tokens (class, registers) and patches, or a CNN's feature map, row by row. The model
+    computes its own map always (`chooses_grid` is false); with a `grid`, the map is average-pooled to it.
+
+    Args:
+        model: the timm model.
     """
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.embed_dim = self.num_features = model.num_features
-        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+    def __init__(self, model: Any):
+        prefix, stages = getattr(model, "num_prefix_tokens", 0), getattr(model, "feature_info", None) or [{}]
+        stride = stages[-1].get("reduction", 0)
+        super().__init__(embed_dim=model.num_features, num_prefix_tokens=prefix, stride=stride)
+        self.model: Any = model  # timm's models share no class that declares what they have
+        class_token = getattr(model, "cls_token", None)
+        self.has_class_token = prefix > 0 and getattr(model, "has_class_token", class_token is not None)
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self.num_classes = getattr(model, "num_classes", 0)
+        self.map_sizes: dict[tuple[int, int], Grid] = {}
+        self.stride = stride or self.own_size[0] // self.largest_grid(self.own_size)[0]
 
     @property
-    def default_cfg(self) -> dict:
+    def default_cfg(self) -> dict[str, Any]:
         """The wrapped model's timm configuration: input size, mean, deviation."""
         return self.model.pretrained_cfg
 
     pretrained_cfg = default_cfg
 
     @property
+    def own_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the model is made for."""
+        _, height, width = self.default_cfg["input_size"]
+        return height, width
+
+    @property
     def timm_model(self) -> nn.Module:
         """The wrapped model."""
         return self.model
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the wrapped model's own features."""
-        return self.model.forward_features(x)
+    def forward_features(self, x: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        """Return the wrapped model's own features: tokens (B, N, D) or a map, for any grid the same.
+
+        Raises:
+            ValueError: the model has several maps.
+        """
+        x = self.model.forward_features(x)
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"a {type(self.model).__name__} has several feature maps, an encoder needs one")
+        return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Classify the wrapped model's features."""
@@ -49,46 +73,113 @@ class PooledEncoder(TokenEncoder):
         """Classify pixels (B, C, H, W) into logits."""
         return self.model(x)
 
+    def get_classifier(self) -> nn.Module:
+        """Return the wrapped model's classifier layer."""
+        return self.model.get_classifier()
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier of `num_classes` outputs in place (0 for none)."""
+        """Make a new classifier of `num_classes` outputs (0 for none)."""
         self.model.reset_classifier(num_classes, *([global_pool] if global_pool else []))
+        self.num_classes = num_classes
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that timm leaves undecayed."""
+        return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
 
     def forward_tokens(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Encode pixels (B, C, H, W) into tokens (B, M, D), prefix tokens first."""
         x = self.forward_features(pixel_values)
+        if grid is None and x.ndim == 3:
+            return x  # also tokens that lie on no grid
+        maps = self.places(x, image_size(pixel_values))
+        if grid is not None:
+            maps = pool_tokens(maps, self.check_grid(grid, (maps.shape[1], maps.shape[2])))
+        tokens = maps.flatten(1, 2)
+        return torch.cat([x[:, : self.num_prefix_tokens], tokens], 1) if self.num_prefix_tokens else tokens
+
+    def forward_maps(self, pixel_values: torch.Tensor, grid: Grid | None = None, attention: bool = False) -> TokenMaps:
+        """Encode pixels (B, C, H, W) into tokens at their places; see `TokenMaps`.
+
+        Attention is rolled out through the blocks of a model that attends between all its tokens, as a ViT does (see
+        `rollout.py`); a pooled token has the mean of its patches. Of other models (CNNs, attention within windows) each
+        token has the cells that it is pooled from, evenly.
+        """
+        recorder = None
+        if attention:
+            with AttentionRecorder() as recorder:
+                x = self.forward_features(pixel_values)
+        else:
+            x = self.forward_features(pixel_values)
+        places = self.places(x, image_size(pixel_values))  # (B, h, w, D)
+        size = (places.shape[1], places.shape[2])
+        grid = self.check_grid(grid, size)
+        pooled = places if grid == size else pool_tokens(places, grid)  # (B, r, c, D)
+        summary = x[:, 0] if self.has_class_token else pooled.mean((1, 2))
+        return TokenMaps(summary, pooled, attention=self.roll_out(recorder, pooled, size) if recorder else None)
+
+    def roll_out(self, recorder: AttentionRecorder, tokens: torch.Tensor, size: Grid) -> torch.Tensor:
+        """Return where each token comes from (B, M, h, w), from what was recorded of the model's attention.
+
+        Args:
+            tokens: the pooled tokens (B, r, c, D).
+            size: the model's map (h, w).
+        """
+        grid = (tokens.shape[1], tokens.shape[2])
+        blocks, cells = len(getattr(self.model, "blocks", ())), size[0] * size[1]
+        count = self.num_prefix_tokens + cells
+        if blocks == 0 or [m.shape[1:] for m in recorder.maps] != [(count, count)] * blocks:
+            return self.covered_cells(tokens, size, grid)
+        rows = roll_out(recorder.maps, self.num_prefix_tokens)  # (B, N, h*w)
+        prefix, patches = rows.split([self.num_prefix_tokens, cells], 1)
+        patches = pool_tokens(patches.unflatten(1, size), grid).flatten(1, 2)  # (B, r*c, h*w)
+        return torch.cat([prefix, patches], 1).unflatten(-1, size)
+
+    def places(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Lay the model's features out as a map (B, h, w, D), without prefix tokens.
+
+        Args:
+            size: height and width in pixels of the images.
+
+        Raises:
+            ValueError: the tokens lie on no grid.
+        """
         if x.ndim == 4:
-            return pool_map(x if not self.channels_last else x.movedim(-1, 1), grid)  # (B, M, D)
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        if grid is None:
-            return x  # (B, N, D)
-        patch = self.model.patch_embed.patch_size
-        rows = pixel_values.shape[-2] // patch[0]
-        pooled = pool_map(patches.unflatten(1, (rows, -1)).movedim(-1, 1), grid)
-        return torch.cat([prefix, pooled], 1)  # (B, M, D)
+            return x if self.channels_last else x.movedim(1, -1)
+        patches = x[:, self.num_prefix_tokens :]
+        count = patches.shape[1]
+        rows = round((count * size[0] / size[1]) ** 0.5)
+        grid = (rows, count // rows) if rows else (0, 0)
+        if hasattr(embed := getattr(self.model, "patch_embed", None), "dynamic_feat_size"):
+            exact = embed.dynamic_feat_size(size)  # it knows of padding
+            grid = exact if exact[0] * exact[1] == count else grid
+        if grid[0] * grid[1] != count:
+            raise ValueError(f"the {count} tokens of {type(self.model).__name__} do not lie on a grid")
+        return patches.unflatten(1, grid)
+
+    def largest_grid(self, image_size: tuple[int, int]) -> Grid:
+        """Return the map (h, w) of an image of H x W pixels, found by encoding a blank one, once for each size."""
+        size = image_size[0], image_size[1]
+        if size not in self.map_sizes:
+            places = self.places(self.encode_blank(size), size)
+            self.map_sizes[size] = (places.shape[1], places.shape[2])
+        return self.map_sizes[size]
 
     def num_tokens(self, grid: Grid | None = None) -> int:
         """Count the tokens for an image of the model's own size; without a grid, by encoding one such image."""
         if grid is not None:
             return self.num_prefix_tokens + grid[0] * grid[1]
-        reference = next(self.parameters())
-        blank = torch.zeros(1, *self.default_cfg["input_size"], dtype=reference.dtype, device=reference.device)
-        training = self.training
-        self.eval()  # else a CNN's running statistics would take the blank image in
-        with torch.no_grad():
-            tokens = self.encode(blank)
-        self.train(training)
-        return tokens.shape[1]
+        x = self.encode_blank(self.own_size)
+        return x.shape[1] if x.ndim == 3 else self.places(x, self.own_size).flatten(1, 2).shape[1]
 
-
-def pool_map(feature_map: torch.Tensor, grid: Grid | None) -> torch.Tensor:
-    """Average-pool a map (B, D, h, w) to a grid and lay it out as tokens (B, rows * columns, D).
-
-    Raises:
-        ValueError: the grid is larger than the map.
-    """
-    height, width = feature_map.shape[-2:]
-    if grid is not None:
-        if grid[0] > height or grid[1] > width:
-            raise ValueError(f"grid {grid[0]}x{grid[1]} is larger than the encoder's feature map, {height}x{width}")
-        feature_map = F.adaptive_avg_pool2d(feature_map, grid)
-    return feature_map.flatten(2).mT
+    @torch.no_grad()
+    def encode_blank(self, size: tuple[int, int]) -> torch.Tensor:
+        """Return the model's features of a black image of H x W pixels."""
+        some = next(self.model.parameters())
+        blank = torch.zeros(1, self.default_cfg["input_size"][0], *size, dtype=some.dtype, device=some.device)
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()  # else a CNN's running statistics would take the blank image in
+        try:
+            return self.forward_features(blank)
+        finally:
+            for module, training in modes.items():
+                module.training = training

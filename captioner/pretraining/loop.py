@@ -19,17 +19,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from captioner.data.stream import draw_grid
-from captioner.encoders import TokenEncoder, create_encoder, encoder_config
-from captioner.encoders.from_vit import create_timm, init_from_vit
-from captioner.encoders.lookupvit import LookupViT
-from captioner.encoders.registry import has_weights, loading_options
-from captioner.encoders.stems import NetworkStem, init_stem
-from captioner.grids import Grid
+from captioner.encoders import TokenEncoder, create_encoder, describe_encoder
+from captioner.encoders.registry import has_weights
+from captioner.errors import SettingError
+from captioner.grids import Grid, write_grid
 from captioner.pretraining.batches import Batches
 from captioner.pretraining.config import PretrainConfig
 from captioner.pretraining.probes import open_images, probe_encoder
 from captioner.pretraining.student import Student
-from captioner.pretraining.teachers import Teacher, TimmTeacher, create_teacher
+from captioner.pretraining.teachers import Teacher, create_teacher
 from captioner.runs.checkpoint import check_finite, not_finite, resume, save_checkpoint
 from captioner.runs.config import save_config
 from captioner.runs.files import share_weights
@@ -76,8 +74,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     with interruption.at_once():  # decoding may take hours
         teachers = [create_teacher(teacher).to(accelerator.device) for teacher in config.teachers]
         encoder = create_encoder(config.encoder, **config.encoder_options)
-        stem = begin(encoder, config, teachers)
-        patch = check_grids(config, encoder)
+        part = load_initial_weights(encoder, config, teachers)
+        check_views(encoder, config)
         if config.probe_train:
             with accelerator.main_process_first():  # the others find them decoded
                 open_images(config)
@@ -86,7 +84,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each grid and size
-        student.look = torch.compile(student.look)
+        student.encode = torch.compile(student.encode)
 
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = create_optimizer_v2(student, opt=config.optimizer, **options)
@@ -117,10 +115,10 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         pixels = batch.pop("pixels")
         if size != pixels.shape[-1]:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-        if stem is not None:
-            stem.requires_grad_(step >= config.steps * (1 - config.train_stem))
+        if part is not None:
+            part.requires_grad_(step >= config.steps * (1 - config.train_stem))
         with accelerator.autocast():
-            losses = student(pixels, pick_grid(config, step, size // patch), **batch)
+            losses = student(pixels, draw_square_grid(encoder, config, step, size), **batch)
         accelerator.backward(losses["loss"])
         accelerator.clip_grad_norm_(student.parameters(), config.clip)
         optimizer.step()
@@ -158,9 +156,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         return config.output
     final, head = ema.module if ema else learned
     if accelerator.is_main_process:
-        options = encoder_config(config.encoder, encoder)["kwargs"] | config.encoder_options
-        rebuilt = {key: value for key, value in options.items() if key not in loading_options(options)}
-        export_encoder(final, rebuilt, config.student_size, config.output)
+        options = describe_encoder(config.encoder, **config.encoder_options)["kwargs"]
+        export_encoder(final, options, config.student_size, config.output)
     if config.probe_train and accelerator.is_main_process:
         classes = batches.store.classes if config.label_weight > 0 else ()
         for record in probe_encoder(final, config, accelerator.device, head, classes):
@@ -171,93 +168,80 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     return config.output
 
 
-def begin(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]) -> nn.Module | None:
-    """Give the encoder the weights it is to start from: a ViT's, or those of the network that its stem is cut from.
+def load_initial_weights(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]) -> nn.Module | None:
+    """Give the encoder the weights to start from: those of the network that the run names, or of a teacher that fits.
 
     Returns:
-        That network's stages, if the stem is one.
+        The part of the encoder that is cut from a pretrained network, if there is one.
 
     Raises:
-        ValueError: they cannot be had, or they do not fit.
+        ValueError: the weights cannot be had or do not fit.
     """
-    stem = getattr(encoder, "patch_embed", None)
-    if not isinstance(stem, NetworkStem):
-        if config.init_from is not None:
-            init_from_vit(encoder, config.init_from)
-        return None
+    part = encoder.pretrained_part
     if config.init_from is not None:
-        network = create_timm("network", config.init_from, pretrained=True)
-        init_stem(stem, network, encoder.default_cfg, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
-    elif not has_weights(config.encoder):
-        named = [teacher for teacher in teachers if isinstance(teacher, TimmTeacher) and teacher.fits(stem)]
-        if not named:
-            raise ValueError(
-                f"the stem needs weights of a '{stem.name}' to start from: give --init-from, or a teacher that is one, "
-                f"of RGB input and with the stem's options {stem.options}, or other --encoder-options (without a stem, "
-                "LookupViT has the paper's linear patches)"
+        encoder.init_from(config.init_from)
+    elif part is not None and not has_weights(config.encoder):
+        fitting = [teacher for teacher in teachers if teacher.fits(part.name, part.options)]
+        if not fitting:
+            raise SettingError(
+                f"a part of the encoder is cut from a '{part.name}' and needs its weights to start from: no network is "
+                f"named, and no teacher is this one, of RGB input and with the options {part.options}",
+                *("init_from", "teachers", "encoder_options"),
             )
-        init_stem(stem, named[0].model, encoder.default_cfg, named[0].mean, named[0].std)
-    return stem.backbone.requires_grad_(config.train_stem > 0)
-
-
-def check_grids(config: PretrainConfig, encoder: TokenEncoder) -> int:
-    """Return the patch side in pixels of a LookupViT; 1 for an encoder that does not choose a grid.
-
-    Raises:
-        ValueError: a compressed grid is larger than the lookup grid, or than what a probe can pool; or the encoder does
-            not take views of the sizes asked for.
-    """
-    if not isinstance(encoder, LookupViT):
-        try_views(config, encoder)
-        return 1
-    patch = encoder.patch_embed.feat_ratio()
-    try_views(config, encoder, (1, 1))
-    if max(config.grids) > config.student_size // patch:
-        side = config.student_size // patch
-        raise ValueError(
-            f"grid {max(config.grids)} is larger than the lookup grid {side}x{side} of "
-            f"{config.student_size} px views; lower --grids or raise --late-size"
-        )
-    return patch
+        encoder.init_from(fitting[0].model, fitting[0].mean, fitting[0].std)
+    return part.module.requires_grad_(config.train_stem > 0) if part is not None else None
 
 
 @torch.no_grad()
-def try_views(config: PretrainConfig, encoder: TokenEncoder, grid: Grid | None = None) -> None:
-    """Encode an empty view of each size, as the run and its probe will.
-
-    Args:
-        grid: a compressed grid that every size allows; `None` where the encoder has no choice.
+def check_views(encoder: TokenEncoder, config: PretrainConfig) -> None:
+    """Encode an empty view of each size and the probe's largest grid, to find out before a run what cannot be.
 
     Raises:
-        ValueError: the encoder cannot.
+        SettingError: the encoder does not take views of a size, or a grid is larger than its map of cells.
     """
     encoder.eval()
-    for size in {config.student_size, config.early_size if config.early_share else config.student_size}:
+    sizes = {config.student_size, config.early_size if config.early_share else config.student_size}
+    for size in sorted(sizes):
         try:
-            encoder.forward_tokens(torch.zeros(1, 3, size, size), grid)
+            encoder.forward_maps(torch.zeros(1, 3, size, size), (1, 1) if encoder.chooses_grid else None)
         except (AssertionError, RuntimeError, ValueError) as error:
-            why = str(error).partition("\n")[0]
-            raise ValueError(
-                f"'{config.encoder}' does not take views of {size} px ({why}); "
-                "change --late-size or --early-size, or give --encoder-options such as img_size"
+            reason = str(error).partition("\n")[0]
+            raise SettingError(
+                f"'{config.encoder}' does not take views of {size} px ({reason})",
+                *("late_size", "early_size", "encoder_options"),
             ) from None
-    if config.probe_train:
-        try:
-            encoder.forward_tokens(torch.zeros(1, 3, *(config.student_size,) * 2), (max(config.grids),) * 2)
-        except ValueError as error:
-            raise ValueError(f"the probe cannot be made: {error}; lower --grids or raise --late-size") from None
+    if encoder.chooses_grid or config.probe_train:
+        side, size = max(config.grids), config.student_size
+        largest = encoder.largest_grid((size, size))
+        if side > min(largest):
+            raise SettingError(
+                f"grid {write_grid((side, side))} is larger than the {encoder.map_name} {write_grid(largest)} of "
+                f"{size} px views",
+                *("grids", "late_size"),
+            )
 
 
-def pick_grid(config: PretrainConfig, step: int, largest: int) -> int:
-    """Draw the compressed grid of a step, the same in every process; small views bound it by their patches."""
-    return min(draw_grid(config.grids, config.seed, step), largest)
+def draw_square_grid(encoder: TokenEncoder, config: PretrainConfig, step: int, size: int) -> Grid | None:
+    """Draw the compressed grid of a step, the same in every process; `None` for an encoder that does not choose one.
+
+    Args:
+        size: side in pixels of the views; small ones have a smaller map of cells, which bounds the grid.
+    """
+    if not encoder.chooses_grid:
+        return None
+    side = min(draw_grid(config.grids, config.seed, step), *encoder.largest_grid((size, size)))
+    return side, side
 
 
 def export_encoder(encoder: TokenEncoder, options: dict, size: int, folder: Path) -> None:
-    """Write the encoder as timm reads it, for images of `size` px: `create_encoder("local-dir:FOLDER")`.
+    """Write the encoder as timm reads it, for `create_encoder("local-dir:FOLDER")`.
+
+    Args:
+        options: keyword arguments that build the encoder again.
+        size: side in pixels of the images that it is made for.
 
     Raises:
-        OSError: the disk is full or not writable; an encoder that was there is as it was.
+        OSError: the disk is full or not writable; the encoder that was in the folder before is unchanged.
     """
     encoder.timm_model.pretrained_cfg["input_size"] = (3, size, size)
     settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}

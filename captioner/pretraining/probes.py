@@ -1,4 +1,4 @@
-"""How good frozen tokens are: a linear probe and nearest neighbours on labelled images, for each grid.
+"""Probes of frozen tokens: a linear classifier and nearest neighbours on labelled images, at each grid.
 
 Letters: n images, D token width, K classes.
 """
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from captioner.encoders import TokenEncoder
+from captioner.errors import SettingError
+from captioner.grids import Grid
 from captioner.pretraining.config import PretrainConfig
 from captioner.pretraining.image_store import ImageStore, open_source, store_images
 from captioner.pretraining.views import cut_views, whole_views
@@ -20,10 +22,10 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 def open_images(config: PretrainConfig) -> list[ImageStore]:
-    """Open the images to fit the probe on and those to try it on, decoding them where that is still to do.
+    """Open the images to fit the probe on and those to validate it on; images that no run has decoded yet are decoded.
 
     Raises:
-        ValueError: the two have no classes, or not the same ones.
+        SettingError: the two have no classes, or not the same ones.
         OSError: there are no such images, or the disk is full.
     """
     folder = config.store or config.output / "store"
@@ -32,7 +34,9 @@ def open_images(config: PretrainConfig) -> list[ImageStore]:
         for part, name in (("probe_train", config.probe_train), ("probe_val", config.probe_val))
     ]
     if not all(store.classes for store in stores) or set(stores[1].classes) - set(stores[0].classes):
-        raise ValueError("the probe's images have no classes, or the validation has others: check --probe-train/-val")
+        raise SettingError(
+            "the probe's images have no classes, or those to validate it on have others", "probe_train", "probe_val"
+        )
     return stores
 
 
@@ -47,14 +51,15 @@ def probe_encoder(
 
     Args:
         head: the classifier (D -> K) that was trained with the encoder on class labels.
-        classes: names of its K classes; it is tried if the validation images have no others.
+        classes: names of its K classes; it is measured if the validation images have no others.
 
     Returns:
         A record for each grid: `grid`, `probe_top1` (linear) and `knn_top1`, and `label_top1` of the head; shares of
         the validation images.
 
     Raises:
-        ValueError: the two sets of images have no classes, or not the same ones.
+        SettingError: the two sets of images have no classes, or not the same ones, or a grid is larger than the
+            encoder's map.
     """
     stores = open_images(config)
     rows = [pick_rows(store, count) for store, count in zip(stores, (config.probe_images, None), strict=True)]
@@ -66,7 +71,7 @@ def probe_encoder(
     records = []
     for grid in sorted(set(config.grids)):
         train, val = (
-            pooled_features(encoder, store, r, grid, config.student_size, device)
+            pooled_features(encoder, store, r, (grid, grid), config.student_size, device)
             for store, r in zip(stores, rows, strict=True)
         )
         record = {"grid": grid}
@@ -98,19 +103,19 @@ def pick_rows(store: ImageStore, count: int | None) -> torch.Tensor:
 
 @torch.no_grad()
 def pooled_features(
-    encoder: TokenEncoder, store: ImageStore, rows: torch.Tensor, grid: int, size: int, device: torch.device
+    encoder: TokenEncoder, store: ImageStore, rows: torch.Tensor, grid: Grid, size: int, device: torch.device
 ) -> torch.Tensor:
-    """Encode whole images and join class token (the first) and mean of the others: (n, 2 D).
+    """Encode whole images at a grid, and join class token and mean of the grid's tokens: (n, 2 D).
 
-    Of an encoder without a class token, the mean is all there is: (n, D).
+    An encoder without a class token has the mean alone: (n, D).
     """
     mean, std = (torch.tensor(encoder.default_cfg[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
     features = []
     for part in rows.split(256):
         pixels = cut_views(store.batch(part, device), whole_views(len(part)), size)
-        tokens = encoder.forward_tokens((pixels - mean) / std, (grid, grid)).float()
-        alone = getattr(encoder, "num_prefix_tokens", 1) == 0
-        features.append(tokens.mean(1) if alone else torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+        maps = encoder.forward_maps((pixels - mean) / std, grid)
+        parts = [maps.summary, maps.tokens.flatten(1, 2).float().mean(1)] if encoder.has_class_token else [maps.summary]
+        features.append(torch.cat(parts, 1).float())
     return torch.cat(features)
 
 

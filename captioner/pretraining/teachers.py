@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from captioner.encoders.from_vit import create_timm
-from captioner.encoders.stems import NetworkStem
+from captioner.encoders.registry import create_timm
 from captioner.hub import hub_options
 from captioner.pretraining.config import TeacherConfig
 from captioner.pretraining.targets import Targets
@@ -60,6 +60,10 @@ class Teacher(nn.Module):
             value = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
             digest.update(value.view(torch.uint8).numpy())
         return f"{name} {digest.hexdigest()[:16]}"
+
+    def fits(self, name: str, options: dict[str, Any]) -> bool:
+        """Return whether it is the timm network of this name, built with these options."""
+        return False
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode."""
@@ -115,9 +119,9 @@ class TimmTeacher(Teacher):
             raise ValueError(f"'{path}' lacks weights of {self.config.name}: '{missing[0]}', {len(missing)} in all")
         self.model.load_state_dict(weights, strict=False)
 
-    def fits(self, stem: NetworkStem) -> bool:
-        """Tell whether a stem of the same weights would compute what this network does."""
-        same = (self.model.pretrained_cfg["architecture"], dict(self.config.options)) == (stem.name, stem.options)
+    def fits(self, name: str, options: dict[str, Any]) -> bool:
+        """Return whether it is this timm network, of RGB input, so that its weights can serve an encoder's part."""
+        same = (self.model.pretrained_cfg["architecture"], dict(self.config.options)) == (name, options)
         return same and self.config.channel_order == "rgb"
 
     def look(self, pixels: torch.Tensor) -> Targets:

@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from captioner.data.encoding import token_shapes
-from captioner.encoders import encoder_config, frozen_encoder
+from captioner.encoders import describe_encoder, frozen_encoder
 from captioner.errors import SettingError
 from captioner.fusion import FUSIONS
 from captioner.generation import check_room
-from captioner.grids import Grid, parse_grid
+from captioner.grids import Grid, parse_grid, write_grid
 from captioner.hub import hub_options
 from captioner.inference import load
 from captioner.modeling import CaptionerConfig, CaptionerModel
@@ -74,21 +74,26 @@ def training_grids(config: TrainConfig, model: CaptionerModel, processor: Captio
     """Return the compressed grids that training steps draw from.
 
     Raises:
-        ValueError: the model's own is not among them, the encoder does not have one, or the decoder not the room.
+        SettingError: the model's own grid is not among them, a grid is larger than the encoder's map, or its tokens and
+            the text are more than the decoder has room for.
     """
     grids = [parse_grid(grid) for grid in config.grids]
-    own = model.config.grid or getattr(model.encoder, "grid", None)
+    own = model.config.grid or model.encoder.grid
     if grids and own not in grids:
-        said = "hands on all its tokens" if own is None else f"has a grid of its own, {own[0]}x{own[1]}, to validate at"
-        raise ValueError(f"this model {said}: name one of --grids with --model.grid, or leave --grids out")
+        found = "a token for every cell of its map" if own is None else f"the grid {write_grid(own)}"
+        raise SettingError(
+            f"validation takes the model's own grid, {found}, which is none of the grids to train at, "
+            f"{', '.join(map(write_grid, grids))}",
+            *("grid", "grids"),
+        )
     shapes = token_shapes(model.encoder, processor.image["input_size"], dict(zip(config.grids, grids, strict=True)))
     room = getattr(model.config.text_config, "max_position_embeddings", None)
     for name, (tokens, _) in shapes.items():
         needed = model.fusion.positions(tokens, processor.max_length)
         if room is not None and needed > room:
-            raise ValueError(
-                f"the decoder has room for {room} tokens; those of the grid {name} and text need "
-                f"{needed}: leave it out of --grids, or lower --model.max-length"
+            raise SettingError(
+                f"the decoder has room for {room} tokens; those of the grid {name} and text need {needed}",
+                *("grids", "max_length"),
             )
     return grids
 
@@ -115,7 +120,7 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     if len(processor.prompt_ids()) >= config.max_length - 1:
         raise SettingError(f"the prompt leaves no room for captions of {config.max_length} tokens", "max_length")
     model_config = CaptionerConfig(
-        encoder_config=encoder_config(config.encoder, encoder),
+        encoder_config=describe_encoder(config.encoder),
         text_config=text_config,
         fusion=config.fusion,
         grid=grid,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from captioner.data.config import DataConfig
-from captioner.grids import parse_grid
+from captioner.grids import parse_grid, write_grid
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.data.streaming and self.stage == "scst":
             raise ValueError("stage scst needs the references of all images at hand; leave --data.streaming out")
-        names = ("x".join(map(str, parse_grid(grid))) for grid in self.grids)
-        object.__setattr__(self, "grids", tuple(names))  # as caches and checkpoints have them
+        names = tuple(write_grid(parse_grid(grid)) for grid in self.grids)
+        object.__setattr__(self, "grids", names)  # as caches and checkpoints have them
 
     @property
     def folder(self) -> Path:
