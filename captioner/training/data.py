@@ -1,7 +1,5 @@
-"""What a run learns from, as its loop takes it: a caption table, or the rows of a stream (`--data.streaming`)."""
+"""The data of a run, as its loop takes them: a caption table, or the rows of a stream (`data.streaming`)."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from captioner.data.rows import StreamedRows, read_first
 from captioner.data.token_cache import TokenCache
 from captioner.grids import Grid
 from captioner.processing import CaptionerProcessor
+from captioner.runs.digests import digest_json
 from captioner.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,13 +33,12 @@ class TableData:
         return self.table["captions"]
 
     def captions(self) -> list[str]:
-        """Return what a tokenizer is trained on: every caption."""
+        """Return the text that a tokenizer is trained on: every caption."""
         return [caption for group in self.references for caption in group]
 
     def settings(self) -> dict:
-        """Return what of this a resumed run cannot change: which images, and their captions."""
-        captions = json.dumps([self.table["image_id"][:], self.references[:]])
-        return {"data.streaming": None, "data (digest)": hashlib.sha256(captions.encode()).hexdigest()[:16]}
+        """Return what a resumed run cannot change: the images, and their captions."""
+        return {"data.streaming": None, "data digest": digest_json([self.table["image_id"][:], self.references[:]])}
 
     def stream(
         self,
@@ -71,11 +69,11 @@ class RowData:
         return len(self.rows)
 
     def captions(self) -> list[str]:
-        """Return what a tokenizer is trained on: the captions of the first rows."""
+        """Return the text that a tokenizer is trained on: the captions of the first rows."""
         return self.rows.first_captions()
 
     def settings(self) -> dict:
-        """Return what of this a resumed run cannot change: all that decides the order."""
+        """Return what a resumed run cannot change: all that decides the order."""
         return {
             "data.streaming": True,
             "data.stream_buffer": self.data.stream_buffer,
