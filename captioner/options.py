@@ -18,7 +18,12 @@ MENDS = {
     "on_bad": "pass {} skip to leave it out",
     "output": "name another {}",
 }
-FLAG_MENDS = {"overwrite": "pass {} to replace it", "resume": "pass {} to go on with it"}
+FLAG_MENDS = {
+    "allow_empty": "pass {} to give it zeros",
+    "overwrite": "pass {} to replace it",
+    "partial": "pass {} to score what both have",
+    "resume": "pass {} to go on with it",
+}
 """What to do with an option, and with a flag, that mends a fault; for others see `mend`."""
 
 KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "PATH": "a path", "STR": "a text"}
