@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -64,11 +65,12 @@ def read_settings(prog: str, defaults: Any, args: Sequence[str]) -> Any:
     """
     import tyro
 
-    if {"-h", "--help"} & set(args):
+    helping = bool({"-h", "--help"} & set(args))
+    if helping:
         join_lines(defaults)
-    printed = io.StringIO()
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")  # for tyro draws its boxes by what standard output is
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(sys.stdout if helping else printed), contextlib.redirect_stderr(printed):
             settings, unknown = tyro.cli(
                 type(defaults),
                 prog=prog,
@@ -78,12 +80,15 @@ def read_settings(prog: str, defaults: Any, args: Sequence[str]) -> Any:
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
-        if not stop.code:
+        printed.seek(0)
+        box = printed.read()
+        if not stop.code:  # the help, or a script that completes options in a shell
+            print(box, end="")
             raise
         fault = find_fault(stop)
         if fault is not None and hasattr(fault, "settings"):
             raise UsageError(f"{one_line(fault)}{mends(fault, defaults, args)}") from None
-        raise UsageError(rephrase(printed.getvalue())) from None
+        raise UsageError(rephrase(box)) from None
     if unknown:
         raise UsageError(explain_unknown(unknown[0], prog, defaults))
     refuse_unused(settings, defaults, args)
@@ -191,8 +196,8 @@ def find_fault(stop: BaseException) -> BaseException | None:
 
 def rephrase(box: str) -> str:
     """Say in one line what tyro says in a box: the text above its first rule."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines()[1:] if line.startswith("│")]
-    rules = [number for number, line in enumerate(lines) if line and not line.strip("─")]
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rules = [number for number, line in enumerate(lines) if re.fullmatch("─+", line)]
     text = " ".join(" ".join(lines[: rules[0] if rules else None]).split())
     for pattern, phrase in REPHRASED:
         if match := re.fullmatch(pattern, text):

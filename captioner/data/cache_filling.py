@@ -94,10 +94,7 @@ def fill(
         left_out = sum(name not in cache.rows for name in job.names)
         size = sum(path.stat().st_size for path in folder.iterdir())
         seconds = time.monotonic() - start
-        print(
-            f"tokens of {len(cache.rows)} images in '{folder}', {size / 1e9:.3g} GB; "
-            f"{job.images} images were read in {seconds:.0f} s"
-        )
+        print(f"tokens of {len(cache.rows)} images in '{folder}', {size / 1e9:.3g} GB; this run took {seconds:.0f} s")
         if left_out:
             print(
                 f"captioner cache: {left_out} of {len(table)} images could not be read and are left out",
