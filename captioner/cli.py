@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error or images left out, 2 a wrong command line."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw one for every load and save
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and of sizes, which `open_image` looks after
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and of sizes, which `open_image` handles
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):

@@ -1,7 +1,7 @@
-"""The options of a command: read into its settings by tyro, and named in what is said of errors.
+"""The options of a command: tyro reads them into settings; errors get the names of the options that mend them.
 
-Below the command line no error spells an option. It names settings, as the code has them, and their options are added
-here. What is wrong with a command line itself is said in one line, where tyro would draw a box.
+Below the command line no error spells an option. An error names settings, as the code has them, and their options are
+added here. A wrong command line gets one line, where tyro would draw a box.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ REPHRASED = (
     (r"Error parsing (--\S+): (.*)", "{0}: {1}"),
     (r"Error parsing \S+: (.*)", "{0}"),
 )
-"""What tyro says of a value, as patterns, and how it is said here."""
+"""Patterns of tyro's messages, and our messages in their place."""
 
 
 class UsageError(Exception):
@@ -61,7 +61,7 @@ def read_settings(prog: str, defaults: Any, args: Sequence[str]) -> Any:
     Raises:
         UsageError: an option that does not exist or has no effect, a value that is not of its kind, or settings that
             exclude one another.
-        SystemExit: the help was asked for and is printed.
+        SystemExit: the options ask for help, which is printed.
     """
     import tyro
 
@@ -180,14 +180,14 @@ def mend(setting: str, default: Any, given: bool) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says as one line."""
+    """Return the message of an error as one line."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"'{error.filename}': {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def find_fault(stop: BaseException) -> BaseException | None:
-    """Return the error of ours for which tyro exits, if it is one."""
+    """Return our own error for which tyro exits; `None` where the error is tyro's."""
     error: BaseException | None = stop
     while error is not None and not hasattr(error, "settings"):
         error = error.__context__
@@ -195,7 +195,7 @@ def find_fault(stop: BaseException) -> BaseException | None:
 
 
 def rephrase(box: str) -> str:
-    """Say in one line what tyro says in a box: the text above its first rule."""
+    """Turn tyro's box into one line: the text above its first rule."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     rules = [number for number, line in enumerate(lines) if re.fullmatch("─+", line)]
     text = " ".join(" ".join(lines[: rules[0] if rules else None]).split())

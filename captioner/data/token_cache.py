@@ -4,11 +4,11 @@ Letters: n images of a shard, V views of each, B images of a batch, M image toke
 
 A cache is a folder. `cache.json` says what made it: encoder, a digest of its weights, preprocessing, grids, views.
 Beside it are shards of at most 512 images, `tokens-*.safetensors`: for each grid one tensor (n, V, M, D), and in the
-header which images they are. Why safetensors: a shard is one contiguous array that maps into memory without
-a copy (Arrow would cut rows into batches and give back lists of them), its header tells a truncated file from a whole
-one (a raw array cannot), and the project writes no other format. Why shards: each is written under another name and
-renamed, so that a kill at any moment costs the images of one shard and leaves nothing half done, processes need no lock
-to share the work, and further splits are further shards.
+header which images they are. Why safetensors: a shard is one contiguous array that maps into memory without a copy
+(Arrow would cut rows into batches and give back lists of them), its header tells a truncated file from a whole one (a
+raw array cannot), and the project writes no other format. Why shards: each is written under another name and renamed,
+so that a kill at any moment costs the images of one shard and leaves nothing half done, processes need no lock to share
+the work, and further splits are further shards.
 """
 
 import json
@@ -84,7 +84,7 @@ class TokenCache:
     Args:
         folder: what `captioner cache` wrote.
         source: the `encoder_fingerprint` that the cache must come from; `None` takes any.
-        grids: names of the grids to read; the first is what images are read at unless they are asked for another.
+        grids: names of the grids to read; images are read at the first of them where no other is given.
 
     Raises:
         FileNotFoundError: no cache is there.
@@ -237,7 +237,7 @@ def open_cache(
 
     Args:
         grid: the grid at which images are read; `None` for the model's own.
-        grids: all grids that may be asked for in its place.
+        grids: all grids at which images may be read in its place.
 
     Raises:
         FileNotFoundError: no cache is there.

@@ -1,7 +1,7 @@
 """Images for pretraining, decoded once: small uint8 squares that fit in memory, or on the GPU, and stay there.
 
 Decoding a JPEG costs more than a training step of a small student, so every image of every source is opened once,
-squashed to a square and kept in one memory-mapped file. Letters: n images, R side of a square in pixels.
+squashed to a square and written into one memory-mapped file. Letters: n images, R side of a square in pixels.
 """
 
 import glob
@@ -189,7 +189,7 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         return ImageStore(folder)
     folder.mkdir(parents=True, exist_ok=True)
     meta.unlink(missing_ok=True)
-    data.unlink(missing_ok=True)  # a run that still maps the old file keeps it
+    data.unlink(missing_ok=True)  # a run that maps the old file still reads it
     content = new_digest()
     ranges, labels, broken, classes = [], [], [], {}
 

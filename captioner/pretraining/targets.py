@@ -62,7 +62,7 @@ class TargetStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "targets.json").unlink(missing_ok=True)
         for old in self.folder.glob("*.bin"):
-            old.unlink()  # a run that still maps the file keeps it
+            old.unlink()  # a run that maps the file still reads it
         for name, size in sizes.items():
             with (self.folder / f"{name}.bin").open("wb") as file:
                 file.truncate(size)

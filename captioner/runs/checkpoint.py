@@ -5,7 +5,7 @@ every process) and `progress.json` (position in the data, best score, number of 
 every other file). It is written under a temporary name, synced to disk, then renamed.
 
 The model is safetensors. Optimiser and random state are torch files, read with `weights_only`: tensors, numbers and
-containers, never code; a checkpoint that asks for more is refused.
+containers, never code; a checkpoint that holds more is refused.
 """
 
 import contextlib
@@ -29,12 +29,15 @@ logger = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress: dict, keep: int = 2) -> Path:
-    """Write the checkpoint of a step and drop all but the newest `keep`; every process calls this.
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress: dict, newest: int = 2) -> Path:
+    """Write the checkpoint of a step and drop all but the newest; every process calls this.
 
     Args:
-        folder: directory that holds the checkpoints of this run; seen by every process.
+        accelerator: holds what is saved, as it was prepared.
+        folder: directory that holds the checkpoints of this run, on a disk that every process reads.
+        step: number of steps done.
         progress: JSON-able state of the loop beyond what accelerate saves.
+        newest: number of newest checkpoints that stay.
 
     Returns:
         The checkpoint's directory.
@@ -54,7 +57,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress:
             content = {"step": step, "processes": accelerator.num_processes, "files": describe_files(temporary)}
             (temporary / PROGRESS).write_text(json.dumps(content | progress, indent=2))
     if main:
-        for old in list_checkpoints(folder)[:-keep]:
+        for old in list_checkpoints(folder)[:-newest]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final

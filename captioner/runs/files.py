@@ -47,7 +47,7 @@ def folder_whole(final: Path, name: str = "the folder", remark: str = "") -> Ite
     Args:
         final: the folder's own place; `recover_folder` undoes what a kill left there.
         name: what the folder is, for the error.
-        remark: what else to say in the error, such as what is kept.
+        remark: a further remark for the error, such as what is still there.
 
     Raises:
         OSError: the disk is full or not writable; nothing is left behind, and a folder that was there is as it was.
