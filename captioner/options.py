@@ -165,7 +165,9 @@ def mends(error: Exception, defaults: Any, args: Sequence[str]) -> str:
         if names:
             option = options[min(names, key=lambda name: name.count("."))]  # `grid` before `model.grid`
             phrase = mend(setting.rpartition(".")[2], option.default, option.name in given)
-            phrases.setdefault(phrase, []).append(option.name)
+            one_of_many = len({re.sub(r"\d+", "", name) for name in names}) < len(names)
+            name = re.sub(r"\.\d+\.", ".N.", option.name) if one_of_many else option.name  # `--teachers.N.kind`
+            phrases.setdefault(phrase, []).append(name)
     parts = [phrase.format(" or ".join(names)) for phrase, names in phrases.items()]
     return f"; {' or '.join(parts)}" if parts else ""
 
@@ -174,7 +176,7 @@ def mend(setting: str, default: Any, given: bool) -> str:
     """Return what to do with the option of a setting, which stands for `{}`."""
     if isinstance(default, bool):
         return "leave out {}" if given else FLAG_MENDS.get(setting, "pass {}")
-    if default in (None, (), "") and not given:
+    if default in (None, (), {}, "") and not given:
         return "give {}"
     return MENDS.get(setting, "change {}")
 

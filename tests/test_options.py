@@ -162,6 +162,12 @@ def test_an_error_names_the_options_that_mend_it():
     ):
         assert mends(SettingError("so it is", *settings), defaults, args) == line
     assert mends(SettingError("so it is", "resume"), None, []) == ""
+    assert mends(SettingError("so it is", "kind"), PRETRAIN["debug"](), []) == "; change --teachers.0.kind"
+    two = PRETRAIN["lookupvit_small_distill"]()
+    assert (
+        mends(SettingError("so it is", "kind", "nodes"), two, [])
+        == "; change --teachers.N.kind or give --teachers.N.nodes"
+    )
     assert mends(ValueError("so it is"), defaults, []) == ""
 
 
