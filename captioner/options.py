@@ -150,7 +150,7 @@ def refuse_unused(settings: Any, defaults: Any, args: Sequence[str]) -> None:
         raise UsageError("; ".join(facts))
 
 
-def mends(error: Exception, defaults: Any, args: Sequence[str]) -> str:
+def mends(error: BaseException, defaults: Any, args: Sequence[str]) -> str:
     """Say which options mend an error, as the end of its line; empty where none does.
 
     Args:

@@ -57,7 +57,7 @@ class CacheConfig:
 
     def unused(self) -> dict[str, str]:
         """Map the settings that have no effect beside the others to the reason."""
-        unused = {}
+        unused: dict[str, str] = {}
         if self.captioner is not None:
             unused |= {f"model.{part.name}": "the captioner has its own" for part in fields(EncoderConfig)}
         if self.views < 3:

@@ -166,8 +166,15 @@ def encode_shards(
     size, dtype = batch_size, getattr(torch, job.views.dtype)
     batches = [shard[start : start + size] for shard in job.shards for start in range(0, len(shard), size)]
     dataset = ImageViews(job, settings)
-    options = {"num_workers": workers, "collate_fn": list, "worker_init_fn": leave_signals_to_main}
-    loader = iter(DataLoader(dataset, batch_sampler=batches, **options))
+    loader = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=leave_signals_to_main,
+        )
+    )
     bar = progress_bar(total=job.images, unit="img", desc="encoding", disable=not accelerator.is_main_process)
     for shard in job.shards:
         tokens: dict[str, list[torch.Tensor]] = {name: [] for name in grids}

@@ -4,6 +4,7 @@ Letters: B views, K classes, V caption words, F features, S side of a view in pi
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,11 @@ WORD_VIEWS = 4
 """Views of a captioned image that the regression of words is fitted on, where a run draws new views every time."""
 
 
+def run_at(teacher: Teacher, pixels: torch.Tensor, places: torch.Tensor) -> Targets:
+    """Run a teacher on the views (B, 3, S, S) at some places of the batch (b,)."""
+    return teacher(pixels[places.to(pixels.device)])
+
+
 class Batches:
     """Views with their targets: teachers' outputs, class labels, caption words.
 
@@ -43,7 +49,9 @@ class Batches:
     def __init__(self, config: PretrainConfig, accelerator: Accelerator, teachers: list[Teacher]):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         folder = config.store or config.output / "store"
-        sources, self.words, self.word_targets = [], None, None
+        sources: list[Source] = []
+        self.words: CaptionWords | None = None
+        self.word_targets = torch.empty(0)  # of the captioned images (n, V)
         if config.captions is not None:
             table = read_captions(config.captions, config.captions_split)
             self.words = CaptionWords(table["captions"][:], config.num_words)
@@ -75,7 +83,7 @@ class Batches:
         if config.views is not None:
             with accelerator.main_process_first():  # one process lays the files out
                 folders = [folder / f"teacher_{number + 1}" for number in range(len(teachers))]
-                self.target_stores = [self.open_targets(number, place) for number, place in enumerate(folders)]
+                self.target_stores = [self.open_targets(n, place, config.views) for n, place in enumerate(folders)]
         self.teacher_words = None
         if self.words is not None and config.word_weight > 0 and config.words_from == "teachers":
             sizes = describe(outputs).shape[1], len(self.words.words)
@@ -87,12 +95,12 @@ class Batches:
             options = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix}
             self.mixup = Mixup(**options, label_smoothing=config.label_smoothing, num_classes=kinds)
 
-    def open_targets(self, number: int, folder: Path) -> TargetStore:
+    def open_targets(self, number: int, folder: Path, versions: int) -> TargetStore:
         """Open the store of a teacher's outputs for the views."""
         config = self.config
         view = (config.seed, config.image_size, config.min_crop, self.store.stamp)
         stamp = f"{view} {self.teachers[number].stamp}"
-        return TargetStore(folder, stamp, len(self.store), config.views, self.shapes[number])
+        return TargetStore(folder, stamp, len(self.store), versions, self.shapes[number])
 
     def settings(self) -> dict:
         """Return what a resumed run cannot change: images, words, teachers."""
@@ -120,7 +128,7 @@ class Batches:
 
     def word_shares(self, rows: torch.Tensor, targets: list[Targets]) -> torch.Tensor | None:
         """Return the share of captions with each word (B, V) for the images in these rows; NaN where it is unknown."""
-        if self.word_targets is None:
+        if self.words is None:
             return None
         captioned = len(self.word_targets)
         if self.teacher_words is not None:
@@ -163,7 +171,7 @@ class Batches:
                     found.append(teacher(pixels))
                     continue
                 store = self.target_stores[number]
-                targets = store.get(rows, versions, lambda places, t=teacher: t(pixels[places.to(pixels.device)]))
+                targets = store.get(rows, versions, partial(run_at, teacher, pixels))
             found.append({name: value.to(self.device, non_blocking=True) for name, value in targets.items()})
         return found
 

@@ -112,7 +112,7 @@ class TeacherConfig:
 
     def unused(self) -> dict[str, str]:
         """Map the settings that have no effect beside the others to the reason."""
-        unused = {}
+        unused: dict[str, str] = {}
         if self.kind != "timm":
             reason = f"the teacher is of kind {self.kind}, not timm"
             unused |= dict.fromkeys(("checkpoint", "num_classes", "options"), reason)

@@ -184,14 +184,17 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
     """
     stamp = digest_json([(s.name, s.stamp, side) for s in sources])
     meta, data = folder / "images.json", folder / "images.u8"
-    known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {"stamp": None}
-    if known["stamp"] == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
+    known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {}
+    if known.get("stamp") == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
         return ImageStore(folder)
     folder.mkdir(parents=True, exist_ok=True)
     meta.unlink(missing_ok=True)
     data.unlink(missing_ok=True)  # a run that maps the old file still reads it
     content = new_digest()
-    ranges, labels, broken, classes = [], [], [], {}
+    ranges: list[tuple[int, int]] = []
+    labels: list[int] = []
+    broken: list[int] = []
+    classes: dict[str, int] = {}
 
     def decode(item: tuple[ImageSource, str | None]) -> tuple[np.ndarray, str | None]:
         try:
@@ -211,9 +214,9 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
                         broken.append(len(labels))
                         square = np.zeros((3, side, side), np.uint8)
                     labels.append(-1 if label is None else classes.setdefault(label, len(classes)))
-                    square = np.ascontiguousarray(square)
-                    content.update(square)
-                    file.write(square)
+                    pixels = np.ascontiguousarray(square).data
+                    content.update(pixels)
+                    file.write(pixels)
                     bar.update()
             ranges.append((start, len(labels)))
     bar.close()
@@ -223,6 +226,6 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         logger.warning("%d of %d images could not be opened and are left out", len(broken), len(labels))
     found = {"side": side, "classes": list(classes), "ranges": ranges, "labels": labels, "broken": broken}
     content.update(json.dumps(found).encode())
-    with open_whole(meta) as file:
-        json.dump({"stamp": stamp, "content": content.hexdigest(), **found}, file)
+    with open_whole(meta) as described:
+        json.dump({"stamp": stamp, "content": content.hexdigest(), **found}, described)
     return ImageStore(folder)

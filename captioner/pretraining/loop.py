@@ -127,7 +127,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             losses = student(pixels, pick_grid(config, step, size // patch), **batch)
         accelerator.backward(losses["loss"])
         accelerator.clip_grad_norm_(student.parameters(), config.clip)
-        rate = schedule.get_last_lr()[0]
+        rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -140,13 +140,14 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             raise not_finite(f"the loss is {measured['loss'].item()}", step, checkpoints)
         log.step(step, {**measured, "images": per_step}, rate)
 
-        signal, over, due = None, False, False
+        signal: int | None = None
+        over = due = False
         if step == next_check:
             now = time.monotonic()
             over = config.max_minutes is not None and now - began > 60 * config.max_minutes
             due = now - saved > 60 * config.save_minutes
             slow = now - checked > SLOW * (step - checked_step)
-            signal, over, due, slow = interruption.agree(accelerator, over, due, slow)
+            signal, (over, due, slow) = interruption.agree(accelerator, over, due, slow)
             checked, checked_step, next_check = time.monotonic(), step, step + (1 if slow else CHECK_EVERY)
         if signal or over or due or step == config.steps:
             check_finite(student, step, checkpoints)

@@ -36,6 +36,7 @@ class TargetStore:
 
     def __init__(self, folder: Path, stamp: str, images: int, versions: int, shapes: Mapping[str, tuple[int, ...]]):
         self.folder, self.count, self.versions = folder, images * versions, versions
+        kinds: dict[str, tuple[np.dtype, tuple[int, ...]]]
         kinds = {name: (np.dtype(np.float16), tuple(shape)) for name, shape in sorted(shapes.items())}
         kinds["filled"] = (np.dtype(np.uint8), ())
         sizes = {name: self.count * math.prod(shape) * dtype.itemsize for name, (dtype, shape) in kinds.items()}

@@ -5,7 +5,7 @@ Letters: B batch, S side of a view, K teacher classes, C teacher channels, (h, w
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -53,11 +53,12 @@ class Teacher(nn.Module):
     @cached_property
     def stamp(self) -> str:
         """Name and digest of all that its outputs depend on: weights and settings, wherever its files are."""
-        weights = dict.fromkeys(WEIGHTS, 1.0)
-        settings = replace(self.config, name="", checkpoint=None, mean=None, std=None, **weights)
-        name = Path(self.config.name).name
-        tensors = digest_tensors(self.state_dict())  # mean and std are in it
-        return f"{name} {digest_text(f'{settings} {self.source} {tensors}')}"
+        files, input_range = ("name", "checkpoint"), ("mean", "std")  # the range is among the tensors
+        settings = {
+            key: value for key, value in asdict(self.config).items() if key not in (*files, *input_range, *WEIGHTS)
+        }
+        tensors = digest_tensors(self.state_dict())
+        return f"{Path(self.config.name).name} {digest_text(f'{settings} {self.source} {tensors}')}"
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode."""

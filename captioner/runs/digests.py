@@ -51,5 +51,5 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         value = value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

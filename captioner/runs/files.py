@@ -27,7 +27,8 @@ def open_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open(mode, **({} if mode == "wb" else {"encoding": "utf-8", "newline": ""})) as file:
+        encoding, newline = (None, None) if mode == "wb" else ("utf-8", "")
+        with temporary.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the name without the content

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +34,7 @@ class Interruption:
         self.received: int | None = None
         self._since = 0.0
         self._at_once = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -70,16 +71,16 @@ class Interruption:
         finally:
             self._at_once = False
 
-    def agree(self, accelerator: Accelerator, *flags: bool) -> tuple[int | None, ...]:
+    def agree(self, accelerator: Accelerator, *flags: bool) -> tuple[int | None, list[bool]]:
         """Have all processes agree on what to do next; only some of them may have received the signal.
 
         Args:
             flags: further facts; each is true where it is true in any process.
 
         Returns:
-            The signal to stop for, or None; then each flag, the same in every process.
+            The signal to stop for, or None; and the flags, the same in every process.
         """
         votes = [self.received == number for number in SIGNALS] + list(flags)
         counts = accelerator.reduce(torch.tensor(votes, dtype=torch.float32, device=accelerator.device), "sum").tolist()
         stop = next((number for number, count in zip(SIGNALS, counts, strict=False) if count), None)
-        return stop, *(count > 0 for count in counts[len(SIGNALS) :])
+        return stop, [count > 0 for count in counts[len(SIGNALS) :]]

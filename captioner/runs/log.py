@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,7 +42,8 @@ class RunLog:
 
     def __init__(self, accelerator: Accelerator, folder: Path, total: int, every: int, counted: str):
         self.accelerator, self.path, self.total, self.every = accelerator, folder / "log.jsonl", total, every
-        self.counted, self.count = counted, 0.0
+        self.counted = counted
+        self.count: float | torch.Tensor = 0.0
         self.window: dict[str, list[float | torch.Tensor]] = {}
         self.bar = tqdm(total=total, disable=not accelerator.is_main_process or None, desc="training")
         self.shown: dict[str, str] = {}
@@ -69,28 +70,29 @@ class RunLog:
             with open_whole(self.path, "wb") as file:
                 file.writelines(lines)
 
-    def step(self, step: int, measured: dict[str, float | torch.Tensor], learning_rate: float) -> None:
+    def step(self, step: int, measured: Mapping[str, float | torch.Tensor], learning_rate: float) -> None:
         """Add what was measured in a step (`loss`, what is counted, ...); write a record when one is due.
 
         Scalars on a device stay there until then, so that no step waits for the device.
 
         Args:
             step: number of the step, from 1.
-            measured: a number for each name; changed by the call.
+            measured: a number for each name.
             learning_rate: the one that this step used.
         """
         now = time.monotonic()
         if self.first is None:
             self.first = now, step
-        self.count += measured.pop(self.counted)
+        self.count += measured[self.counted]
         for name, value in measured.items():
-            self.window.setdefault(name, []).append(value)
+            if name != self.counted:
+                self.window.setdefault(name, []).append(value)
         self.bar.update(step - self.bar.n)
         if step % self.every and step != self.total:
             return
         record = {name: float(sum(values) / len(values)) for name, values in self.window.items()}
         speed = f"{self.counted}_per_s"
-        record |= {"learning_rate": learning_rate, speed: round(self.count / max(now - self.since, 1e-9), 1)}
+        record |= {"learning_rate": learning_rate, speed: round(float(self.count) / max(now - self.since, 1e-9), 1)}
         if step > self.first[1]:
             per_step = (now - self.first[0]) / (step - self.first[1])
             record["minutes_left"] = round(per_step * (self.total - step) / 60, 1)

@@ -40,7 +40,7 @@ def leave_signals_to_main(worker: int) -> None:
 def await_main() -> None:
     """End this process when the main one sends SIGTERM, or is gone."""
     main = multiprocessing.parent_process()
-    while main.is_alive():
+    while main is not None and main.is_alive():
         sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
         if sent is not None and sent.si_pid == main.pid:
             break

@@ -177,8 +177,8 @@ class TrainConfig:
             )
         if self.stage == "xe" and self.scst != ScstConfig():
             raise SettingError("settings of stage scst are given, but the stage is xe", "stage")
-        names = ("x".join(map(str, parse_grid(grid))) for grid in self.grids)
-        object.__setattr__(self, "grids", tuple(names))  # as caches and checkpoints have them
+        names = tuple("x".join(map(str, parse_grid(grid) or ())) for grid in self.grids)
+        object.__setattr__(self, "grids", names)  # as caches and checkpoints have them
 
     @property
     def folder(self) -> Path:
@@ -187,7 +187,7 @@ class TrainConfig:
 
     def unused(self) -> dict[str, str]:
         """Map the settings that have no effect beside the others, such as `scst.samples`, to the reason."""
-        unused = {}
+        unused: dict[str, str] = {}
         if self.stage == "xe":
             unused |= {f"scst.{f.name}": "the stage is xe" for f in fields(ScstConfig)}
         else:

@@ -61,12 +61,17 @@ class TableData:
 class RowData:
     """The training split as rows that are read as they come."""
 
-    def __init__(self, data: DataConfig):
+    def __init__(self, data: DataConfig, root: str):
         self.data = data
-        self.rows = StreamedRows(data.root, data.train_split, columns_of(data), data.stream_rows, data.images)
+        self.rows = StreamedRows(root, data.train_split, columns_of(data), data.stream_rows, data.images)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def references(self) -> list[list[str]]:
+        """The captions of each image, which a stream does not hold."""
+        raise NotImplementedError("a stream does not hold the captions of all images")
 
     def captions(self) -> list[str]:
         """Return the text that a tokenizer is trained on: the captions of the first rows."""
@@ -91,8 +96,16 @@ class RowData:
     ) -> RowStream:
         """Open the endless stream of training items."""
         assert cache is None, "DataConfig refuses both"
-        options = {"buffer": self.data.stream_buffer, "on_bad": self.data.on_bad, "grids": grids, "per_step": per_step}
-        return RowStream(self.rows, processor, captions_per_image, seed, **options)
+        return RowStream(
+            self.rows,
+            processor,
+            captions_per_image,
+            seed,
+            buffer=self.data.stream_buffer,
+            on_bad=self.data.on_bad,
+            grids=grids,
+            per_step=per_step,
+        )
 
 
 TrainingData = TableData | RowData
@@ -107,7 +120,7 @@ def open_data(config: TrainConfig) -> tuple[TrainingData, "datasets.Dataset"]:
     """
     data, limit = config.data, config.evaluate_images
     if data.streaming and data.root is not None:
-        train = RowData(data)
+        train: TrainingData = RowData(data, data.root)
         held_out = read_first(data.root, data.val_split, columns_of(data), limit, data.on_bad, data.images)
     else:
         train, held_out = TableData(data), read_split(data, data.val_split)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -99,7 +100,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
 
     log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
     settings = fixed_settings(config, per_step) | parts | data.settings()
-    progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
+    progress: dict[str, Any] = {"step": 0, "evaluated": None, "best": None, "stale": 0}
     best = folder / "best"
     resumed = resume(accelerator, checkpoints, config.resume, settings, model=best, log=log.path, strict=False)
     if resumed is not None:
@@ -158,7 +159,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         if not math.isfinite(measured["loss"]):
             raise not_finite(f"the loss is {measured['loss']}", step, checkpoints)
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        rate = schedule.get_last_lr()[0]
+        rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -166,7 +167,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         log.step(step, measured, rate)
 
         due = time.monotonic() - saved > 60 * config.save_minutes
-        stop, due = interruption.agree(accelerator, accelerator.is_main_process and due)
+        stop, (due,) = interruption.agree(accelerator, accelerator.is_main_process and due)
         if stop or due or (config.save_steps is not None and step % config.save_steps == 0):
             save()
             saved = time.monotonic()
