@@ -63,19 +63,25 @@ def test_a_finished_encoder_is_not_replaced(captioned, tmp_path):
 
 
 def test_a_checkpoint_of_captioner_0_1_is_gone_on_with(unbroken, tmp_path, caplog):
-    config = replace(unbroken, output=tmp_path, epochs=2)
-    train(config)
-    for folder in list_checkpoints(tmp_path / "checkpoints"):
-        content = json.loads((folder / "progress.json").read_text())
-        for name, (_, digest) in content["files"].items():
-            content["files"][name][1] = 2 * digest  # it wrote SHA-256, which is twice as long
-        content["settings"] = {key: value for key, value in content["settings"].items() if "digest" not in key}
-        (folder / "progress.json").write_text(json.dumps(content))
-    train(replace(unbroken, output=tmp_path))
-    assert "not compared are its encoder digest, frozen decoder digest, tokenizer digest, data digest" in caplog.text
-    assert losses(tmp_path) == losses(unbroken.output)
+    shutil.copytree(unbroken.output, tmp_path / "run")
+    (earlier, _) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    content = json.loads((earlier / "progress.json").read_text())
+    for name, (_, digest) in content["files"].items():
+        content["files"][name][1] = 2 * digest  # it wrote SHA-256, which is twice as long
+    content["settings"] = {key: value for key, value in content["settings"].items() if "digest" not in key}
+    (earlier / "progress.json").write_text(json.dumps(content))
+    config = replace(unbroken, output=tmp_path / "run", resume=str(earlier))
     with pytest.raises(ValueError, match="was saved with model.width 64, this run has 32"):
         train(replace(config, model=replace(config.model, width=32)))
+    train(config)
+    assert "not compared are its encoder digest, frozen decoder digest, tokenizer digest, data digest" in caplog.text
+    assert losses(tmp_path / "run") == losses(unbroken.output)
+
+
+def test_a_run_is_not_begun_in_the_folder_of_another_kind(captioned, unbroken, tmp_path):
+    pretrain(replace(recipes.pretrain_debug(), output=tmp_path, captions=str(captioned), teachers=(), steps=1))
+    with pytest.raises(SettingError, match="was saved with stage None, this run has 'xe'"):
+        train(replace(unbroken, output=tmp_path))
 
 
 def test_fewer_epochs_end_a_resumed_run(unbroken, tmp_path):
@@ -117,7 +123,7 @@ def test_a_run_is_not_resumed_with_another_frozen_decoder_or_other_captions(capt
     loaded = captioner.load(tmp_path / "best", "cpu")
     shifted(loaded.model.decoder)
     loaded.model.save_pretrained(tmp_path / "best")
-    with pytest.raises(ValueError, match="was saved with decoder"):
+    with pytest.raises(ValueError, match="was saved with frozen decoder digest"):
         train(config)
     shutil.copytree(captioned, tmp_path / "other")
     path = tmp_path / "other" / "annotations" / "captions_train.json"

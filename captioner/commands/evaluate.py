@@ -109,16 +109,17 @@ def evaluate(config: EvaluateConfig) -> "Scores | None":
 
 
 def check_output(config: EvaluateConfig) -> None:
-    """Refuse to replace the results of an evaluation with other settings, unless `overwrite` is set.
+    """Refuse to replace files of another evaluation, or of a training run, unless `overwrite` is set.
 
     Raises:
-        ValueError: there are such results.
+        SettingError: there are such files.
     """
     from captioner.runs.config import config_text
 
-    saved, same = config.output / "run_config.json", replace(config, overwrite=False)
-    if config.overwrite or not (config.output / "results.json").exists() or not saved.exists():
+    saved = config.output / "run_config.json"
+    found = [name for name in (saved.name, "results.json", "scores.json") if (config.output / name).exists()]
+    if config.overwrite or not found:
         return
-    if saved.read_text() != config_text(same):
-        fact = f"'{config.output}' holds the results of an evaluation with other settings, see '{saved}'"
+    if not saved.exists() or saved.read_text() != config_text(replace(config, overwrite=False)):
+        fact = f"'{config.output}' holds {' and '.join(found)} of a run with other settings, which this would replace"
         raise SettingError(fact, "output", "overwrite")

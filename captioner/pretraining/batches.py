@@ -104,10 +104,9 @@ class Batches:
 
     def settings(self) -> dict:
         """Return what a resumed run cannot change: images, words, teachers."""
-        settings = {"images": f"{len(self.store)} of digest {self.store.stamp}", "teachers": len(self.teachers)}
+        settings = {"digest of the images": self.store.stamp, "teachers": len(self.teachers)}
         if self.words is not None:
-            words = f"{len(self.words.words)} of digest {digest_bytes(self.words.targets.tobytes())}"
-            settings["words of the captions"] = words
+            settings["digest of the captions' words"] = digest_bytes(self.words.targets.tobytes())
         for number, teacher in enumerate(self.teachers):
             weights = {name: getattr(teacher.config, name) for name in WEIGHTS}
             settings |= {f"digest of teachers.{number}": teacher.stamp, f"weights of teachers.{number}": weights}

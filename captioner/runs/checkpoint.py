@@ -186,8 +186,8 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
     """Restore a checkpoint in every process and return its progress.
 
     Args:
-        settings: what must equal the checkpoint's own `settings`. An earlier version of this package saved fewer of
-            them; those that a checkpoint lacks are named in a warning and not compared.
+        settings: what must equal the checkpoint's own `settings`. Those with `digest` in their names were digested
+            otherwise by earlier versions of this package; where a checkpoint lacks them, a warning says so.
         strict: whether every weight of the model must be in the checkpoint; frozen ones are not.
 
     Raises:
@@ -201,12 +201,13 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
             f"start it with {progress['processes']}"
         )
     saved = progress.get("settings", {})
-    if absent := [name for name in settings if name not in saved]:
+    absent = [name for name in settings if "digest" in name and name not in saved]
+    if absent:
         logger.warning("'%s' is of an earlier version: not compared are its %s", path, ", ".join(absent))
     for name, value in json.loads(json.dumps(settings, default=str)).items():
-        if name in saved and saved[name] != value:
+        if name not in absent and saved.get(name) != value:
             raise SettingError(
-                f"'{path}' was saved with {name} {saved[name]!r}, this run has {value!r}; "
+                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}; "
                 "a run goes on with the settings it began with",
                 "output",
             )
