@@ -94,7 +94,7 @@ def files_whole(folder: Path, name: str = "the files") -> Iterator[Path]:
             path.replace(folder / path.name)
     except (OSError, SafetensorError, RuntimeError) as error:
         check_failed_write(error)
-        raise cannot_write(f"{name} in '{folder}'", error) from error
+        raise cannot_write(f"{name} '{folder}'", error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
