@@ -1,6 +1,5 @@
 """The `captioner` command: a word for the job, then its settings. Each word is a file of `commands/`."""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -8,6 +7,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from captioner.errors import SettingError
+from captioner.options import UsageError, mends, one_line, read_settings
 
 COMMANDS = {
     "caption": "caption images: files, folders, patterns, standard input",
@@ -30,51 +32,44 @@ cache, train, evaluate and pretrain also run on many GPUs: `accelerate launch -m
 Set CAPTIONER_DEBUG=1 to see where an error comes from.
 """
 
+RECIPES = """usage: captioner {command} RECIPE [options]
 
-def parse(command: str, settings: Any, args: Sequence[str]) -> Any:
-    """Read the settings of a command.
+{what}
+
+recipes:
+{recipes}
+
+`captioner {command} RECIPE --help` shows the options, and what the recipe sets them to.
+"""
+
+
+def pick_defaults(command: str, settings: Any, args: Sequence[str]) -> tuple[str, Any, list[str]]:
+    """Return what was typed before the options, the values that hold without options, and the options.
 
     Args:
         command: the word.
-        settings: a dataclass of settings, or recipes by name, whose name then comes first.
+        settings: a dataclass of settings, or recipes by name, of which the next word picks one.
         args: what follows the word.
+
+    Raises:
+        UsageError: no recipe is named, or one that does not exist.
+        SystemExit: the help of a command with recipes is printed.
     """
-    import tyro
-
-    prog, markers = f"captioner {command}", (tyro.conf.FlagCreatePairsOff,)
     if not isinstance(settings, dict):
-        return tyro.cli(settings, prog=prog, args=args, config=markers)
-    recipes = {name: ((recipe.__doc__ or "").partition("\n")[0], recipe()) for name, recipe in settings.items()}
-    return tyro.extras.overridable_config_cli(recipes, prog=prog, args=args, use_underscores=False, config=markers)
-
-
-MENDS = {
-    "on_bad": "pass {} skip to leave it out",
-    "overwrite": "pass {} to replace it",
-    "resume": "pass {} to go on with it",
-}
-"""What an option does about a fault, where `change {}` would not say it."""
-
-
-def name_options(settings: Any) -> dict[str, str]:
-    """Map the names of all settings of a dataclass, and of those within it, to options; the outermost name wins."""
-    options: dict[str, str] = {}
-    inner: dict[str, str] = {}
-    for field in dataclasses.fields(settings):
-        option = "--" + field.name.replace("_", "-")
-        options[field.name] = option
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            inner |= {name: f"{option}.{below[2:]}" for name, below in name_options(value).items() if name not in inner}
-    return inner | options
-
-
-def tell_mends(error: Exception, settings: Any) -> str:
-    """Say which options of a command mend an error, as the end of its line; nothing where none does."""
-    options = name_options(settings) if settings is not None else {}
-    wanted = [name for name in getattr(error, "settings", ()) if name in options]
-    mends = [MENDS.get(name, "change {}").format(options[name]) for name in wanted]
-    return f"; {' or '.join(mends)}" if mends else ""
+        return f"captioner {command}", settings(), list(args)
+    first = args[0].replace("-", "_") if args else ""
+    if first in settings:
+        return f"captioner {command} {first}", settings[first](), list(args[1:])
+    if args and args[0] in ("-h", "--help"):
+        lines = "\n".join(
+            f"  {name:<28} {(make.__doc__ or '').partition(chr(10))[0]}" for name, make in settings.items()
+        )
+        print(RECIPES.format(command=command, what=COMMANDS[command], recipes=lines), end="")
+        sys.exit(0)
+    names = ", ".join(settings)
+    if not args or args[0].startswith("-"):
+        raise UsageError(f"the first word after {command} is a recipe: {names}")
+    raise UsageError(f"no recipe '{args[0]}'; there are {names}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,19 +93,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         print(f"captioner: no command '{name}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    settings = None
+    defaults: Any = None
+    options: list[str] = []
     try:
         command = import_module(f"captioner.commands.{name}")
-        settings = parse(name, command.SETTINGS, args[1:])
-        sys.exit(command.run(settings))
+        prog, defaults, options = pick_defaults(name, command.SETTINGS, args[1:])
+        sys.exit(command.run(read_settings(prog, defaults, options)))
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":  # a launcher starts several processes, which all say the same
+            print(f"captioner {name}: {error}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("CAPTIONER_DEBUG"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not worth importing torch for
+        if os.environ.get("CAPTIONER_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"captioner {name}: {message}{tell_mends(error, settings)}", file=sys.stderr)
+        fact = SettingError("the memory of the GPU is full", "batch_size") if out_of_memory else error
+        print(f"captioner {name}: {one_line(fact)}{mends(fact, defaults, options)}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code in (130, 143):  # saved and leaving: a signal that comes twice changes nothing

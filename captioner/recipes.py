@@ -172,11 +172,11 @@ COCO_TEACHER = TeacherConfig(
     map_classes="5:85",
     map_objectness=4,
 )
-"""YOLOX, a detector of COCO's 80 classes: it knows people, whom ImageNet has no class for."""
+"""YOLOX, a detector of COCO's 80 classes: it finds people, for whom ImageNet has no class."""
 
 
 STEM = {"stem": IMAGENET_TEACHER.name, "stem_options": IMAGENET_TEACHER.options}
-"""The first stages of the classifier, as they are: more than an encoder learns of its own where images are few."""
+"""The first stages of the classifier as the encoder's stem, which few images could not teach an encoder of its own."""
 
 
 def lookupvit_small_distill() -> PretrainConfig:
@@ -215,7 +215,7 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
         teachers=(IMAGENET_TEACHER, replace(COCO_TEACHER, image_size=320)),
         captions_repeat=2,
         word_weight=0.2,
-        words_from="teachers",  # an image's own words are learned by heart, and rewards then teach the decoder nothing
+        words_from="teachers",  # an encoder learns an image's own words by heart, and rewards then teach nothing
         grids=(3, 5, 5, 5, 7, 10),
         early_size=112,
         early_share=0.75,

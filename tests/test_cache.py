@@ -16,15 +16,17 @@ from PIL import Image
 
 import captioner
 from captioner import cli
-from captioner.commands import cache as caching
-from captioner.commands.cache import fill_cache
+from captioner.commands.cache import CacheConfig, fill_cache
 from captioner.commands.evaluate import EvaluateConfig, evaluate
+from captioner.data import cache_filling
 from captioner.data.batches import CaptionStream
 from captioner.data.config import DataConfig
 from captioner.data.encoding import disk_bytes, make_view
 from captioner.data.readers import read_captions
 from captioner.data.token_cache import TokenCache, open_cache
+from captioner.errors import SettingError
 from captioner.images import ImageError
+from captioner.training.config import EncoderConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +48,7 @@ def same(one: dict, other: dict) -> bool:
 def driver(config: dict, *, shard: int, before: str = "") -> list[str]:
     """Return the command that fills a cache in a process of its own, in shards of so many images."""
     args = [part for name, value in config.items() for part in (f"--{name}", *map(str, np.atleast_1d(value)))]
-    code = f"from captioner.training import cache; cache.SHARD_IMAGES = {shard}\n{before}\n"
+    code = f"from captioner.data import cache_filling; cache_filling.SHARD_IMAGES = {shard}\n{before}\n"
     return [sys.executable, "-c", f"{code}from captioner import cli; cli.main({['cache', *args]!r})"]
 
 
@@ -66,7 +68,7 @@ def test_a_killed_run_goes_on_where_it_was(cache_config, noise, saved_model, tmp
     fill_cache(cache_config(tmp_path / "whole", saved_model, grids=("2x2", "4x4")))
     folder = tmp_path / "broken"
     config = {"data.root": noise, "data.workers": 0, "captioner": saved_model, "output": folder, "batch-size": 1}
-    slowly = "import time; from captioner.training.cache import ImageViews as P; get = P.__getitem__\n"
+    slowly = "import time; from captioner.data.encoding import ImageViews as P; get = P.__getitem__\n"
     slowly += "P.__getitem__ = lambda self, row: (time.sleep(0.05), get(self, row))[1]"
     command = driver(config | {"grids": ["2x2", "4x4"]}, shard=2, before=slowly)
     kept: dict[str, int] = {}
@@ -93,7 +95,7 @@ def test_two_processes_share_the_work(cache_config, noise, saved_model, tmp_path
     fill_cache(cache_config(tmp_path / "one", saved_model))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "captioner.cli", "cache", "--data.root", noise, "--data.workers", "0"]
+    command += ["-m", "captioner", "cache", "--data.root", noise, "--data.workers", "0"]
     command += ["--captioner", saved_model, "--output", tmp_path / "two", "--splits"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run([*map(str, command), "train", "val"], capture_output=True, text=True, env=env, cwd=ROOT)
@@ -106,7 +108,7 @@ def test_two_processes_share_the_work(cache_config, noise, saved_model, tmp_path
 def test_shards_are_dealt_out_and_images_of_an_embedded_set_are_named(
     cache_config, noise, saved_model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(caching, "SHARD_IMAGES", 16)
+    monkeypatch.setattr(cache_filling, "SHARD_IMAGES", 16)
     fill_cache(cache_config(tmp_path / "files", saved_model, splits=("train",)))
     assert len(list((tmp_path / "files").glob("tokens-*"))) == 3
     table = read_captions(noise, "train")
@@ -129,14 +131,15 @@ def test_splits_are_added_to_a_cache(cache_config, noise, saved_model, tmp_path,
     fill_cache(cache_config(folder, saved_model, splits=("val",)))
     loaded = captioner.load(saved_model, "cpu")
     table = read_captions(noise, "train")
-    with pytest.raises(ValueError, match="lacks 40 of 40 images of the split 'train'; add them: captioner cache"):
+    with pytest.raises(ValueError, match="lacks 40 of 40 images of the split 'train'; `captioner cache` adds"):
         open_cache(folder, loaded.model, loaded.processor).images(table)
     capsys.readouterr()
     fill_cache(cache_config(folder, saved_model, splits=("train", "val")))
     assert "40 of 48 images to encode (2x2: 5 tokens of width 32; views: 1): 1.28e-05 GB" in capsys.readouterr().out
     assert len(open_cache(folder, loaded.model, loaded.processor).images(table)) == 40
-    with pytest.raises(ValueError, match="made with grids .*, not .*; choose another folder with --output"):
+    with pytest.raises(SettingError, match="made with grids 2x2, not 3x3") as caught:
         fill_cache(cache_config(folder, saved_model, grids=("3x3",)))
+    assert caught.value.settings == ("output",)
 
 
 def test_two_images_of_one_name_are_refused(cache_config, saved_model, tmp_path):
@@ -155,13 +158,17 @@ def test_an_unreadable_image_is_left_out_and_read_once_repaired(cache_config, no
     good = (root / "images" / "train5.png").read_bytes()
     (root / "images" / "train5.png").write_bytes(b"broken")
     (root / "images" / "val0.png").write_bytes(b"broken")
-    fill_cache(cache_config(folder, saved_model, root))
+    assert fill_cache(cache_config(folder, saved_model, root)) == 2
     captured = capsys.readouterr()
     assert "tokens of 46 images" in captured.out
-    assert "2 of them could not be read and are left out" in captured.out
+    assert "captioner cache: 2 of 48 images could not be read and are left out" in captured.err
     assert captured.err.count("captioner cache: skipped") == 2
-    fill_cache(cache_config(folder, saved_model, root))
-    assert "0 of 48 images to encode" in capsys.readouterr().out
+    args = ["cache", "--data.root", root, "--data.workers", 0, "--captioner", saved_model, "--output", folder]
+    with pytest.raises(SystemExit, match="1"):  # as `caption` exits; they are not tried again, but still left out
+        cli.main([*map(str, args)])
+    captured = capsys.readouterr()
+    assert "0 of 48 images to encode" in captured.out
+    assert "captioner cache: 2 of 48 images could not be read and are left out" in captured.err
 
     loaded = captioner.load(saved_model, "cpu")
     cache = open_cache(folder, loaded.model, loaded.processor)
@@ -189,7 +196,7 @@ def test_the_disk_is_estimated_before_and_never_overrun(cache_config, saved_mode
     size = next((tmp_path / "tokens").glob("tokens-*")).stat().st_size
     assert disk_bytes(40, 2, {"2x2": (5, 32)}) < size < disk_bytes(40, 2, {"2x2": (5, 32)}) + 40 * 40 + 500
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
-    with pytest.raises(OSError, match=r"lacks the room: the tokens take 1.28e-05 GB, 5e-06 GB are free; choose"):
+    with pytest.raises(OSError, match=r"has not the room: the tokens take 1.28e-05 GB, 5e-06 GB are free; "):
         fill_cache(cache_config(tmp_path / "more", saved_model, splits=("train",)))
     assert not list((tmp_path / "more").glob("tokens-*"))
 
@@ -204,7 +211,7 @@ def test_a_disk_full_midway_is_one_line_and_keeps_what_is_done(cache_config, noi
     assert result.returncode == 1
     lines = result.stderr.strip().splitlines()
     assert [line for line in lines if line.startswith("captioner cache: cannot write")] == lines[-1:]
-    assert "the finished shards are kept: make room and run the same command again" in lines[-1]
+    assert "the finished shards stay: make room and run the same command again" in lines[-1]
     assert "Traceback" not in result.stderr
     assert not list(folder.glob(".*"))
     assert len(TokenCache(folder).rows) == 8
@@ -216,7 +223,6 @@ def test_one_line_errors(noise, saved_model, tmp_path, capsys):
     base = ("cache", "--data.root", noise, "--captioner", saved_model, "--output", tmp_path / "out")
     for args, message in (
         ((*base, "--grids", "9x9"), "compressed grid 9x9 is not within the lookup grid 4x4"),
-        ((*base, "--grids", "9x"), "not of the form ROWSxCOLUMNS"),
         ((*base, "--splits", "test"), "no annotations under"),
         (("cache", "--output", tmp_path / "out", "--captioner", saved_model), "--data.root"),
         (("evaluate", *base[1:3], "--split=val", "--model", saved_model, "--data.tokens", tmp_path), "no token cache"),
@@ -227,3 +233,17 @@ def test_one_line_errors(noise, saved_model, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error, args
         assert error.strip().count("\n") == 0, error
+
+
+def test_a_cache_takes_the_grid_of_its_captioner(cache_config, make_model, processor, noise, tmp_path):
+    make_model(grid=(3, 3)).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    fill_cache(cache_config(tmp_path / "tokens", tmp_path / "model", splits=("val",)))
+    assert TokenCache(tmp_path / "tokens").manifest["grids"] == {"3x3": [10, 32]}
+    loaded = captioner.load(tmp_path / "model", "cpu")
+    assert len(open_cache(tmp_path / "tokens", loaded.model, loaded.processor).rows) == 8
+
+
+def test_an_encoder_beside_a_captioner_is_refused(saved_model):
+    with pytest.raises(SettingError, match="which has its own encoder"):
+        CacheConfig(captioner=str(saved_model), model=EncoderConfig(image_size=64))

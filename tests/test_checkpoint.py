@@ -19,6 +19,7 @@ from training_runs import ROOT, full_disk, losses, stop_at, truncate
 
 import captioner
 from captioner.data.token_cache import encoder_fingerprint
+from captioner.errors import SettingError
 from captioner.runs import checkpoint
 from captioner.runs.checkpoint import find_damage, list_checkpoints
 from captioner.runs.files import recover_folder, replace_folder
@@ -121,6 +122,7 @@ def test_what_a_kill_left_half_done_is_undone(unbroken, tmp_path, capsys):
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(unbroken, tmp_path):
+    (tmp_path / "checkpoints").mkdir()  # the run made it, and was killed before it wrote a checkpoint into it
     (tmp_path / "log.jsonl").write_text('{"step": 2, "loss": 99.0}\n{"step": 4, "lo')
     train(replace(unbroken, output=tmp_path, epochs=1))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -192,14 +194,14 @@ def test_without_any_whole_checkpoint_a_run_refuses_to_begin_anew(unbroken, tmp_
     config = replace(unbroken, output=tmp_path, epochs=1)
     train(config)
     truncate(tmp_path / "checkpoints" / "step_00000004" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"every checkpoint in '.*' is damaged; delete that folder to start over"):
+    with pytest.raises(ValueError, match=r"every checkpoint in '.*' is damaged; delete that folder"):
         train(config)
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_best_model(unbroken, tmp_path):
     config = replace(unbroken, output=tmp_path, epochs=1)
     best = train(config)
-    said = r"cannot write checkpoint '.*08' \(.*\); free .*00000004' is kept"
+    said = r"cannot write checkpoint '.*08' \(.*\); free some disk space and run again; '.*00000004' is still there"
     with full_disk(), pytest.raises(OSError, match=said):
         train(replace(config, epochs=2))
     (kept,) = (tmp_path / "checkpoints").iterdir()
@@ -209,7 +211,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_best_model(unbroken, t
         save_best(Accelerator(cpu=True), loaded.model, loaded.processor, best, "float32")
     again = captioner.load(best, "cpu").model.state_dict()
     assert all(torch.equal(again[key], value) for key, value in loaded.model.state_dict().items())
-    assert not (tmp_path / ".best").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_model_saved_in_bfloat16_keeps_its_token_cache(unbroken, tmp_path):
@@ -226,7 +228,7 @@ def test_a_model_saved_in_bfloat16_keeps_its_token_cache(unbroken, tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path):
     config = replace(unbroken, output=tmp_path, epochs=1)
     train(config)
-    with pytest.raises(ValueError, match=r"at step \d+; lower --learning-rate and run again, which resumes"):
+    with pytest.raises(SettingError, match=r"at step \d+; with a lower learning rate, the run goes on from the last"):
         train(replace(config, epochs=2, learning_rate=1e30, clip=1e30, save_steps=1))
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     state = torch.load(newest / "optimizer.bin", weights_only=True)

@@ -6,6 +6,7 @@ import pytest
 
 from captioner import cli
 from captioner.grids import parse_grid
+from captioner.options import read_settings
 from captioner.recipes import PRETRAIN
 
 
@@ -64,7 +65,7 @@ def test_one_line_errors(saved_model, images, tmp_path, capsys):
         (("train", "debug"), "--data.root"),
         (("train", "debug", "--data.root", tmp_path / "nowhere.json"), "no annotations at"),
         (("evaluate", "--model", saved_model, "--data.root", tmp_path / "empty"), "no annotations under"),
-        (("pretrain", "debug"), "nothing to train on"),
+        (("pretrain", "debug"), "there is nothing to train on; give --images or --captions"),
     ]
     for args, message in cases:
         assert run(*args, *(("--output", tmp_path / "out") if args[0] != "caption" else ())) == 1, args
@@ -85,10 +86,10 @@ def test_settings_that_make_no_sense_are_a_wrong_command_line(capsys):
 
 
 def test_further_arguments_of_an_encoder_are_keys_and_values(capsys):
-    args = ["debug", "--encoder-options", "depth=3", "drop_path_rate=0.1", "class_token=False", "act=gelu"]
-    config = cli.parse_recipe("pretrain", PRETRAIN, args)
+    args = ["--encoder-options", "depth=3", "drop_path_rate=0.1", "class_token=False", "act=gelu"]
+    config = read_settings("captioner pretrain debug", PRETRAIN["debug"](), args)
     assert config.encoder_options == {"depth": 3, "drop_path_rate": 0.1, "class_token": False, "act": "gelu"}
-    config = cli.parse_recipe("pretrain", PRETRAIN, ["lookupvit_tiny_distill_cpu", "--encoder-options", "depth=3"])
+    config = read_settings("", PRETRAIN["lookupvit_tiny_distill_cpu"](), ["--encoder-options", "depth=3"])
     assert config.encoder_options == {"depth": 3}
     assert run("pretrain", "debug", "--encoder-options", "depth") == 2
     assert "'depth' is not of the form KEY=VALUE" in capsys.readouterr().err

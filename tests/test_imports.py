@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "captioner"
 ROOMS = [
     "__main__",
     "cli",
+    "options",
     "commands",
     "recipes",
     "training pretraining",

@@ -160,7 +160,7 @@ def test_dropout_is_silenced_however_it_is_kept(make_model, config):
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(ValueError, match="the mean baseline needs more than 1 samples; raise --scst.samples"):
+    with pytest.raises(ValueError, match="the mean baseline needs at least 2 samples, not 1"):
         ScstConfig(samples=1)
     assert ScstConfig(samples=1, baseline="greedy").samples == 1
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 import captioner
-from captioner.encoders import create_encoder, encoder_config
+from captioner.encoders import create_encoder, describe_encoder
 from captioner.encoders.shipped import WEIGHTS
 from captioner.processing import image_settings
 
@@ -55,7 +55,7 @@ def test_the_first_command_of_the_readme(tmp_path):
 def test_its_encoder_can_be_named_alone():
     model = captioner.load(device="cpu")
     encoder = create_encoder("shipped").eval()
-    assert encoder_config("shipped", encoder) == model.model.config.encoder_config
+    assert describe_encoder("shipped") == model.model.config.encoder_config
     image = image_settings(encoder.default_cfg)
     assert {key: list(v) if isinstance(v, tuple) else v for key, v in image.items()} == {
         key: list(v) if isinstance(v, tuple) else v for key, v in model.processor.image.items()

@@ -25,7 +25,7 @@ def test_words_that_follow_from_features_are_told_of_unseen_images(data):
     teacher = make(features @ truth, features)
     assert teacher.explained > 0.7  # the smallest penalty still shrinks
     rows = torch.tensor([3, IMAGES + 7])  # with captions, without
-    told = teacher.tell(rows, features[rows % IMAGES], IMAGES)
+    told = teacher.predict(rows, features[rows % IMAGES], IMAGES)
     torch.testing.assert_close(told, (features @ truth)[rows % IMAGES], atol=0.05, rtol=0)
 
 
@@ -34,7 +34,7 @@ def test_nothing_is_told_of_words_that_have_nothing_to_do_with_the_image(data):
     words = torch.rand(IMAGES, WORDS, generator=torch.Generator().manual_seed(1))
     teacher = make(words, features)
     assert abs(teacher.explained) < 0.05
-    told = teacher.tell(torch.arange(IMAGES), features, IMAGES)
+    told = teacher.predict(torch.arange(IMAGES), features, IMAGES)
     torch.testing.assert_close(told, words.mean(0).expand_as(told), atol=0.1, rtol=0)
 
 
@@ -44,7 +44,7 @@ def test_what_is_told_of_a_image_does_not_depend_on_its_own_words(data):
     changed = words.clone()
     changed[7] = 1 - words[7]
     others = torch.tensor([7, 7 + FOLDS, 8])  # itself, one of its fold, one of another
-    before, after = (make(w, features).tell(others, features[others], IMAGES) for w in (words, changed))
+    before, after = (make(w, features).predict(others, features[others], IMAGES) for w in (words, changed))
     assert torch.equal(before[:2], after[:2])
     assert not torch.equal(before[2], after[2])
 

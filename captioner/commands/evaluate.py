@@ -3,19 +3,14 @@
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from captioner.data.batches import open_images
 from captioner.data.config import DataConfig
-from captioner.data.readers import read_split
-from captioner.data.token_cache import open_cache
-from captioner.evaluation import caption_split, score_results, write_results
+from captioner.errors import SettingError, check_positive
 from captioner.grids import parse_grid
-from captioner.inference import load
-from captioner.metrics import METRICS, Scores
-from captioner.metrics.java import spice_models
-from captioner.runs.config import config_text, save_config
-from captioner.runs.files import open_whole
-from captioner.runs.processes import start_processes
+
+if TYPE_CHECKING:
+    from captioner.metrics import Scores
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,13 @@ class EvaluateConfig:
     max_new_tokens: int = 24
     """Longest caption in tokens."""
     limit: int | None = None
-    """Caption the first so many images only."""
+    """Caption only the first images, so many of them."""
     spice: Path | None = None
     """Folder with SPICE's models; without it SPICE is left out."""
 
     def __post_init__(self):
-        for name in ("batch_size", "num_beams", "max_new_tokens", "limit"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
+        check_positive(self, "batch_size", "num_beams", "max_new_tokens", "limit")
+        parse_grid(self.grid)
 
 
 SETTINGS = EvaluateConfig
@@ -59,7 +53,7 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def evaluate(config: EvaluateConfig) -> Scores | None:
+def evaluate(config: EvaluateConfig) -> "Scores | None":
     """Run the evaluation job; returns the scores in the main process, None in the others.
 
     Raises:
@@ -67,6 +61,17 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
             of another evaluation in `output`.
         OSError: a file that is missing, SPICE's models among them.
     """
+    from captioner.data.batches import open_images
+    from captioner.data.readers import read_split
+    from captioner.data.token_cache import open_cache
+    from captioner.evaluation import caption_split, score_results, write_results
+    from captioner.inference import load
+    from captioner.metrics import METRICS
+    from captioner.metrics.java import spice_models
+    from captioner.runs.config import save_config
+    from captioner.runs.files import open_whole
+    from captioner.runs.processes import start_processes
+
     if config.spice:
         spice_models(config.spice)
     accelerator = start_processes()
@@ -75,14 +80,15 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
     captioner = load(config.model, str(accelerator.device))
-    cache = open_cache(config.data.tokens, captioner.model, captioner.processor, parse_grid(config.grid))
+    grid = parse_grid(config.grid)
+    cache = open_cache(config.data.tokens, captioner.model, captioner.processor, grid)
     results = caption_split(
         accelerator,
         captioner.model,
         captioner.processor,
         table,
         batch_size=config.batch_size,
-        grid=parse_grid(config.grid),
+        grid=grid,
         workers=config.data.workers,
         images=open_images(table, captioner.processor, cache),
         num_beams=config.num_beams,
@@ -103,16 +109,17 @@ def evaluate(config: EvaluateConfig) -> Scores | None:
 
 
 def check_output(config: EvaluateConfig) -> None:
-    """Refuse to replace the results of an evaluation with other settings, unless told to.
+    """Refuse to replace files of another evaluation, or of a training run, unless `overwrite` is set.
 
     Raises:
-        ValueError: there are such results.
+        SettingError: there are such files.
     """
-    saved, same = config.output / "run_config.json", replace(config, overwrite=False)
-    if config.overwrite or not (config.output / "results.json").exists() or not saved.exists():
+    from captioner.runs.config import config_text
+
+    saved = config.output / "run_config.json"
+    found = [name for name in (saved.name, "results.json", "scores.json") if (config.output / name).exists()]
+    if config.overwrite or not found:
         return
-    if saved.read_text() != config_text(same):
-        raise ValueError(
-            f"'{config.output}' holds the results of an evaluation with other settings, see '{saved}'; "
-            "name another --output, or pass --overwrite"
-        )
+    if not saved.exists() or saved.read_text() != config_text(replace(config, overwrite=False)):
+        fact = f"'{config.output}' holds {' and '.join(found)} of a run with other settings, which this would replace"
+        raise SettingError(fact, "output", "overwrite")

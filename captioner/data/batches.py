@@ -37,9 +37,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.table)
 
-    def workers(self, wanted: int) -> int:
-        """Return how many loading processes are worth having: those wanted."""
-        return wanted
+    def workers(self, count: int) -> int:
+        """Return how many loading processes to start in place of `count`: as many."""
+        return count
 
     def open(self, number: int) -> torch.Tensor:
         """Open image `number` as pixels (3, H, W).

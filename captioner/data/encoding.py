@@ -3,9 +3,7 @@
 Letters: B images of a batch, V views of each, M image tokens, D their width.
 """
 
-import hashlib
 import json
-import os
 import sys
 import zlib
 from collections.abc import Sequence
@@ -25,8 +23,10 @@ from tqdm import tqdm
 
 from captioner.data.token_cache import image_size
 from captioner.encoders import TokenEncoder
+from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.images import ImageError, open_image
+from captioner.runs.digests import digest_text
 from captioner.runs.files import open_whole
 from captioner.runs.processes import leave_signals_to_main
 from captioner.runs.progress import progress_bar
@@ -65,24 +65,44 @@ def disk_bytes(images: int, views: int, shapes: dict[str, tuple[int, int]]) -> i
     return images * views * sum(tokens * width for tokens, width in shapes.values()) * BYTES
 
 
-@dataclass
+@dataclass(frozen=True)
+class ViewSettings:
+    """The views of each image, and the half precision of their tokens.
+
+    Attributes:
+        views: V: the image, its mirror image, then random crops, each mirrored or not.
+        min_crop: least share of the image in a random crop.
+        seed: seed of the crops.
+        dtype: `float16` or `bfloat16`.
+    """
+
+    views: int
+    min_crop: float
+    seed: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Job:
-    """What a run has to do: images by row of the table, in shards, and what their tokens look like."""
+    """The images to encode.
+
+    Attributes:
+        table: the caption table.
+        names: name of each image, as the cache has it.
+        shards: rows of the table whose images are to be encoded, in shards.
+        shapes: tokens and width (M, D) of an image at each grid.
+        views: views of each image.
+    """
 
     table: "datasets.Dataset"
     names: list[str]
     shards: list[list[int]]
     shapes: dict[str, tuple[int, int]]
-    views: int
-    min_crop: float
-    seed: int
-    dtype: str
-    batch_size: int
-    workers: int
+    views: ViewSettings
 
     @property
     def images(self) -> int:
-        """Images still to encode."""
+        """Number of images to encode."""
         return sum(map(len, self.shards))
 
 
@@ -99,9 +119,10 @@ class ImageViews(Dataset):
             image = open_image(record)
         except ImageError as error:
             return row, size, str(error)
-        rng = np.random.default_rng((self.job.seed, zlib.crc32(self.job.names[row].encode())))
-        views = [make_view(image, view, self.job.min_crop, rng) for view in range(self.job.views)]
-        return row, size, torch.stack([self.transform(view) for view in views])
+        views = self.job.views
+        rng = np.random.default_rng((views.seed, zlib.crc32(self.job.names[row].encode())))
+        images = [make_view(image, view, views.min_crop, rng) for view in range(views.views)]
+        return row, size, torch.stack([self.transform(view) for view in images])
 
 
 def make_view(image: Image.Image, view: int, min_crop: float, rng: np.random.Generator) -> Image.Image:
@@ -123,20 +144,42 @@ def encode_shards(
     grids: dict[str, Grid | None],
     settings: dict,
     made_by: str,
-) -> int:
-    """Encode the images of this process and write each shard when it is whole; returns how many were unreadable.
+    *,
+    batch_size: int,
+    workers: int,
+) -> None:
+    """Encode the images of this process and write each shard when it is whole.
+
+    An image that cannot be read is named on standard error, and in the shard with the reason.
+
+    Args:
+        accelerator: for the device and the precision of the forward.
+        encoder: the frozen encoder.
+        job: the images of this process.
+        folder: folder of the cache.
+        grids: compressed grids by name; `None` is the encoder's own.
+        settings: timm's data settings, which prepare an image.
+        made_by: digest of what made the cache, which every shard carries.
+        batch_size: images per forward.
+        workers: image loading processes.
 
     Raises:
         ValueError: the tokens are not finite in half precision.
-        OSError: the disk is full; finished shards are kept.
+        OSError: the disk is full; finished shards stay.
     """
-    size, dtype = job.batch_size, getattr(torch, job.dtype)
+    size, dtype = batch_size, getattr(torch, job.views.dtype)
     batches = [shard[start : start + size] for shard in job.shards for start in range(0, len(shard), size)]
     dataset = ImageViews(job, settings)
-    options = {"num_workers": job.workers, "collate_fn": list, "worker_init_fn": leave_signals_to_main}
-    loader = iter(DataLoader(dataset, batch_sampler=batches, **options))
+    loader = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=leave_signals_to_main,
+        )
+    )
     bar = progress_bar(total=job.images, unit="img", desc="encoding", disable=not accelerator.is_main_process)
-    failed = 0
     for shard in job.shards:
         tokens: dict[str, list[torch.Tensor]] = {name: [] for name in grids}
         images, broken = [], []
@@ -154,15 +197,13 @@ def encode_shards(
                     with accelerator.autocast(), torch.inference_mode():
                         encoded = encoder.encode(pixels.flatten(0, 1), grid)  # (B*V, M, D)
                     tokens[name].append(encoded.to("cpu", dtype).unflatten(0, pixels.shape[:2]))
-        failed += len(broken)
         whole = {name: torch.cat(parts) for name, parts in tokens.items() if parts}  # (n, V, M, D)
         if not all(part.isfinite().all() for part in whole.values()):
-            raise ValueError(f"the encoder's tokens are not finite as {job.dtype}; use --dtype bfloat16")
+            raise SettingError(f"the encoder's tokens are not finite as {job.views.dtype}", "dtype")
         header = {"made_by": made_by, "images": json.dumps(images), "broken": json.dumps(broken)}
-        digest = hashlib.blake2b("\n".join(job.names[row] for row in shard).encode(), digest_size=8).hexdigest()
+        digest = digest_text("\n".join(job.names[row] for row in shard))
         write_shard(folder / f"tokens-{digest}.safetensors", save(whole, header))
     bar.close()
-    return failed
 
 
 def write_shard(path: Path, data: bytes) -> None:
@@ -176,6 +217,6 @@ def write_shard(path: Path, data: bytes) -> None:
             file.write(data)
     except OSError as error:
         raise OSError(
-            f"cannot write '{path}': {os.strerror(error.errno)}; the finished shards are kept: make room and run the "
-            "same command again"
+            f"cannot write '{path}': {error.strerror or error}; the finished shards stay: make room and run the same "
+            "command again"
         ) from None

@@ -1,17 +1,16 @@
-"""The token cache: what a frozen encoder says about each image, computed once, kept on disk, memory-mapped.
+"""The token cache: the tokens of a frozen encoder for each image, computed once, stored on disk, memory-mapped.
 
 Letters: n images of a shard, V views of each, B images of a batch, M image tokens, D their width.
 
 A cache is a folder. `cache.json` says what made it: encoder, a digest of its weights, preprocessing, grids, views.
-The tokens lie beside it in shards of at most 512 images, `tokens-*.safetensors`: for each grid one tensor (n, V, M, D),
-and in the header which images they are. Why safetensors: a shard is one contiguous array that maps into memory without
-a copy (Arrow would cut rows into batches and give back lists of them), its header tells a truncated file from a whole
-one (a raw array cannot), and the project writes no other format. Why shards: each is written under another name and
-renamed, so that a kill at any moment costs the images of one shard and leaves nothing half done, processes need no lock
-to share the work, and further splits are further shards.
+Beside it are shards of at most 512 images, `tokens-*.safetensors`: for each grid one tensor (n, V, M, D), and in the
+header which images they are. Why safetensors: a shard is one contiguous array that maps into memory without a copy
+(Arrow would cut rows into batches and give back lists of them), its header tells a truncated file from a whole one (a
+raw array cannot), and the project writes no other format. Why shards: each is written under another name and renamed,
+so that a kill at any moment costs the images of one shard and leaves nothing half done, processes need no lock to share
+the work, and further splits are further shards.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,10 +23,12 @@ from pyarrow.compute import struct_field
 from safetensors import SafetensorError, safe_open
 
 from captioner.encoders import TokenEncoder
+from captioner.errors import SettingError
 from captioner.grids import Grid, write_grid
 from captioner.images import ImageError
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
+from captioner.runs.digests import digest_json, digest_tensors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,13 +50,8 @@ def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict
         encoder_config: timm name and arguments, as in `CaptionerConfig`.
         image: timm's data settings, as in `CaptionerProcessor`.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(encoder.state_dict().items()):
-        value = value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
-    arguments = encoder_config.get("kwargs", {})
-    content = {"encoder": encoder_config["name"], "arguments": arguments, "weights": digest.hexdigest(), "image": image}
+    weights, arguments = digest_tensors(encoder.state_dict()), encoder_config.get("kwargs", {})
+    content = {"encoder": encoder_config["name"], "arguments": arguments, "weights": weights, "image": image}
     return json.loads(json.dumps(content))  # tuples become lists, as they come back from disk
 
 
@@ -88,7 +84,7 @@ class TokenCache:
     Args:
         folder: what `captioner cache` wrote.
         source: the `encoder_fingerprint` that the cache must come from; `None` takes any.
-        grids: names of the grids to read; the first is what images are read at unless they are asked for another.
+        grids: names of the grids to read; images are read at the first of them where no other is given.
 
     Raises:
         FileNotFoundError: no cache is there.
@@ -100,11 +96,10 @@ class TokenCache:
         if source is not None:
             self.check(source)
         if lacking := [grid for grid in grids if grid not in self.manifest["grids"]]:
-            raise ValueError(
+            raise SettingError(
                 f"the token cache '{folder}' holds the grids {', '.join(self.manifest['grids'])}, not "
-                f"{', '.join(lacking)}; ask for those it holds, or make another cache: captioner cache "
-                + ("" if "all" in grids else f"--grids {' '.join(grids)} ")
-                + "--output OTHER-FOLDER ..."
+                f"{', '.join(lacking)}; a cache of these needs a folder of its own",
+                *("grids", "grid", "tokens"),
             )
         self.rows: dict[str, int] = {}
         self.sizes: list[int] = []
@@ -116,7 +111,7 @@ class TokenCache:
             self._open_shard(path, expected)
 
     def _open_shard(self, path: Path, expected: str) -> None:
-        remedy = "delete that file and run the same `captioner cache` again, which makes only what it held"
+        remedy = "delete that file and run the same `captioner cache` again, which encodes only its images"
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
@@ -140,17 +135,21 @@ class TokenCache:
         """Refuse a cache that another encoder or another preprocessing made.
 
         Raises:
-            ValueError: saying what differs.
+            SettingError: saying what differs.
         """
-        remedy = "make one for this model: captioner cache --output OTHER-FOLDER ..."
+        if difference := self.difference(source):
+            raise SettingError(f"{difference}; this model needs a cache of its own", "tokens")
+
+    def difference(self, source: dict) -> str | None:
+        """Say how the encoder and the preprocessing of the cache differ from a model's; `None` if they do not."""
         made_by = {key: self.manifest[key] for key in SOURCE}
         if made_by == source:
-            return
+            return None
         if made_by["encoder"] != source["encoder"]:
             what = f"another encoder, {made_by['encoder']}, where the model has {source['encoder']}"
         elif made_by["arguments"] != source["arguments"]:
             one, other = (" ".join(f"{k}={v}" for k, v in s["arguments"].items()) for s in (made_by, source))
-            what = f"{source['encoder']} with {one or 'no options'}, where the model has {other or 'none'}"
+            what = f"{source['encoder']} with {one or 'no options'}, where the model has {other or 'no options'}"
         elif made_by["weights"] != source["weights"]:
             what = f"other weights of {source['encoder']} than the model's"
         else:
@@ -158,7 +157,7 @@ class TokenCache:
             what = "other preprocessing: " + ", ".join(
                 f"{k} {made_by['image'].get(k)}, where the model has {source['image'].get(k)}" for k in keys
             )
-        raise ValueError(f"the token cache '{self.folder}' comes from {what}; {remedy}")
+        return f"the token cache '{self.folder}' comes from {what}"
 
     def missing(self, table: "Dataset") -> int:
         """Count the images of a table that are neither encoded nor known to be unreadable."""
@@ -174,7 +173,7 @@ class TokenCache:
         if count := sum(name not in self.rows and name not in self.broken for name in names):
             raise ValueError(
                 f"the token cache '{self.folder}' lacks {count} of {len(names)} images of the split "
-                f"'{table[0]['split']}'; add them: captioner cache --splits ... --output '{self.folder}' ..."
+                f"'{table[0]['split']}'; `captioner cache` adds a split to the same folder"
             )
         for number in np.linspace(0, len(names) - 1, min(SAMPLE, len(names))).astype(int).tolist():
             image, row = table[number]["image"], self.rows.get(names[number])
@@ -201,8 +200,8 @@ class CachedImages:
     def __len__(self) -> int:
         return len(self.row)
 
-    def workers(self, wanted: int) -> int:
-        """Return how many loading processes are worth having: none, for reading costs less than handing on."""
+    def workers(self, count: int) -> int:
+        """Return how many loading processes to start in place of `count`: none, as they cost more than reading."""
         return 0
 
     def open(self, number: int) -> int:
@@ -238,7 +237,7 @@ def open_cache(
 
     Args:
         grid: the grid at which images are read; `None` for the model's own.
-        grids: all grids that may be asked for in its place.
+        grids: all grids at which images may be read in its place.
 
     Raises:
         FileNotFoundError: no cache is there.
@@ -247,7 +246,7 @@ def open_cache(
     if folder is None:
         return None
     source = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
-    names = [grid_name(model.encoder, wanted) for wanted in (grid or model.config.grid, *grids)]
+    names = [grid_name(model.encoder, each) for each in (grid or model.config.grid, *grids)]
     return TokenCache(folder, source, tuple(dict.fromkeys(names)))
 
 
@@ -260,7 +259,7 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"no token cache at '{folder}'; make one: captioner cache --output '{folder}' ...")
+        raise FileNotFoundError(f"no token cache at '{folder}'; `captioner cache` makes one")
     try:
         manifest = json.loads(path.read_text())
         if manifest.keys() >= {*SOURCE, "grids", "views"}:
@@ -272,4 +271,4 @@ def read_manifest(folder: Path) -> dict:
 
 def manifest_digest(manifest: dict) -> str:
     """Return the digest that every shard of a cache carries."""
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest_json(manifest)

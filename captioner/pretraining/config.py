@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from captioner.errors import SettingError, check_positive, check_shares
+
 
 def read_options(words: list[str]) -> dict[str, Any]:
     """Read `KEY=VALUE` words; a value that is no Python literal is text.
@@ -39,6 +41,10 @@ Options = Annotated[
 """A dictionary as it is written on the command line: `depth=6 dynamic_img_size=True`."""
 
 
+MAPS = ("map_classes", "map_objectness", "map_size", "map_weight")
+"""Settings of `TeacherConfig` that only a teacher with `maps` uses."""
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """A frozen network whose outputs the student learns to predict."""
@@ -55,9 +61,9 @@ class TeacherConfig:
     """timm: further keyword arguments of `timm.create_model`, such as `pad_type=same`."""
 
     image_size: int | None = None
-    """Side in pixels at which the teacher sees the view; `None` for the view's own."""
+    """Side in pixels to which the view is resized for the teacher; `None` for the view's own."""
     mean: tuple[float, float, float] | None = None
-    """Mean of the teacher's input, for pixels in [0, 1]; `None` for what timm or transformers know of it, else 0.5."""
+    """Mean of the teacher's input, for pixels in [0, 1]; `None` for what timm or transformers has, else 0.5."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of the teacher's input, likewise; 1/255 each makes an input of 0 to 255."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
@@ -71,9 +77,9 @@ class TeacherConfig:
     map_classes: str = ":"
     """Channels of `maps` that are classes, FIRST:END, such as `5:85`."""
     map_objectness: int | None = None
-    """Channel of `maps` that every class probability is multiplied with, as detectors have it."""
+    """Channel of `maps` that every class probability is multiplied with, as in detectors."""
     map_size: int = 10
-    """Side of the grid of cells to which `maps` are brought."""
+    """Side of the grid of cells to which `maps` are resized."""
 
     logit_weight: float = 0.2
     """Weight of the loss on class probabilities (Kullback-Leibler divergence)."""
@@ -89,16 +95,33 @@ class TeacherConfig:
     def __post_init__(self):
         first, colon, end = self.map_classes.partition(":")
         if not colon or not all(part.isdecimal() or not part for part in (first, end)):
-            raise ValueError(f"map_classes is '{self.map_classes}'; write FIRST:END, such as 5:85")
+            raise SettingError(
+                f"map_classes '{self.map_classes}' is not of the form FIRST:END, such as 5:85", "map_classes"
+            )
+        check_positive(self, "image_size", "num_classes", "map_size", "temperature")
         if unknown := set(self.nodes) - {"logits", "pooled", "grid"}:
-            raise ValueError(f"a teacher has no '{unknown.pop()}'; nodes may name logits, pooled and grid")
+            raise SettingError(f"a teacher has no '{unknown.pop()}'; nodes may name logits, pooled and grid", "nodes")
         if self.kind == "onnx" and not self.nodes and not self.maps:
-            raise ValueError(f"say which outputs of '{self.name}' to learn from, with nodes or maps")
+            raise SettingError(f"no output of the teacher '{self.name}' is named to learn from", "nodes", "maps")
+        if self.kind != "onnx" and self.nodes:
+            raise SettingError(f"nodes are set, but the teacher '{self.name}' is of kind {self.kind}, not onnx", "kind")
+        if self.kind != "timm" and self.checkpoint is not None:
+            raise SettingError(
+                f"a checkpoint is set, but the teacher '{self.name}' is of kind {self.kind}, not timm", "kind"
+            )
 
-
-AT_LEAST_ONE = ("image_size", "early_size", "late_size", "store_size", "views", "captions_repeat", "num_words")
-AT_LEAST_ONE += ("batch_size", "workers", "probe_images", "log_every")
-SHARES = ("train_stem", "early_share", "min_crop", "label_smoothing", "warmup", "ema")
+    def unused(self) -> dict[str, str]:
+        """Map the settings that have no effect beside the others to the reason."""
+        unused: dict[str, str] = {}
+        if self.kind != "timm":
+            reason = f"the teacher is of kind {self.kind}, not timm"
+            unused |= dict.fromkeys(("checkpoint", "num_classes", "options"), reason)
+        if self.kind != "onnx":
+            reason = f"the teacher is of kind {self.kind}, not onnx"
+            unused |= dict.fromkeys(("nodes", "maps", *MAPS), reason)
+        elif not self.maps:
+            unused |= dict.fromkeys(MAPS, "the teacher has no maps")
+        return unused
 
 
 @dataclass(frozen=True)
@@ -113,57 +136,58 @@ class PretrainConfig:
     """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`. They replace all that a recipe has."""
     init_from: str | None = None
     """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too). An encoder
-    whose stem is a timm network (`--encoder-options stem=mobilenetv2_100`) starts from that network's instead, or,
-    unless they are named here, from those of the teacher that is this network."""
+    whose stem is a timm network (`encoder_options` with `stem=mobilenetv2_100`) starts from the weights of that
+    network. Without `init_from`, it takes them from the teacher that is the same network."""
     train_stem: float = 0.0
-    """Share of the steps, the last ones, in which such a stem is trained with the rest; before, all of it but its last,
-    linear layer stays as it began. Any other stem is trained all along."""
+    """Share of the steps, the last ones, in which a stem that is a timm network is trained with the rest. Before them,
+    only its last, linear layer is trained. Any other stem is trained in every step."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
-    """Compressed grids, one drawn per step, so that one set of weights serves all; a repeated one comes more often."""
+    """Compressed grids. Each step draws one, so that one set of weights serves all; a repeated one comes more often."""
     image_size: int = 224
     """Side in pixels of the augmented view that student and teachers share."""
     early_size: int = 160
-    """Side in pixels at which the student sees the view early on: cheaper, and most is learned on small views."""
+    """Side in pixels of the student's view in the first steps: small views are cheaper, and teach most of it."""
     early_share: float = 0.0
     """Share of the steps that take `early_size`."""
     late_size: int | None = None
-    """Side in pixels at which the student sees the view after that, as captioners then will; `None` for
+    """Side in pixels of the student's view in the steps after those, and of a captioner's images later; `None` for
     `image_size`."""
 
     images: tuple[str, ...] = ()
     """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, by path or glob."""
     captions: str | None = None
-    """Captioned images (see `captioner train --help`): their images are used, and their words are labels."""
+    """Captioned images, as `captioner train` reads them: the images are used, and the words are labels."""
     captions_repeat: int = 1
-    """How often the captioned images come in an epoch."""
+    """How often each captioned image is drawn in an epoch."""
     captions_split: str = "train"
     """Split of the captioned images; never train on `val` or `test`."""
     store: Path | None = None
     """Folder of decoded images and teacher outputs, which runs may share; `None` for `output/store`."""
     store_size: int = 256
-    """Side in pixels of a decoded image; one takes 3 bytes a pixel of disk."""
+    """Side in pixels of a decoded image, which takes 3 bytes of disk for each pixel."""
     views: int | None = None
-    """Distinct views of an image, whose teacher outputs are kept on disk; `None` draws a fresh view every time."""
+    """Distinct views of an image, whose teacher outputs stay on disk; `None` draws a new view every time."""
     min_crop: float = 0.35
     """Least share of the image in a random crop."""
 
     teachers: tuple[TeacherConfig, ...] = ()
-    """Networks to distil from; none to learn from labels alone."""
+    """Networks to distil from; without any, the encoder learns from labels alone."""
     label_weight: float = 0.0
     """Weight of the cross-entropy on class labels, for images that have them."""
     label_smoothing: float = 0.1
     """Share of the label's probability spread over all classes."""
     mixup: float = 0.0
-    """Alpha of mixup (labels only); teachers then see the mixed view too."""
+    """Alpha of mixup, which mixes views and their class labels; teachers then see the mixed view, too."""
     cutmix: float = 0.0
-    """Alpha of cutmix, likewise."""
+    """Alpha of cutmix, which does so by rectangles."""
     num_words: int = 1000
     """Most frequent caption words to predict; used with `captions`."""
     word_weight: float = 0.03
     """Weight of the loss on caption words (binary cross-entropy, summed over words)."""
     words_from: Literal["captions", "teachers"] = "captions"
-    """Whose words: an image's own captions', which are soon known by heart where images are few, or those that its
-    teachers' outputs suggest, by a regression that has not seen the image's captions (and for every image)."""
+    """Where words come from. `captions`: the image's own captions; where images are few, the encoder soon knows these
+    by heart. `teachers`: a regression from the teachers' outputs, fitted on the captions of other images; it gives
+    words for every image."""
 
     steps: int = 10_000
     """Optimiser steps in all."""
@@ -193,40 +217,56 @@ class PretrainConfig:
     probe_train: str | None = None
     """Labelled images (as `images`) on which, at the end, a linear probe is fitted for each grid."""
     probe_val: str | None = None
-    """Labelled images whose share classified right is reported: by the probe, by neighbours, by the label head."""
+    """Labelled images on which the accuracy of the probe, of nearest neighbours and of the label head is measured."""
     probe_images: int = 10_000
-    """Images the probe is fitted on, at most."""
+    """Most images that the probe is fitted on."""
     log_every: int = 50
     """Steps between log lines."""
     save_minutes: float = 5.0
     """Minutes between checkpoints."""
     resume: str = "auto"
-    """`auto` goes on from the newest whole checkpoint in `output`, if there is one; `never` starts afresh, and refuses
-    an `output` that has checkpoints; anything else is the folder of a checkpoint to go on from."""
+    """`auto` goes on from the newest whole checkpoint in `output`, if there is one. `never` begins anew, and refuses an
+    `output` with an encoder, a log or checkpoints. Anything else is the folder of a checkpoint to go on from."""
     max_minutes: float | None = None
-    """Stop after this many minutes with a checkpoint (a further run goes on); `None` runs to the end."""
+    """Stop with a checkpoint after this many minutes; another run then goes on. `None` runs to the end."""
 
     @property
     def student_size(self) -> int:
-        """Side in pixels of the view as the student sees it at last."""
+        """Side in pixels of the student's view at the end of the run."""
         return self.late_size or self.image_size
 
     def __post_init__(self):
         if not self.grids or min(self.grids) < 1:
-            raise ValueError(f"grids are positive, not {self.grids}")
-        for name in AT_LEAST_ONE:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} is a share of 1, not {getattr(self, name)}")
+            raise SettingError(f"grids must be positive, not {self.grids}", "grids")
+        check_positive(self, "image_size", "early_size", "late_size", "store_size", "views", "captions_repeat")
+        check_positive(self, "num_words", "batch_size", "workers", "probe_images", "log_every", "learning_rate", "clip")
+        check_shares(self, "train_stem", "early_share", "min_crop", "label_smoothing", "warmup", "ema")
         if bool(self.probe_train) != bool(self.probe_val):
-            raise ValueError("a probe needs images to learn from and others to try it on: --probe-train, --probe-val")
+            raise SettingError("a probe needs images to be fitted on and others to measure", "probe_train", "probe_val")
         if self.words_from == "teachers" and not self.teachers:
-            raise ValueError("--words-from teachers needs teachers to tell them: give --teachers")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f"mixup and cutmix mix pairs: --batch-size must be even, not {self.batch_size}")
-        if (self.mixup or self.cutmix) and self.views is not None:
-            raise ValueError("mixup and cutmix make a new view every time: leave --views unset, or both at 0")
-        if (self.mixup or self.cutmix) and self.label_weight <= 0:
-            raise ValueError("mixup and cutmix mix class labels: give --label-weight, or leave both at 0")
+            raise SettingError("words cannot come from teachers, as there are none", "words_from")
+        if self.mixup or self.cutmix:
+            if self.batch_size % 2:
+                raise SettingError(f"mixup and cutmix mix pairs, and batch_size {self.batch_size} is odd", "batch_size")
+            if self.views is not None:
+                raise SettingError("mixup and cutmix make a new view every time, and views are fixed", "views", "mixup")
+            if self.label_weight <= 0:
+                raise SettingError("mixup and cutmix mix class labels, which have no weight", "label_weight")
+
+    def unused(self) -> dict[str, str]:
+        """Map the settings that have no effect beside the others, such as `teachers.0.maps`, to the reason."""
+        unused = {f"teachers.{n}.{name}": why for n, t in enumerate(self.teachers) for name, why in t.unused().items()}
+        words = ("num_words", "words_from")
+        if self.captions is None:
+            unused |= dict.fromkeys(
+                ("captions_repeat", "captions_split", "word_weight", *words), "there are no captions"
+            )
+        elif self.word_weight <= 0:
+            unused |= dict.fromkeys(words, "caption words have no weight")
+        if not self.early_share:
+            unused["early_size"] = "no step takes it: early_share is 0"
+        if self.label_weight <= 0:
+            unused["label_smoothing"] = "class labels have no weight"
+        if self.probe_train is None:
+            unused["probe_images"] = "there is no probe"
+        return unused

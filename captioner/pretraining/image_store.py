@@ -1,11 +1,10 @@
 """Images for pretraining, decoded once: small uint8 squares that fit in memory, or on the GPU, and stay there.
 
 Decoding a JPEG costs more than a training step of a small student, so every image of every source is opened once,
-squashed to a square and kept in one memory-mapped file. Letters: n images, R side of a square in pixels.
+squashed to a square and written into one memory-mapped file. Letters: n images, R side of a square in pixels.
 """
 
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,8 @@ from PIL import Image
 
 from captioner.data.image_files import search_folder
 from captioner.images import SUFFIXES, ImageError, ImageSource, open_image
+from captioner.runs.digests import digest_bytes, digest_json, digest_text, new_digest
+from captioner.runs.files import open_whole
 from captioner.runs.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Source:
     """Images of one kind and, where known, the class of each.
 
     Attributes:
-        name: what the source was called by.
+        name: what a person wrote for it.
         items: pairs of an image and its class name, `None` where it has none.
         stamp: changes when the source's content does.
     """
@@ -87,24 +88,21 @@ def open_folder(root: Path) -> Source:
 
 def stamp_files(files: Iterable[str | Path]) -> str:
     """Digest names, sizes and times of change of files."""
-    digest = hashlib.sha256()
+    lines = []
     for file in files:
         try:
             known = os.stat(file)
         except OSError:
-            digest.update(f"{file} gone\n".encode())
+            lines.append(f"{file} gone\n")
         else:
-            digest.update(f"{file} {known.st_size} {known.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+            lines.append(f"{file} {known.st_size} {known.st_mtime_ns}\n")
+    return digest_text("".join(lines))
 
 
 def stamp_images(images: Iterable[Mapping]) -> str:
     """Digest the images of a `datasets` column, not decoded: bytes as they are, files as `stamp_files` does."""
-    digest = hashlib.sha256()
-    for image in images:
-        content = image["bytes"]
-        digest.update(stamp_files([image["path"]]).encode() if content is None else hashlib.sha256(content).digest())
-    return digest.hexdigest()
+    found = [(image["bytes"], image["path"]) for image in images]
+    return digest_json([stamp_files([path]) if data is None else digest_bytes(data) for data, path in found])
 
 
 def read_parquet(name: str, files: list[str]) -> Iterable[tuple[Mapping, str | None]]:
@@ -193,16 +191,19 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         ValueError: no image can be opened.
         OSError: the disk is full.
     """
-    stamp = hashlib.sha256(repr([(s.name, s.stamp, side) for s in sources]).encode()).hexdigest()
+    stamp = digest_json([(s.name, s.stamp, side) for s in sources])
     meta, data = folder / "images.json", folder / "images.u8"
-    known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {"stamp": None}
-    if known["stamp"] == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
+    known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {}
+    if known.get("stamp") == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
         return ImageStore(folder)
     folder.mkdir(parents=True, exist_ok=True)
     meta.unlink(missing_ok=True)
-    data.unlink(missing_ok=True)  # a run that still has the old file mapped keeps it
-    content = hashlib.sha256()
-    ranges, labels, broken, classes = [], [], [], {}
+    data.unlink(missing_ok=True)  # a run that maps the old file still reads it
+    content = new_digest()
+    ranges: list[tuple[int, int]] = []
+    labels: list[int] = []
+    broken: list[int] = []
+    classes: dict[str, int] = {}
 
     def decode(item: tuple[ImageSource, str | None]) -> tuple[np.ndarray, str | None]:
         try:
@@ -222,9 +223,9 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
                         broken.append(len(labels))
                         square = np.zeros((3, side, side), np.uint8)
                     labels.append(-1 if label is None else classes.setdefault(label, len(classes)))
-                    square = np.ascontiguousarray(square)
-                    content.update(square)
-                    file.write(square)
+                    pixels = np.ascontiguousarray(square).data
+                    content.update(pixels)
+                    file.write(pixels)
                     bar.update()
             ranges.append((start, len(labels)))
     bar.close()
@@ -234,7 +235,6 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         logger.warning("%d of %d images could not be opened and are left out", len(broken), len(labels))
     found = {"side": side, "classes": list(classes), "ranges": ranges, "labels": labels, "broken": broken}
     content.update(json.dumps(found).encode())
-    temporary = folder / ".images.json"
-    temporary.write_text(json.dumps({"stamp": stamp, "content": content.hexdigest(), **found}))
-    temporary.rename(meta)
+    with open_whole(meta) as described:
+        json.dump({"stamp": stamp, "content": content.hexdigest(), **found}, described)
     return ImageStore(folder)

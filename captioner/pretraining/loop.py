@@ -1,10 +1,9 @@
 """Encoder pretraining: from class labels, from teachers that see the same view, and from the words of captions.
 
-Images are decoded once (data/images.py); views are cut on the device (data/views.py); what teachers say about a
-view is kept where views repeat (training/targets.py); batches.py joins all that; heads and losses are in distill.py.
+Images are decoded once (image_store.py); views are cut on the device (views.py); the teachers' outputs for a view stay
+on disk where views repeat (targets.py); batches.py joins all that; heads and losses are in student.py.
 """
 
-import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -30,41 +28,41 @@ from captioner.pretraining.student import Student
 from captioner.pretraining.teachers import Teacher, create_teacher
 from captioner.runs.checkpoint import check_finite, not_finite, resume, save_checkpoint
 from captioner.runs.config import save_config
-from captioner.runs.files import share_weights
+from captioner.runs.files import files_whole, share_weights
 from captioner.runs.interruption import Interruption
 from captioner.runs.log import RunLog
 from captioner.runs.processes import pick_precision, start_processes
 from captioner.runs.schedule import learning_rates
 
-ASK_EVERY, SLOW = 10, 0.5
-"""Steps between two looks at the clock and for signals, as asking waits for the device; where one takes longer than
-this many seconds, every step looks."""
+CHECK_EVERY, SLOW = 10, 0.5
+"""Steps between two checks of the clock and of signals, as a check waits for the device; and the seconds of a step
+above which every step checks."""
 
 FIXED = (
     *("encoder", "encoder_options", "train_stem", "optimizer", "seed", "ema", "grids", "image_size", "early_size"),
     *("early_share", "late_size", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
     *("label_weight", "label_smoothing", "word_weight", "words_from"),
 )
-"""Settings that a resumed run cannot change, beside images and teachers."""
+"""Settings that a resumed run cannot change, besides images and teachers."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run the pretraining job and return the folder of the exported encoder.
 
     Raises:
-        ValueError: no data, unknown names, a teacher that does not fit, a checkpoint of another run, or a loss that is
-            not finite.
+        ValueError: no data, unknown names, a teacher that does not fit, a checkpoint or the results of another run in
+            the output folder, or a loss that is not finite.
         OSError: the disk is full; earlier checkpoints are as they were.
-        SystemExit: the run was told to stop (SIGTERM, SIGINT) and has saved; the code is 128 + the signal.
+        SystemExit: a signal stopped the run (SIGTERM, SIGINT), which has saved; the code is 128 + the signal.
     """
     with Interruption() as interruption:
         return run(config, interruption)
 
 
 def run(config: PretrainConfig, interruption: Interruption) -> Path:
-    """Set up, then train: step, save where due, at the end export and probe; see `pretrain`."""
+    """Set up, then train: take a step, save when due, at the end export and probe; see `pretrain`."""
     if not config.images and config.captions is None:
-        raise ValueError("nothing to train on: name images with --images, or captions with --captions")
+        raise SettingError("there is nothing to train on", "images", "captions")
     accelerator = start_processes(
         DistributedDataParallelKwargs(find_unused_parameters=config.train_stem > 0),
         mixed_precision=pick_precision(config.mixed_precision),
@@ -75,6 +73,10 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         teachers = [create_teacher(teacher).to(accelerator.device) for teacher in config.teachers]
         encoder = create_encoder(config.encoder, **config.encoder_options)
         part = load_initial_weights(encoder, config, teachers)
+        if part is None and config.train_stem:
+            raise SettingError(
+                f"train_stem is set, but the stem of '{config.encoder}' is no timm network", "train_stem"
+            )
         check_views(encoder, config)
         if config.probe_train:
             with accelerator.main_process_first():  # the others find them decoded
@@ -97,7 +99,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     log = RunLog(accelerator, config.output, config.steps, config.log_every, counted="images")
     settings = {name: getattr(config, name) for name in FIXED} | {"images per step": per_step} | batches.settings()
     step = 0
-    if resumed := resume(accelerator, checkpoints, config.resume, settings):
+    exported = config.output / "model.safetensors"
+    if resumed := resume(accelerator, checkpoints, config.resume, settings, model=exported, log=log.path):
         step = resumed["step"]
         log.load_state(resumed["log"], step)
     else:
@@ -107,8 +110,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         save_config(config, config.output)
 
     student.train()
-    saved = began = looked = time.monotonic()
-    look_from, look_at = step, step + 1
+    saved = began = checked = time.monotonic()
+    checked_step, next_check = step, step + 1
     while step < config.steps:
         batch = batches.batch(step * per_step + accelerator.process_index * config.batch_size)
         size = config.early_size if step < config.early_share * config.steps else config.student_size
@@ -121,6 +124,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             losses = student(pixels, draw_square_grid(encoder, config, step, size), **batch)
         accelerator.backward(losses["loss"])
         accelerator.clip_grad_norm_(student.parameters(), config.clip)
+        rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -130,21 +134,22 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         means = accelerator.reduce(torch.stack([loss.detach().float() for loss in losses.values()]), "mean")
         measured = dict(zip(losses, means, strict=True))
         if step % config.log_every == 0 and not torch.isfinite(measured["loss"]):
-            raise ValueError(not_finite(f"the loss is {measured['loss'].item()}", step, checkpoints))
-        log.step(step, {**measured, "images": per_step}, schedule.get_last_lr()[0])
+            raise not_finite(f"the loss is {measured['loss'].item()}", step, checkpoints)
+        log.step(step, {**measured, "images": per_step}, rate)
 
-        signal, over, due = None, False, False
-        if step == look_at:
+        signal: int | None = None
+        over = due = False
+        if step == next_check:
             now = time.monotonic()
             over = config.max_minutes is not None and now - began > 60 * config.max_minutes
             due = now - saved > 60 * config.save_minutes
-            slow = now - looked > SLOW * (step - look_from)
-            signal, over, due, slow = interruption.agree(accelerator, over, due, slow)
-            looked, look_from, look_at = time.monotonic(), step, step + (1 if slow else ASK_EVERY)
+            slow = now - checked > SLOW * (step - checked_step)
+            signal, (over, due, slow) = interruption.agree(accelerator, over, due, slow)
+            checked, checked_step, next_check = time.monotonic(), step, step + (1 if slow else CHECK_EVERY)
         if signal or over or due or step == config.steps:
             check_finite(student, step, checkpoints)
             save_checkpoint(accelerator, checkpoints, step, {"settings": settings, "log": log.state()})
-            saved = looked = time.monotonic()
+            saved = checked = time.monotonic()
         if signal or over:
             break
     log.close()
@@ -163,7 +168,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         for record in probe_encoder(final, config, accelerator.device, head, classes):
             log.write({"step": step, **record})
     accelerator.wait_for_everyone()
-    accelerator.print(f"encoder in '{config.output}'; train on it: --model.encoder local-dir:{config.output}")
+    accelerator.print(f"encoder in '{config.output}'; to train a captioner on it, name it local-dir:{config.output}")
     accelerator.end_training()
     return config.output
 
@@ -245,14 +250,6 @@ def export_encoder(encoder: TokenEncoder, options: dict, size: int, folder: Path
     """
     encoder.timm_model.pretrained_cfg["input_size"] = (3, size, size)
     settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}
-    temporary = folder / ".encoder"
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
-    try:
+    with files_whole(folder, "the encoder") as temporary:
         save_for_hf(encoder.timm_model, temporary, **settings)
         share_weights(temporary)
-        for file in temporary.iterdir():
-            file.replace(folder / file.name)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write the encoder '{folder}' ({error}); free some disk space and run again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

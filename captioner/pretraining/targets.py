@@ -1,9 +1,8 @@
-"""What teachers said about each view, kept on disk, so that every view is shown to a teacher once.
+"""Outputs of teachers for each view, stored on disk, so that a teacher computes each of them once.
 
 Letters: n images, V versions (views) of each, B batch.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from captioner.runs.digests import digest_text
+from captioner.runs.files import open_whole
+
 Targets = dict[str, torch.Tensor]
 
 
@@ -19,20 +21,26 @@ class TargetStore:
     """Teacher outputs of V fixed views of n images, half precision, memory-mapped and filled as training goes.
 
     Several processes of one machine may share a folder: they then write different entries, or the same values. Where
-    the outputs are not there yet, one process must lay the files out before the others open them.
+    the files do not exist yet, one process must lay them out before the others open them.
 
     Args:
-        folder: where the files are; made if missing.
+        folder: folder of the files; it is made where it does not exist.
         stamp: all that the outputs depend on (images, views, teachers); other outputs in the folder are replaced.
+        images: n.
+        versions: V.
         shapes: shape of each output, without the batch.
+
+    Raises:
+        OSError: the files cannot be written.
     """
 
     def __init__(self, folder: Path, stamp: str, images: int, versions: int, shapes: Mapping[str, tuple[int, ...]]):
         self.folder, self.count, self.versions = folder, images * versions, versions
+        kinds: dict[str, tuple[np.dtype, tuple[int, ...]]]
         kinds = {name: (np.dtype(np.float16), tuple(shape)) for name, shape in sorted(shapes.items())}
         kinds["filled"] = (np.dtype(np.uint8), ())
         sizes = {name: self.count * math.prod(shape) * dtype.itemsize for name, (dtype, shape) in kinds.items()}
-        stamp = hashlib.sha256(f"{stamp} {images} {versions} {kinds}".encode()).hexdigest()
+        stamp = digest_text(f"{stamp} {images} {versions} {kinds}")
         if not self.holds(stamp, sizes):
             self.lay_out(stamp, sizes)
         maps = {
@@ -43,7 +51,7 @@ class TargetStore:
         self.files: dict[str, np.memmap] = maps
 
     def holds(self, stamp: str, sizes: dict[str, int]) -> bool:
-        """Tell whether the folder has whole files of this stamp."""
+        """Return whether the folder has whole files of this stamp."""
         try:
             known = json.loads((self.folder / "targets.json").read_text())["stamp"]
             return known == stamp and all((self.folder / f"{n}.bin").stat().st_size == s for n, s in sizes.items())
@@ -51,25 +59,24 @@ class TargetStore:
             return False
 
     def lay_out(self, stamp: str, sizes: dict[str, int]) -> None:
-        """Make the files, sparse: they take room as they are filled."""
+        """Make the files, sparse: they take disk as they are filled."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "targets.json").unlink(missing_ok=True)
         for old in self.folder.glob("*.bin"):
-            old.unlink()  # a run that still has it mapped keeps it
+            old.unlink()  # a run that maps the file still reads it
         for name, size in sizes.items():
             with (self.folder / f"{name}.bin").open("wb") as file:
                 file.truncate(size)
-        temporary = self.folder / ".targets.json"
-        temporary.write_text(json.dumps({"stamp": stamp}))
-        temporary.rename(self.folder / "targets.json")
+        with open_whole(self.folder / "targets.json") as file:
+            json.dump({"stamp": stamp}, file)
 
     def get(self, rows: np.ndarray, versions: np.ndarray, compute: Callable[[torch.Tensor], Targets]) -> Targets:
-        """Return the outputs (B, ...) for views; `compute` is asked for those not there yet.
+        """Return the outputs (B, ...) for views, and store those that `compute` returns for the first time.
 
         Args:
             rows: image of each view, (B,).
             versions: version of each view, (B,).
-            compute: takes the places in the batch (b,) that are wanted and returns their outputs (b, ...).
+            compute: takes the places (b,) in the batch whose outputs are missing, and returns these (b, ...).
         """
         keys = rows * self.versions + versions
         missing = np.flatnonzero(self.filled[keys] == 0)

@@ -3,10 +3,9 @@
 Letters: B batch, S side of a view, K teacher classes, C teacher channels, (h, w) the teacher's map.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from captioner.encoders.registry import create_timm
+from captioner.errors import SettingError
 from captioner.hub import hub_options
 from captioner.pretraining.config import TeacherConfig
 from captioner.pretraining.targets import Targets
+from captioner.runs.digests import digest_file, digest_tensors, digest_text
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,10 @@ WEIGHTS = ("logit_weight", "pooled_weight", "grid_weight", "map_weight", "temper
 
 
 class Teacher(nn.Module):
-    """Base of all teachers: prepares the view, then asks the network.
+    """Base of all teachers: prepares the views, then runs the network.
 
-    `forward` returns what the network has of `logits` (B, K), `pooled` (B, C), `grid` (B, C, h, w) and `maps`
-    (B, K, h, w), the last being class probabilities per cell.
+    `forward` returns those of these outputs that the network has: `logits` (B, K), `pooled` (B, C), `grid`
+    (B, C, h, w) and `maps` (B, K, h, w), class probabilities of each cell.
     """
 
     def __init__(self, config: TeacherConfig):
@@ -40,7 +41,7 @@ class Teacher(nn.Module):
         self.config, self.source = config, ""
 
     def set_range(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
-        """Take the input's mean and deviation from the config, else those given, which the network was trained with."""
+        """Set the mean and standard deviation of the input: the config's, else those the network was trained with."""
         mean, std = self.config.mean or mean, self.config.std or std
         if mean is None or std is None:
             logger.warning(
@@ -52,14 +53,12 @@ class Teacher(nn.Module):
     @cached_property
     def stamp(self) -> str:
         """Name and digest of all that its outputs depend on: weights and settings, wherever its files are."""
-        settings = replace(self.config, name="", checkpoint=None, mean=None, std=None, **dict.fromkeys(WEIGHTS, 0.0))
-        name = Path(self.config.name).name
-        digest = hashlib.sha256(f"{name} {settings} {self.source}".encode())
-        for key, value in self.state_dict().items():  # mean and std are in it
-            digest.update(f"{key} {tuple(value.shape)}".encode())
-            value = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
-            digest.update(value.view(torch.uint8).numpy())
-        return f"{name} {digest.hexdigest()[:16]}"
+        files, input_range = ("name", "checkpoint"), ("mean", "std")  # the range is among the tensors
+        settings = {
+            key: value for key, value in asdict(self.config).items() if key not in (*files, *input_range, *WEIGHTS)
+        }
+        tensors = digest_tensors(self.state_dict())
+        return f"{Path(self.config.name).name} {digest_text(f'{settings} {self.source} {tensors}')}"
 
     def fits(self, name: str, options: dict[str, Any]) -> bool:
         """Return whether it is the timm network of this name, built with these options."""
@@ -69,20 +68,20 @@ class Teacher(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    def look(self, pixels: torch.Tensor) -> Targets:
-        """Ask the network about prepared pixels (B, 3, S, S)."""
-        raise NotImplementedError(f"{type(self).__name__} is abstract: it must implement look")
+    def outputs(self, pixels: torch.Tensor) -> Targets:
+        """Return the network's outputs for prepared pixels (B, 3, S, S)."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: it must implement outputs")
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> Targets:
-        """Look at views (B, 3, S, S) with RGB pixels in [0, 1]."""
+        """Return the outputs for views (B, 3, S, S) with RGB pixels in [0, 1]."""
         size = self.config.image_size
         if size is not None and pixels.shape[-1] != size:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
         if self.config.channel_order == "bgr":
             pixels = pixels.flip(1)
         pixels = (pixels - self.mean) / self.std
-        return self.look(pixels.contiguous(memory_format=torch.channels_last))  # convolutions are faster so
+        return self.outputs(pixels.contiguous(memory_format=torch.channels_last))  # convolutions are faster so
 
 
 class TimmTeacher(Teacher):
@@ -107,9 +106,9 @@ class TimmTeacher(Teacher):
             raise ValueError(f"'{path}' is not a safetensors file: {error}") from None
         own = self.model.state_dict()
         if wrong := [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]:
-            raise ValueError(
-                f"'{path}' does not fit {self.config.name} with {self.model.num_classes} classes: "
-                f"'{wrong[0]}' differs; check the teacher's name and num-classes"
+            raise SettingError(
+                f"'{path}' does not fit {self.config.name} with {self.model.num_classes} classes: '{wrong[0]}' differs",
+                *("checkpoint", "num_classes"),
             )
         norms = nn.modules.batchnorm._BatchNorm
         missing = [
@@ -124,7 +123,7 @@ class TimmTeacher(Teacher):
         same = (self.model.pretrained_cfg["architecture"], dict(self.config.options)) == (name, options)
         return same and self.config.channel_order == "rgb"
 
-    def look(self, pixels: torch.Tensor) -> Targets:
+    def outputs(self, pixels: torch.Tensor) -> Targets:
         """Return logits (if there are classes), pooled features and the feature map."""
         features = self.model.forward_features(pixels)
         pooled = self.model.forward_head(features, pre_logits=True)
@@ -159,7 +158,7 @@ class TransformersTeacher(Teacher):
             return self.set_range((0.0,) * 3, (1.0,) * 3)
         self.set_range(getattr(prepares, "image_mean", None), getattr(prepares, "image_std", None))
 
-    def look(self, pixels: torch.Tensor) -> Targets:
+    def outputs(self, pixels: torch.Tensor) -> Targets:
         """Return the feature map, and the pooled feature where the model has one (else the map's mean)."""
         output = self.model(pixel_values=pixels)
         features = output.last_hidden_state
@@ -187,19 +186,19 @@ class OnnxTeacher(Teacher):
             raise FileNotFoundError(f"no teacher at '{config.name}'") from None
         except DecodeError as error:
             raise ValueError(f"'{config.name}' is not an ONNX file: {error}") from None
-        self.outputs = [output.name for output in graph.graph.output]
-        if absent := [name for name in (*config.nodes.values(), *config.maps) if name not in self.outputs]:
-            raise ValueError(f"'{config.name}' has no output '{absent[0]}', only {', '.join(self.outputs)}")
+        self.output_names = [output.name for output in graph.graph.output]
+        if absent := [name for name in (*config.nodes.values(), *config.maps) if name not in self.output_names]:
+            raise ValueError(f"'{config.name}' has no output '{absent[0]}', only {', '.join(self.output_names)}")
         self.model = convert(graph)
-        self.source = hashlib.sha256(Path(config.name).read_bytes()).hexdigest()
+        self.source = digest_file(Path(config.name))
         self.set_range()
         first, _, end = config.map_classes.partition(":")
         self.classes = slice(int(first) if first else None, int(end) if end else None)
 
-    def look(self, pixels: torch.Tensor) -> Targets:
+    def outputs(self, pixels: torch.Tensor) -> Targets:
         """Return the named outputs, and the class maps merged over scales."""
         values = self.model(pixels)
-        values = dict(zip(self.outputs, [values] if isinstance(values, torch.Tensor) else values, strict=True))
+        values = dict(zip(self.output_names, [values] if isinstance(values, torch.Tensor) else values, strict=True))
         targets = {kind: values[name] for kind, name in self.config.nodes.items()}
         if self.config.maps:
             scales = [self.probabilities(values[name]) for name in self.config.maps]
@@ -224,14 +223,14 @@ def create_teacher(config: TeacherConfig) -> Teacher:
     """Build a frozen teacher.
 
     Raises:
-        ValueError: there is no such network, or its weights or outputs are others than said.
+        ValueError: there is no such network, or its weights or outputs are not those that the config names.
         FileNotFoundError: its file is missing.
     """
     return KINDS[config.kind](config).requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def lay_out(tokens: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Lay a ViT's tokens (B, prefix + N, C) out as its square map (B, C, h, w)."""
+    """Return the tokens of a ViT (B, prefix + N, C) as its square map (B, C, h, w)."""
     patches = tokens[:, prefix:]
     side = int(patches.shape[1] ** 0.5)
     return patches.mT.unflatten(-1, (side, -1))

@@ -1,9 +1,9 @@
-"""The words of an image as its teachers would guess them: labels that cannot be learned by heart.
+"""Words of captions as labels of images: as the captions have them, or as a regression predicts them from teachers.
 
-Words of captions point an encoder at what people talk about, but a few thousand images are soon known by heart, and
-what is known so helps on no other image. Here a ridge regression tells the words from what the teachers say of a
-view. It is a fixed function of the view, holds for images without captions too, and of a captioned image's words
-tells only what the captions of *others* teach (cross-fitting: each image is told by a fit that left it out).
+Words of captions teach an encoder what people write about. But an encoder soon knows the words of a few thousand images
+by heart, which helps with no other image. A ridge regression from the teachers' outputs to the words avoids that. It is
+a fixed function of the view and also holds for images without captions. The words of a captioned image are predicted by
+a fit on the captions of *other* images (cross-fitting).
 
 Letters: B views, F features, V words.
 """
@@ -18,16 +18,16 @@ import torch
 from captioner.pretraining.targets import Targets
 
 FOLDS = 5
-"""Parts of the captioned images; each is told by a fit on the others."""
+"""Parts of the captioned images; the words of each part are predicted by a fit on the others."""
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Penalties tried, in units of one view's variance per feature and view fitted on."""
+"""Penalties to choose from, in units of a feature's variance, per view that is fitted on."""
 
 
 def describe(targets: list[Targets]) -> torch.Tensor:
-    """Gather what all teachers say of views into features (B, F), the last of which is 1.
+    """Join the outputs of all teachers for views into features (B, F), the last of which is 1.
 
-    Of a teacher: its pooled feature (else the mean of its map, else the roots of its class probabilities), and for
-    class maps the most and the root of the mean of each class over the cells.
+    Features of a teacher are its pooled feature (else the mean of its map, else the square roots of its class
+    probabilities) and, of class maps, the maximum and the square root of the mean of each class over the cells.
     """
     parts = []
     for target in targets:
@@ -50,12 +50,12 @@ class TeacherWords:
         examples: rows of images (B,), features of a view of each (B, F) and shares of captions with each word (B, V).
         features: number of features F.
         words: number of words V.
-        add_up: adds up what each of several processes has of a tensor, where they share the examples.
+        sum_processes: returns the sum of a tensor over the processes, where several share the examples.
 
     Attributes:
-        weights: (FOLDS + 1, F, V): of each fold's images, by the others; and the mean of these, for images without
-            captions.
-        explained: share of the words' variance that is told of images that a fit has not seen.
+        weights: (FOLDS + 1, F, V): those that predict each fold, fitted on the others; and their mean, for images
+            without captions.
+        explained: share of the words' variance that is predicted for images that a fit has not seen.
 
     Raises:
         ValueError: there are no examples.
@@ -66,7 +66,7 @@ class TeacherWords:
         examples: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         features: int,
         words: int,
-        add_up: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+        sum_processes: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     ):
         squares = torch.zeros(FOLDS, features, features, dtype=torch.float64)
         products = torch.zeros(FOLDS, features, words, dtype=torch.float64)
@@ -78,9 +78,9 @@ class TeacherWords:
                 mine = rows % FOLDS == fold
                 squares[fold] += x[mine].T @ x[mine]
                 products[fold] += x[mine].T @ y[mine]
-        squares, products, spread = add_up(squares), add_up(products), add_up(spread)
+        squares, products, spread = sum_processes(squares), sum_processes(products), sum_processes(spread)
         if not squares[:, -1, -1].sum():
-            raise ValueError("no captioned image can be opened, so that its words cannot be learned from")
+            raise ValueError("no captioned image can be opened, so that there are no words to learn from")
         self.weights, error = min((fit_folds(squares, products, ridge) for ridge in RIDGES), key=lambda fit: fit[1])
         around_mean = spread - products.sum(0)[-1].square() / squares[:, -1, -1].sum()
         self.explained = 1 - ((spread.sum() + error) / around_mean.sum()).item()
@@ -90,13 +90,13 @@ class TeacherWords:
         self.weights = self.weights.to(device)
         return self
 
-    def tell(self, rows: torch.Tensor, features: torch.Tensor, captioned: int) -> torch.Tensor:
-        """Return the share of captions (B, V) in which each word is to be expected.
+    def predict(self, rows: torch.Tensor, features: torch.Tensor, captioned: int) -> torch.Tensor:
+        """Return the share of captions (B, V) that is expected to have each word.
 
         Args:
             rows: image of each view, (B,).
-            features: of the views, (B, F).
-            captioned: rows below it have captions, and may have been fitted on.
+            features: features of the views, (B, F).
+            captioned: number of images with captions; they have the first rows, and may have been fitted on.
         """
         words = features.new_empty(len(rows), self.weights.shape[2])
         folds = torch.where(rows < captioned, rows % FOLDS, FOLDS)
@@ -114,8 +114,8 @@ def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tu
         ridge: penalty in units of a feature's variance, per view.
 
     Returns:
-        Weights (FOLDS + 1, F, V), the last their mean; and the squared error on the folds left out, less that of
-        telling nothing.
+        Weights (FOLDS + 1, F, V), the last their mean; and the squared error on the folds left out, minus that of a
+        prediction of 0.
     """
     counts, all_squares, all_products = squares[:, -1, -1], squares.sum(0), products.sum(0)
     mean = all_squares[-1] / counts.sum()
@@ -133,7 +133,7 @@ def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tu
 class CaptionWords:
     """For each image, the share of its captions in which each frequent word occurs.
 
-    Predicting them needs no decoder and points an encoder at what people talk about (Joulin et al., ECCV 2016).
+    Predicting them needs no decoder and teaches an encoder what people write about (Joulin et al., ECCV 2016).
 
     Attributes:
         words: the vocabulary, most frequent first.

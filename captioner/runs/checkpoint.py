@@ -5,10 +5,10 @@ every process) and `progress.json` (position in the data, best score, number of 
 every other file). It is written under a temporary name, synced to disk, then renamed.
 
 The model is safetensors. Optimiser and random state are torch files, read with `weights_only`: tensors, numbers and
-containers, never code; a checkpoint that asks for more is refused.
+containers, never code; a checkpoint that holds more is refused.
 """
 
-import hashlib
+import contextlib
 import json
 import logging
 import pickle
@@ -18,25 +18,26 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, load
-from safetensors import SafetensorError
 from torch import nn
 
-from captioner.runs.files import recover_folder, replace_folder, sync
+from captioner.errors import SettingError
+from captioner.runs.digests import digest_file
+from captioner.runs.files import folder_whole, part_of, recover_folder, replace_folder
 
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 
-TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
-"""What the RuntimeError says in which torch wraps the failure to write a file."""
 
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress: dict, keep: int = 2) -> Path:
-    """Write the checkpoint of a step and drop all but the newest `keep`; every process calls this.
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress: dict, newest: int = 2) -> Path:
+    """Write the checkpoint of a step and drop all but the newest; every process calls this.
 
     Args:
-        folder: directory that holds the checkpoints of this run; seen by every process.
+        accelerator: holds what is saved, as it was prepared.
+        folder: directory that holds the checkpoints of this run, on a disk that every process reads.
+        step: number of steps done.
         progress: JSON-able state of the loop beyond what accelerate saves.
+        newest: number of newest checkpoints that stay.
 
     Returns:
         The checkpoint's directory.
@@ -44,51 +45,34 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress:
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}"
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+    final = folder / f"step_{step:08d}"
+    earlier = list_checkpoints(folder)
+    remark = f"; '{earlier[-1]}' is still there" if earlier else "; there is no earlier one"
+    main = accelerator.is_main_process
+    with folder_whole(final, "checkpoint", remark) if main else contextlib.nullcontext(part_of(final)) as temporary:
+        accelerator.wait_for_everyone()  # until the folder is there
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            content = {"step": step, "processes": accelerator.num_processes, "files": digests(temporary), **progress}
-            (temporary / PROGRESS).write_text(json.dumps(content, indent=2))
-            sync(temporary / PROGRESS)
-            replace_folder(temporary, final)
-            for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-        earlier = list_checkpoints(folder)
-        kept = f"'{earlier[-1]}' is kept" if earlier else "there is no earlier one"
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"cannot write checkpoint '{final}' ({reason}); free some disk space and run again; {kept}"
-        ) from error
+        if main:
+            content = {"step": step, "processes": accelerator.num_processes, "files": describe_files(temporary)}
+            (temporary / PROGRESS).write_text(json.dumps(content | progress, indent=2))
+    if main:
+        for old in list_checkpoints(folder)[:-newest]:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
 
 
-def digests(folder: Path) -> dict[str, list]:
-    """Sync every file under a folder to disk; return the size in bytes and SHA-256 of each, by relative name."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        sync(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
-    return found
+def describe_files(folder: Path) -> dict[str, list]:
+    """Return the size in bytes and the digest of every file under a folder, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, digest_file(path)] for path in files}
 
 
 def tidy(folder: Path) -> None:
     """Undo what a kill left half done among the checkpoints of a run."""
     for left in folder.glob(".step_*"):
-        if left.suffix == ".previous":
-            recover_folder(folder / left.stem.removeprefix("."))
+        recover_folder(folder / left.name.removeprefix(".").partition(".")[0])
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -109,53 +93,82 @@ def find_damage(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        with file.open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                return f"{name} is not what was written"
+        found = digest_file(file)
+        if found != digest and len(found) == len(digest):  # captioner 0.1 wrote SHA-256, of 64 digits
+            return f"{name} is not what was written"
     return None
 
 
+def find_results(folder: Path, model: Path, log: Path, choice: str) -> list[str]:
+    """Name what an earlier run left that a run which begins anew would replace.
+
+    A run makes the folder of its checkpoints before its first step. Where that folder is empty, the run was stopped
+    before its first checkpoint: its log is one that `auto` may begin again.
+
+    Args:
+        folder: directory of the checkpoints.
+        model: the model that a run writes.
+        log: the log that a run writes.
+        choice: as `resume` takes it.
+    """
+    checkpoints = list_checkpoints(folder)
+    stopped_early = choice == "auto" and folder.is_dir() and not checkpoints
+    found = [f"the model '{model}'"] if model.exists() else []
+    if log.exists() and log.stat().st_size and not stopped_early:
+        found.append(f"the log '{log}'")
+    return found + ([f"the checkpoint '{checkpoints[-1]}'"] if checkpoints else [])
+
+
 def resume(
-    accelerator: Accelerator, folder: Path, choice: str = "auto", settings: dict | None = None, strict: bool = True
+    accelerator: Accelerator,
+    folder: Path,
+    choice: str,
+    settings: dict,
+    *,
+    model: Path,
+    log: Path,
+    strict: bool = True,
 ) -> dict | None:
     """Restore a run from its checkpoints; every process calls this.
 
     Args:
-        folder: directory that holds the checkpoints of this run.
-        choice: `auto` takes the newest checkpoint that is whole, if there is any; `never` insists on there being none;
+        folder: directory that holds the checkpoints of this run; made where the run begins anew.
+        choice: `auto` takes the newest checkpoint that is whole, if there is any; `never` insists on beginning anew;
             anything else is the directory of one checkpoint.
         settings: what must be as it was when the checkpoint was saved (its `settings`).
+        model: the model that the run writes.
+        log: the log that the run writes.
         strict: see `load_checkpoint`.
 
     Returns:
-        The checkpoint's progress; None where a run begins.
+        The checkpoint's progress; None where the run begins anew.
 
     Raises:
-        ValueError: checkpoints that are all damaged, of other settings, or there although `choice` is `never`.
+        ValueError: checkpoints that are all damaged or of other settings; a model, a log or checkpoints of an earlier
+            run that this one would replace without going on from them.
     """
     if accelerator.is_main_process:
         tidy(folder)
     accelerator.wait_for_everyone()
     found = list_checkpoints(folder)
-    if choice == "never":
-        if found:
-            raise ValueError(f"'{folder}' holds checkpoints, and --resume is never; name another --output or delete it")
-        return None
-    candidates = found[::-1]
-    if choice != "auto":
-        candidates = [Path(choice)]
-        if not (candidates[0] / PROGRESS).is_file():
-            raise ValueError(f"no checkpoint at '{choice}': name a folder such as {folder / 'step_00001000'}")
+    named = Path(choice) if choice not in ("auto", "never") else None
+    if named is not None and not (named / PROGRESS).is_file():
+        raise SettingError(f"no checkpoint at '{named}'; it is a folder such as '{folder / 'step_00001000'}'", "resume")
+    candidates = [named] if named else found[::-1] if choice == "auto" else []
+    if not candidates or (named and named.resolve().parent != folder.resolve()):
+        left = find_results(folder, model, log, choice) if accelerator.is_main_process else []
+        if left := broadcast_object_list([left])[0]:
+            raise SettingError(f"an earlier run left {' and '.join(left)}, which this run would replace", "output")
     for path in candidates:
         damage = broadcast_object_list([find_damage(path) if accelerator.is_main_process else None])[0]
         if damage is not None:
-            if choice != "auto":
-                raise ValueError(
-                    f"the checkpoint '{path}' is damaged, {damage}; --resume auto takes the newest whole one"
+            if named:
+                raise SettingError(
+                    f"checkpoint '{path}' is damaged: {damage}; 'auto' takes the newest whole one", "resume"
                 )
-            logger.warning("checkpoint '%s' is damaged, %s; trying the one before", path, damage)
+            logger.warning("checkpoint '%s' is damaged: %s; trying the one before", path, damage)
             continue
-        progress = load_checkpoint(accelerator, path, strict, settings)
+        progress = load_checkpoint(accelerator, path, settings, strict)
         accelerator.print(f"resumed from {path}")
         if accelerator.is_main_process:  # else the damaged or left ones would count as the newest next time
             for newer in [other for other in found if other.name > path.name]:
@@ -163,16 +176,19 @@ def resume(
         accelerator.wait_for_everyone()
         return progress
     if candidates:
-        raise ValueError(f"every checkpoint in '{folder}' is damaged; delete that folder to start over")
+        raise SettingError(f"every checkpoint in '{folder}' is damaged; delete that folder to begin anew", "output")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, strict: bool = True, settings: dict | None = None) -> dict:
+def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict: bool = True) -> dict:
     """Restore a checkpoint in every process and return its progress.
 
     Args:
+        settings: what must equal the checkpoint's own `settings`. Those with `digest` in their names were digested
+            otherwise by earlier versions of this package; where a checkpoint lacks them, a warning says so.
         strict: whether every weight of the model must be in the checkpoint; frozen ones are not.
-        settings: what must equal the checkpoint's own `settings`.
 
     Raises:
         ValueError: it was saved by another number of processes, with other settings or for another model, or holds
@@ -182,14 +198,18 @@ def load_checkpoint(accelerator: Accelerator, path: Path, strict: bool = True, s
     if progress["processes"] != accelerator.num_processes:
         raise ValueError(
             f"'{path}' was saved by {progress['processes']} processes, this run has {accelerator.num_processes}; "
-            f"launch with --num_processes {progress['processes']}"
+            f"start it with {progress['processes']}"
         )
-    for name, wanted in json.loads(json.dumps(settings or {}, default=str)).items():
-        saved = progress.get("settings", {}).get(name)
-        if saved != wanted:
-            raise ValueError(
-                f"'{path}' was saved with {name} {saved!r}, this run has {wanted!r}; "
-                "run with the settings it was saved with, or name another --output"
+    saved = progress.get("settings", {})
+    absent = [name for name in settings if "digest" in name and name not in saved]
+    if absent:
+        logger.warning("'%s' is of an earlier version: not compared are its %s", path, ", ".join(absent))
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if name not in absent and saved.get(name) != value:
+            raise SettingError(
+                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}; "
+                "a run goes on with the settings it began with",
+                "output",
             )
     try:
         for custom in path.glob("custom_checkpoint_*.pkl"):  # accelerate would unpickle these
@@ -207,12 +227,16 @@ def leave_frozen_out(models: list[nn.Module], weights: list[dict], folder: str) 
     """Drop frozen weights, which never change, and second names of tied ones from a checkpoint: accelerate's hook."""
     for model, state in zip(models, weights, strict=False):  # sharded models hand over no weights here
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        kept: set[int] = set()
+        for name, module in model.named_modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                frozen |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
+        places: set[int] = set()
         for key in list(state):
             place = state[key].data_ptr()
-            if key in frozen or key.removeprefix("module.").startswith("encoder.") or place in kept:
+            if key in frozen or place in places:
                 del state[key]
-            kept.add(place)
+            places.add(place)
 
 
 def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
@@ -223,12 +247,13 @@ def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise ValueError(not_finite(f"'{name}' is not finite", step, checkpoints))
+            raise not_finite(f"the weight '{name}' is not finite", step, checkpoints)
 
 
-def not_finite(what: str, step: int, checkpoints: Path) -> str:
-    """Say that a run went astray, and how to go on."""
-    return (
-        f"{what} at step {step}; lower --learning-rate and run again, which resumes "
-        f"from the last checkpoint in '{checkpoints}'"
+def not_finite(what: str, step: int, checkpoints: Path) -> SettingError:
+    """Return the error of a run whose numbers went out of range, which says how to go on."""
+    return SettingError(
+        f"{what} at step {step}; with a lower learning rate, the run goes on from the last checkpoint in "
+        f"'{checkpoints}'",
+        "learning_rate",
     )

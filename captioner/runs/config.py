@@ -3,14 +3,21 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
+
+from captioner.runs.files import open_whole
 
 
-def save_config(config, folder: Path) -> None:
-    """Write the resolved config of a run to `folder/run_config.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run_config.json").write_text(config_text(config))
+def save_config(config: Any, folder: Path) -> None:
+    """Write a dataclass of settings to `folder/run_config.json`.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    with open_whole(folder / "run_config.json") as file:
+        file.write(config_text(config))
 
 
-def config_text(config) -> str:
-    """Return a config as JSON."""
+def config_text(config: Any) -> str:
+    """Return a dataclass of settings as JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"

@@ -1,8 +1,8 @@
-"""What a person watches during a run: a progress bar, log lines, `log.jsonl`, trackers."""
+"""What a person sees of a run: a progress bar, log lines, `log.jsonl`, trackers."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from tqdm.auto import tqdm
 
-from captioner.runs.files import open_whole
+from captioner.errors import SettingError
+from captioner.runs.files import cannot_write, open_whole
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -22,7 +23,8 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in LoggerType.list():
-            raise ValueError(f"no tracker named '{name}'; accelerate has {', '.join(sorted(LoggerType.list()))}")
+            known = ", ".join(sorted(LoggerType.list()))
+            raise SettingError(f"no tracker named '{name}'; accelerate has {known}", "trackers")
         if name not in ("all", *map(str, get_available_trackers())):
             raise ValueError(f"the tracker '{name}' needs its package: pip install {name}")
 
@@ -31,35 +33,36 @@ class RunLog:
     """The log of a run, which a checkpoint can hold: resumed, it goes on as if the run had never stopped.
 
     Args:
-        accelerator: whose main process writes.
-        folder: where `log.jsonl` is, one record a line.
+        accelerator: its main process writes.
+        folder: folder of `log.jsonl`, one record a line.
         total: steps of the run.
-        every: steps between records, each the mean over the steps since the last.
-        counted: what the speed of the run is told in, `tokens` or `images`.
+        every: steps between records; each record is the mean over the steps since the one before.
+        counted: what the speed of the run is measured in, `tokens` or `images`.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, total: int, every: int, counted: str):
         self.accelerator, self.path, self.total, self.every = accelerator, folder / "log.jsonl", total, every
-        self.counted, self.count = counted, 0.0
+        self.counted = counted
+        self.count: float | torch.Tensor = 0.0
         self.window: dict[str, list[float | torch.Tensor]] = {}
         self.bar = tqdm(total=total, disable=not accelerator.is_main_process or None, desc="training")
         self.shown: dict[str, str] = {}
-        self.begun: tuple[float, int] | None = None
+        self.first: tuple[float, int] | None = None
         self.since = time.monotonic()
 
     def state(self) -> dict:
-        """Return what a checkpoint must hold: lines written, and the steps since the last of them."""
+        """Return what a checkpoint must hold: the number of lines, and the steps since the last of them."""
         lines = len(self.path.read_bytes().splitlines()) if self.path.exists() else 0
         window = {name: [float(value) for value in values] for name, values in self.window.items()}
         return {"lines": lines, "window": window}
 
     def start_over(self) -> None:
-        """Drop what a run left that was killed before its first checkpoint."""
+        """Drop the lines of a run that was stopped before its first checkpoint: they come again."""
         if self.accelerator.is_main_process:
             self.path.unlink(missing_ok=True)
 
     def load_state(self, state: dict, step: int) -> None:
-        """Go back to a checkpoint's state at a step; lines written after it are dropped, they will come again."""
+        """Go back to a checkpoint's state at a step; lines written after it are dropped, they come again."""
         self.window = state["window"]
         self.bar.update(step - self.bar.n)
         if self.accelerator.is_main_process and self.path.exists():
@@ -67,25 +70,31 @@ class RunLog:
             with open_whole(self.path, "wb") as file:
                 file.writelines(lines)
 
-    def step(self, step: int, measured: dict[str, float | torch.Tensor], learning_rate: float) -> None:
-        """Take in what was measured in a step (`loss`, what is counted, ...); write a record when it is time.
+    def step(self, step: int, measured: Mapping[str, float | torch.Tensor], learning_rate: float) -> None:
+        """Add what was measured in a step (`loss`, what is counted, ...); write a record when one is due.
 
-        Scalars on a device stay there until then, so that no step waits for it.
+        Scalars on a device stay there until then, so that no step waits for the device.
+
+        Args:
+            step: number of the step, from 1.
+            measured: a number for each name.
+            learning_rate: the one that this step used.
         """
         now = time.monotonic()
-        if self.begun is None:
-            self.begun = now, step
-        self.count += measured.pop(self.counted)
+        if self.first is None:
+            self.first = now, step
+        self.count += measured[self.counted]
         for name, value in measured.items():
-            self.window.setdefault(name, []).append(value)
+            if name != self.counted:
+                self.window.setdefault(name, []).append(value)
         self.bar.update(step - self.bar.n)
         if step % self.every and step != self.total:
             return
         record = {name: float(sum(values) / len(values)) for name, values in self.window.items()}
         speed = f"{self.counted}_per_s"
-        record |= {"learning_rate": learning_rate, speed: round(self.count / max(now - self.since, 1e-9), 1)}
-        if step > self.begun[1]:
-            per_step = (now - self.begun[0]) / (step - self.begun[1])
+        record |= {"learning_rate": learning_rate, speed: round(float(self.count) / max(now - self.since, 1e-9), 1)}
+        if step > self.first[1]:
+            per_step = (now - self.first[0]) / (step - self.first[1])
             record["minutes_left"] = round(per_step * (self.total - step) / 60, 1)
         self.window = {}
         self.show(loss=f"{record['loss']:.3f}", **{speed: f"{record[speed]:.0f}"})
@@ -93,20 +102,27 @@ class RunLog:
         self.count, self.since = 0.0, time.monotonic()
 
     def show(self, **values: str) -> None:
-        """Keep values beside the progress bar."""
+        """Show values beside the progress bar from now on."""
         self.shown |= values
         self.bar.set_postfix(self.shown)
 
     def write(self, record: dict) -> None:
-        """Print a record, lists below it, append it to `log.jsonl`, and send its numbers and texts to the trackers."""
+        """Print a record, lists below it, append it to `log.jsonl`, and send its numbers and texts to the trackers.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
         record = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
         if self.accelerator.is_main_process:
             tqdm.write("  ".join(f"{key} {value}" for key, value in record.items() if not isinstance(value, list)))
             for key, values in record.items():
                 if isinstance(values, list):
                     tqdm.write("\n".join(f"  {key}: {value}" for value in values))
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise cannot_write(f"the log '{self.path}'", error) from error
         values = {
             key: value if isinstance(value, float) else "  \n".join(map(str, value))
             for key, value in record.items()

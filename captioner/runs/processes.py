@@ -11,7 +11,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
 PATIENCE = timedelta(hours=2)
-"""How long processes wait for one another: the main one reads data and writes models alone."""
+"""How long processes wait for one another, as the main process alone reads data and writes models."""
 
 
 def start_processes(*handlers: KwargsHandler, **settings) -> Accelerator:
@@ -25,11 +25,11 @@ def start_processes(*handlers: KwargsHandler, **settings) -> Accelerator:
 
 
 def leave_signals_to_main(worker: int) -> None:
-    """Have a loading process (`worker_init_fn` of a `DataLoader`) go on when its whole group is told to stop.
+    """Have a loading process (`worker_init_fn` of a `DataLoader`) ignore signals to its whole process group.
 
-    `timeout`, Slurm, accelerate's launcher and Ctrl-C signal every process; a loader that died of it would take the
-    main process with it before that has saved. SIGTERM of the main process itself is obeyed. Without `sigtimedwait`
-    (macOS), which tells who sent a signal, only Ctrl-C is left to the main process.
+    `timeout`, Slurm, accelerate's launcher and Ctrl-C signal every process. A loader that died of it would end the main
+    process before it has saved. A SIGTERM from the main process itself ends the loader. Without `sigtimedwait` (macOS),
+    which gives the sender of a signal, only Ctrl-C is ignored.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):
@@ -40,15 +40,15 @@ def leave_signals_to_main(worker: int) -> None:
 def await_main() -> None:
     """End this process when the main one sends SIGTERM, or is gone."""
     main = multiprocessing.parent_process()
-    while main.is_alive():
+    while main is not None and main.is_alive():
         sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
         if sent is not None and sent.si_pid == main.pid:
             break
     os._exit(0)
 
 
-def pick_precision(wanted: str) -> str:
-    """Resolve `auto`: bf16 on GPUs that have it, else none."""
-    if wanted != "auto":
-        return wanted
+def pick_precision(name: str) -> str:
+    """Resolve `auto`: bf16 on GPUs that have it, else `no`; other names stay."""
+    if name != "auto":
+        return name
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

@@ -1,6 +1,7 @@
-"""How far a job is: a bar on a terminal, and elsewhere, as in the log of a scheduler, a line each minute."""
+"""How far a job is: a bar on a terminal; elsewhere, as in the log of a scheduler, a line each minute."""
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -8,27 +9,28 @@ MINUTE = 60.0
 
 
 class MinuteLines(tqdm):
-    """A bar that is told as a line on standard error, at most once a minute."""
+    """A bar that is printed as a line on standard error, at most once a minute."""
 
-    told = 0.0
+    printed = 0.0
+    """Seconds since the start at which the last line was printed."""
 
     def display(self, *args, **kwargs) -> None:
-        """Print where the job is, if that was last told a minute ago."""
+        """Print where the job is, if the last line is a minute old."""
         elapsed = self.format_dict["elapsed"]
-        if elapsed - self.told >= MINUTE:
-            self.told = elapsed
+        if elapsed - self.printed >= MINUTE:
+            self.printed = elapsed
             print(self, file=sys.stderr, flush=True)
 
     def clear(self, *args, **kwargs) -> None:
         """Leave lines as they are."""
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Print nothing more."""
         self.disable = True
 
 
-def progress_bar(*iterable, **settings) -> tqdm:
-    """Return a bar as tqdm's, which is a line each minute where standard error is no terminal.
+def progress_bar(*iterable: Any, **settings: Any) -> tqdm:
+    """Return a bar of tqdm, which is a line each minute where standard error is no terminal.
 
     Args:
         iterable: what to go through, if anything.

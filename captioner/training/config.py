@@ -1,16 +1,22 @@
 """Every setting of a run: one typed dataclass per job, saved beside its results. Imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from captioner.data.config import DataConfig
+from captioner.errors import SettingError, check_positive, check_shares
 from captioner.grids import parse_grid, write_grid
+
+LORA = ("lora_rank", "lora_alpha", "lora_dropout")
+"""Settings of `ModelConfig` that only `tune="lora"` uses."""
+SCRATCH = ("layers", "width", "heads", "dropout", "vocab_size")
+"""Settings of `ModelConfig` that only a decoder from scratch uses."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Which encoder, and how it is shown an image."""
+    """Which encoder, and how an image is prepared for it."""
 
     encoder: str = "lookupvit_small_patch16_224"
     """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, `hf-hub:OWNER/NAME`, or `shipped` for the
@@ -19,6 +25,9 @@ class EncoderConfig:
     """Side of the image in pixels; `None` for the encoder's own."""
     crop_mode: Literal["squash", "center", "border"] = "squash"
     """How an image becomes a square: squashed whole, its centre cropped, or padded."""
+
+    def __post_init__(self):
+        check_positive(self, "image_size")
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,18 @@ class ModelConfig(EncoderConfig):
     max_length: int = 40
     """Text tokens above which a caption is cut."""
     blind: bool = False
-    """Zero the image tokens: the control that shows what the decoder says without looking."""
+    """Zero the image tokens: the image-blind baseline, which shows what the decoder writes without an image."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "lora_rank", "lora_alpha", "layers", "width", "heads", "vocab_size", "max_length")
+        check_shares(self, "dropout", "lora_dropout")
+        parse_grid(self.grid)
+        if self.decoder is None and self.width % self.heads:
+            raise SettingError(f"width {self.width} is no multiple of the {self.heads} heads", "width", "heads")
+        for name in LORA:
+            if self.tune != "lora" and getattr(self, name) != getattr(ModelConfig, name):
+                raise SettingError(f"{name} is set, but tune is '{self.tune}', not 'lora'", "tune")
 
 
 @dataclass(frozen=True)
@@ -71,9 +91,10 @@ class ScstConfig:
     """Weight of BLEU-4 (0 to 1) in the reward, beside CIDEr-D (0 to 10) at weight 1."""
 
     def __post_init__(self):
-        if self.samples < (2 if self.baseline == "mean" else 1):
-            raise ValueError(
-                f"the {self.baseline} baseline needs more than {self.samples} samples; raise --scst.samples"
+        least = 2 if self.baseline == "mean" else 1
+        if self.samples < least:
+            raise SettingError(
+                f"the {self.baseline} baseline needs at least {least} samples, not {self.samples}", "samples"
             )
 
 
@@ -86,17 +107,17 @@ class TrainConfig:
     stage: Literal["xe", "scst"] = "xe"
     """Cross-entropy, or self-critical training from a captioner that cross-entropy made."""
     init_from: str | None = None
-    """Folder or hub id of the captioner to start from (`shipped` for the one that comes with this package), whose model
-    settings then hold instead of `model`'s (but for `tune` and LoRA's); `None` starts stage xe from scratch, and stage
-    scst from `output/best`."""
+    """Folder or hub id of the captioner to start from, or `shipped` for the one that comes with this package. It has
+    its own model settings, which hold in place of `model`'s, except `tune` and LoRA's. `None` starts stage xe from
+    scratch, and stage scst from `output/best`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scst: ScstConfig = field(default_factory=ScstConfig)
 
     grids: tuple[str, ...] = ()
-    """Compressed grids such as `3x3 5x5 5x5 10x10`, of which each step draws one, so that one decoder serves all. The
-    model's own, at which it is validated, must be among them, and a token cache must hold them; without any, the
-    model's own alone."""
+    """Compressed grids such as `3x3 5x5 5x5 10x10`. Each step draws one of them, so that one decoder serves all. The
+    model's own grid, at which it is validated, must be among them, and a token cache must hold them. Without any,
+    every step uses the model's own."""
     epochs: float = 12.0
     """Passes over the training images."""
     batch_size: int = 32
@@ -138,23 +159,26 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to, such as `tensorboard` or `wandb`."""
     save_minutes: float = 10.0
-    """Minutes between checkpoints; one is also written before and after each validation, and when told to stop."""
+    """Minutes between checkpoints; one is also written before and after each validation, and after a signal to stop."""
     save_steps: int | None = None
     """Optimiser steps between checkpoints, in addition."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept; the best model is kept apart from them."""
+    """Number of newest checkpoints that stay; the best model is saved apart from them."""
     resume: str = "auto"
-    """`auto` goes on from the newest whole checkpoint in `output`, if there is one; `never` refuses to; or the folder
-    of one checkpoint."""
+    """`auto` goes on from the newest whole checkpoint in `output`, if there is one. `never` begins anew, and refuses an
+    `output` with a model, a log or checkpoints. Anything else is the folder of a checkpoint to go on from."""
 
     def __post_init__(self):
-        positive = ("epochs", "batch_size", "accumulation", "learning_rate", "evaluate_every", "num_beams")
-        positive += ("evaluate_images", "max_new_tokens", "log_every", "keep_checkpoints", "save_steps", "patience")
-        for name in positive:
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}")
+        check_positive(self, "epochs", "batch_size", "accumulation", "learning_rate", "clip", "evaluate_every")
+        check_positive(self, "evaluate_images", "num_beams", "max_new_tokens", "log_every", "patience")
+        check_positive(self, "keep_checkpoints", "save_steps")
+        check_shares(self, "warmup", "label_smoothing")
         if self.data.streaming and self.stage == "scst":
-            raise ValueError("stage scst needs the references of all images at hand; leave --data.streaming out")
+            raise SettingError(
+                "stage scst needs the captions of all images at once, which a stream does not give", "streaming"
+            )
+        if self.stage == "xe" and self.scst != ScstConfig():
+            raise SettingError("settings of stage scst are given, but the stage is xe", "stage")
         names = tuple(write_grid(parse_grid(grid)) for grid in self.grids)
         object.__setattr__(self, "grids", names)  # as caches and checkpoints have them
 
@@ -162,3 +186,23 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where this stage writes."""
         return self.output if self.stage == "xe" else self.output / "scst"
+
+    def unused(self) -> dict[str, str]:
+        """Map the settings that have no effect beside the others, such as `scst.samples`, to the reason."""
+        unused: dict[str, str] = {}
+        if self.stage == "xe":
+            unused |= {f"scst.{f.name}": "the stage is xe" for f in fields(ScstConfig)}
+        else:
+            unused["label_smoothing"] = "the stage is scst, which learns from rewards"
+        if self.model.tune != "lora":
+            unused |= {f"model.{name}": f"tune is '{self.model.tune}', not 'lora'" for name in LORA}
+        if self.init_from is not None or self.stage == "scst":
+            names = {f.name for f in fields(ModelConfig)} - {"tune", *LORA}
+            unused |= {f"model.{name}": "the captioner that training starts from has its own" for name in names}
+        elif self.model.decoder is not None:
+            unused |= {f"model.{name}": "it is for a decoder from scratch" for name in SCRATCH}
+        if self.data.streaming:
+            unused["data.restval"] = "a stream reads the rows of one split"
+        else:
+            unused |= {f"data.{name}": "the data are not streamed" for name in ("stream_buffer", "stream_rows")}
+        return unused

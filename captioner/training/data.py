@@ -1,7 +1,5 @@
-"""What a run learns from, as its loop takes it: a caption table, or the rows of a stream (`--data.streaming`)."""
+"""The data of a run, as its loop takes them: a caption table, or the rows of a stream (`data.streaming`)."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from captioner.data.rows import StreamedRows, read_first
 from captioner.data.token_cache import TokenCache
 from captioner.grids import Grid
 from captioner.processing import CaptionerProcessor
+from captioner.runs.digests import digest_json
 from captioner.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,13 +33,12 @@ class TableData:
         return self.table["captions"]
 
     def captions(self) -> list[str]:
-        """Return what a tokenizer is trained on: every caption."""
+        """Return the text that a tokenizer is trained on: every caption."""
         return [caption for group in self.references for caption in group]
 
     def settings(self) -> dict:
-        """Return what of this a resumed run cannot change: which images, and their captions."""
-        captions = json.dumps([self.table["image_id"][:], self.references[:]])
-        return {"data.streaming": None, "data (digest)": hashlib.sha256(captions.encode()).hexdigest()[:16]}
+        """Return what a resumed run cannot change: the images, and their captions."""
+        return {"data.streaming": None, "data digest": digest_json([self.table["image_id"][:], self.references[:]])}
 
     def stream(
         self,
@@ -63,19 +61,24 @@ class TableData:
 class RowData:
     """The training split as rows that are read as they come."""
 
-    def __init__(self, data: DataConfig):
+    def __init__(self, data: DataConfig, root: str):
         self.data = data
-        self.rows = StreamedRows(data.root, data.train_split, columns_of(data), data.stream_rows, data.images)
+        self.rows = StreamedRows(root, data.train_split, columns_of(data), data.stream_rows, data.images)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def references(self) -> list[list[str]]:
+        """The captions of each image, which a stream does not hold."""
+        raise NotImplementedError("a stream does not hold the captions of all images")
+
     def captions(self) -> list[str]:
-        """Return what a tokenizer is trained on: the captions of the first rows."""
+        """Return the text that a tokenizer is trained on: the captions of the first rows."""
         return self.rows.first_captions()
 
     def settings(self) -> dict:
-        """Return what of this a resumed run cannot change: all that decides the order."""
+        """Return what a resumed run cannot change: all that decides the order."""
         return {
             "data.streaming": True,
             "data.stream_buffer": self.data.stream_buffer,
@@ -93,8 +96,16 @@ class RowData:
     ) -> RowStream:
         """Open the endless stream of training items."""
         assert cache is None, "DataConfig refuses both"
-        options = {"buffer": self.data.stream_buffer, "on_bad": self.data.on_bad, "grids": grids, "per_step": per_step}
-        return RowStream(self.rows, processor, captions_per_image, seed, **options)
+        return RowStream(
+            self.rows,
+            processor,
+            captions_per_image,
+            seed,
+            buffer=self.data.stream_buffer,
+            on_bad=self.data.on_bad,
+            grids=grids,
+            per_step=per_step,
+        )
 
 
 TrainingData = TableData | RowData
@@ -109,7 +120,7 @@ def open_data(config: TrainConfig) -> tuple[TrainingData, "datasets.Dataset"]:
     """
     data, limit = config.data, config.evaluate_images
     if data.streaming and data.root is not None:
-        train = RowData(data)
+        train: TrainingData = RowData(data, data.root)
         held_out = read_first(data.root, data.val_split, columns_of(data), limit, data.on_bad, data.images)
     else:
         train, held_out = TableData(data), read_split(data, data.val_split)

@@ -5,13 +5,13 @@ Letters: B images, K captions of each, T text tokens.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -28,6 +28,7 @@ from captioner.report.curves import write_curves
 from captioner.report.samples import write_samples
 from captioner.runs.checkpoint import check_finite, leave_frozen_out, not_finite, resume, save_checkpoint
 from captioner.runs.config import save_config
+from captioner.runs.digests import digest_json, digest_tensors
 from captioner.runs.files import recover_folder
 from captioner.runs.interruption import Interruption
 from captioner.runs.log import RunLog, check_trackers
@@ -49,17 +50,17 @@ def train(config: TrainConfig) -> Path:
     """Run the training job and return the folder of the best model.
 
     Raises:
-        ValueError: no data, names that cannot be had, a token cache of another encoder, a checkpoint of another run, or
-            a loss that is not finite.
+        ValueError: no data, an encoder or decoder that cannot be loaded, a token cache of another encoder, a checkpoint
+            or the results of another run in the output folder, or a loss that is not finite.
         OSError: the disk is full; checkpoints and the best model are as they were.
-        SystemExit: the run was told to stop (SIGTERM, SIGINT) and has saved; the code is 128 + the signal.
+        SystemExit: a signal stopped the run (SIGTERM, SIGINT), which has saved; the code is 128 + the signal.
     """
     with Interruption() as interruption:
         return run(config, interruption)
 
 
 def run(config: TrainConfig, interruption: Interruption) -> Path:
-    """Set up, then train: evaluate where due, step, save where due; see `train`."""
+    """Set up, then train: validate when due, take a step, save when due; see `train`."""
     check_trackers(config.trackers)
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     accelerator = start_processes(
@@ -68,7 +69,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         log_with=list(config.trackers) or None,
         project_dir=folder,
     )
-    check_sharding(accelerator)
+    check_sharding(accelerator, unsharded="encoder")
     set_seed(config.seed)
     with accelerator.main_process_first():  # the others find the table cached
         data, held_out = open_data(config)
@@ -99,15 +100,16 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
 
     log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
     settings = fixed_settings(config, per_step) | parts | data.settings()
-    progress = {"step": 0, "evaluated": None, "best": None, "stale": 0}
-    resumed = resume(accelerator, checkpoints, config.resume, settings, strict=False)
+    progress: dict[str, Any] = {"step": 0, "evaluated": None, "best": None, "stale": 0}
+    best = folder / "best"
+    resumed = resume(accelerator, checkpoints, config.resume, settings, model=best, log=log.path, strict=False)
     if resumed is not None:
         progress = {key: resumed[key] for key in progress}
         log.load_state(resumed["log"], progress["step"])
     else:
         log.start_over()
         if config.init_from is None and config.stage == "xe":
-            progress["evaluated"] = 0  # nothing to see in a decoder that knows no word
+            progress["evaluated"] = 0  # a decoder without training has nothing to validate
     schedule = learning_rates(optimizer.optimizer, config.learning_rate, config.warmup, progress["step"], total)
     if accelerator.is_main_process:
         save_config(config, folder)
@@ -120,6 +122,11 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         f"{len(data)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
         f"{total} steps of {per_step} images"
     )
+    if per_step > len(data):
+        accelerator.print(
+            f"a step takes more images than there are: an epoch is then one step, and draws each image "
+            f"{per_step / len(data):.3g} times"
+        )
 
     def save() -> None:
         check_finite(model, progress["step"], checkpoints)
@@ -136,7 +143,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             progress |= {"evaluated": step, "stale": progress["stale"] + 1}
             if progress["best"] is None or record["CIDEr"] > progress["best"]:
                 progress |= {"best": record["CIDEr"], "stale": 0}
-                save_best(accelerator, model, processor, folder / "best", config.save_dtype)
+                save_best(accelerator, model, processor, best, config.save_dtype)
             log.show(CIDEr=f"{record['CIDEr']:.3f}")
             record = {"step": step, **record, "samples": [result["caption"] for result in results[:3]]}
             log.write(record)
@@ -150,16 +157,17 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
 
         measured = train_step(accelerator, model, batches, objective, config)
         if not math.isfinite(measured["loss"]):
-            raise ValueError(not_finite(f"the loss is {measured['loss']}", step, checkpoints))
+            raise not_finite(f"the loss is {measured['loss']}", step, checkpoints)
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         progress["step"] = step = step + 1
-        log.step(step, measured, schedule.get_last_lr()[0])
+        log.step(step, measured, rate)
 
         due = time.monotonic() - saved > 60 * config.save_minutes
-        stop, due = interruption.agree(accelerator, accelerator.is_main_process and due)
+        stop, (due,) = interruption.agree(accelerator, accelerator.is_main_process and due)
         if stop or due or (config.save_steps is not None and step % config.save_steps == 0):
             save()
             saved = time.monotonic()
@@ -171,9 +179,9 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     log.close()
     if step < total:
         accelerator.print(f"stopped at step {step} of {total}: {config.patience} validations without a better CIDEr")
-    accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {folder / 'best'}")
+    accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {best}")
     accelerator.end_training()
-    return folder / "best"
+    return best
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -213,27 +221,17 @@ def train_step(
 
 
 def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
-    """Return what stands for the parts of a run that no checkpoint holds: what is frozen, preprocessing, tokenizer."""
-    encoder = encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)
-    vocabulary = sorted(processor.tokenizer.get_vocab().items())
-    parts = {"encoder": encoder, "decoder": digest_frozen(model.decoder), "tokenizer": vocabulary}
+    """Digest the parts of a run that no checkpoint holds: frozen weights, preprocessing, tokenizer."""
+    frozen = {name: value for name, value in model.decoder.named_parameters() if not value.requires_grad}
     return {
-        f"{name} (digest)": hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
+        "encoder digest": digest_json(encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)),
+        "frozen decoder digest": digest_tensors(frozen),
+        "tokenizer digest": digest_json(processor.tokenizer.get_vocab()),
     }
 
 
-def digest_frozen(module: nn.Module) -> str:
-    """Digest the weights of a module that are not trained."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def fixed_settings(config: TrainConfig, per_step: int) -> dict:
-    """Return what a run cannot change when it is resumed: the model, and what decides the order of the data."""
+    """Return the settings that a resumed run cannot change: the model, and what decides the order of the data."""
     model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
     settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}

@@ -1,15 +1,13 @@
 """Writing the best model of a run as a folder that `captioner.load` reads."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn
 
 from captioner.processing import CaptionerProcessor
-from captioner.runs.files import replace_folder, share_weights
+from captioner.runs.files import folder_whole, share_weights
 from captioner.training.lora import merged_weights
 
 
@@ -34,13 +32,8 @@ def save_best(
             name = "float16" if dtype == "bfloat16" and key.startswith("encoder.") else dtype
             saved = getattr(torch, name) if value.is_floating_point() else value.dtype
             state[key] = cast.setdefault(value.data_ptr(), value.to(saved))
-        temporary = folder.with_name(f".{folder.name}")
-        try:
+        with folder_whole(folder, "the model") as temporary:
             captioner.save_pretrained(temporary, state_dict=state)
             processor.save_pretrained(temporary)
             share_weights(temporary)
-            replace_folder(temporary, folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"cannot write the model '{folder}' ({error}); free some disk space and run again") from error
     accelerator.wait_for_everyone()
