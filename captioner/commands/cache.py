@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
-from captioner.data.config import DataConfig
+from captioner.data.config import SourceConfig
 from captioner.data.encoding import Job, disk_bytes, encode_shards, token_shapes
 from captioner.data.readers import read_split
 from captioner.data.token_cache import (
@@ -46,7 +46,7 @@ class CacheConfig:
 
     output: Path = Path("runs/tokens")
     """Folder of the cache; one that exists is gone on with."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SourceConfig = field(default_factory=SourceConfig)
     splits: tuple[str, ...] = ("train", "val")
     """Splits to encode; others may be added to the same folder later."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
@@ -68,8 +68,6 @@ class CacheConfig:
     """Seed of the random crops, and of an encoder without trained weights (as `captioner train --seed`)."""
 
     def __post_init__(self):
-        if self.data.tokens is not None:
-            raise ValueError("name the folder of the cache with --output; --data.tokens is for those who read it")
         if self.views < 1 or self.batch_size < 1 or not self.splits:
             raise ValueError("a cache needs at least one split, one view and one image per batch")
         if not 0 < self.min_crop <= 1:

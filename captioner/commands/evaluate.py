@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from captioner.data.batches import open_images
-from captioner.data.config import DataConfig
+from captioner.data.config import TokenSourceConfig
 from captioner.data.readers import read_split
 from captioner.data.token_cache import open_cache
 from captioner.evaluation import caption_split, score_results, write_results
@@ -24,7 +24,7 @@ class EvaluateConfig:
 
     model: str | None = None
     """Folder or hub id of the captioner; `None` for the shipped one."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: TokenSourceConfig = field(default_factory=TokenSourceConfig)
     split: str = "test"
     """Split to caption."""
     output: Path = Path("runs/evaluate")

@@ -9,11 +9,12 @@ from typing import IO, Annotated, Literal
 
 import tyro
 
-from captioner.data.caption_table import ImageFinder
-from captioner.data.readers import is_karpathy, load_json
+from captioner.data.captions import ImageId, clean_text
+from captioner.data.image_finder import ImageFinder
+from captioner.errors import SettingError
 from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
 from captioner.metrics.compare import signed
-from captioner.metrics.files import ImageId, ReferenceSet, clean
+from captioner.metrics.files import ReferenceSet, check_names, names_in_results
 from captioner.metrics.java import spice_models
 from captioner.metrics.systems import Evaluation, evaluate_systems
 from captioner.runs.files import open_whole
@@ -26,19 +27,20 @@ class ScoreConfig:
     files: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS [RESULTS_B] ANNOTATIONS")
     ] = ()
-    """One or two results files (COCO results, or what `captioner caption` wrote), then COCO or Karpathy annotations."""
+    """One or two results files (COCO results, a table, or what `captioner caption` wrote), then COCO or Karpathy
+    annotations."""
     split: str | None = None
     """Split of Karpathy annotations; `None` for test."""
     output: Path | None = None
     """File for the scores, format by ending: .json (all there is) or .csv (a row per image)."""
     report: Path | None = None
-    """HTML page for scores, distributions and captions beside their images; one file that needs nothing else."""
+    """HTML page of scores, distributions and captions beside their images; one file that needs nothing else."""
     images: Path | None = None
     """Folder of the report's images, where they are not beside the annotations."""
     overwrite: bool = False
     """Replace files that exist."""
     partial: bool = False
-    """Score the images that results and annotations both have, and say how many that leaves out."""
+    """Score the images that both results and annotations have, and say how many others there are."""
     allow_empty: bool = False
     """Give an empty caption zeros instead of refusing it."""
     metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = METRICS
@@ -46,7 +48,7 @@ class ScoreConfig:
     spice: Path | None = None
     """Folder with SPICE's models, to compute SPICE as well."""
     train: Path | None = None
-    """Annotations of the training set, to see which share of the captions stands in it word for word."""
+    """Annotations of the training set, to print which share of the captions occurs in it word for word."""
     samples: int = 1000
     """Bootstrap samples behind the intervals, and swaps behind the p-values."""
     level: float = 0.95
@@ -75,10 +77,20 @@ def score_files(config: ScoreConfig) -> Evaluation:
     """
     *paths, annotations = check_paths(config)
     references = read_references(annotations, config.split)
-    results = {}
+    results, names = {}, {}
     for path, name in zip(paths, short_names(paths), strict=True):
-        results[name], note = match_ids(read_results(path), references)
-        references.warnings += [f"{name}: {note}"] * bool(note)
+        rows = read_results(path)
+        results[name], note = match_ids(rows, references)
+        if note:
+            references.warnings.append(f"{name}: {note}")
+        if not config.partial:
+            check_names(results[name], references, path)
+        names = names or names_in_results(rows, results[name], references)
+    if names:  # images are called what results call them
+        references = references.renamed(names)
+        for rows in results.values():
+            for row in rows:
+                row["image_id"] = names.get(row["image_id"], row["image_id"])
     images = find_images(references, annotations, config.images) if config.report else {}
     evaluation = evaluate_systems(
         results,
@@ -134,17 +146,19 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
             raise ValueError(f"--{option} '{path}' must end in {' or '.join(endings)}")
         if any(path.resolve() == other.resolve() for other in (*config.files, config.train) if other):
             raise ValueError(f"--{option} '{path}' is a file to read; name another")
-        if path.is_dir() or (path.exists() and not config.overwrite):
-            raise ValueError(f"'{path}' exists; pass --overwrite to replace it")
+        if path.is_dir():
+            raise ValueError(f"--{option} '{path}' is a folder; name a file")
+        if path.exists() and not config.overwrite:
+            raise SettingError(f"'{path}' exists", "overwrite")
     return config.files
 
 
 def short_names(paths: list[Path]) -> list[str]:
     """Name files as shortly as tells them apart."""
-    names = [clean(path.name) for path in paths]
+    names = [clean_text(path.name) for path in paths]
     if len(set(names)) == len(names):
         return names
-    names = [clean(f"{path.resolve().parent.name}/{path.name}") for path in paths]
+    names = [clean_text(f"{path.resolve().parent.name}/{path.name}") for path in paths]
     return names if len(set(names)) == len(names) else [f"{letter}: {n}" for letter, n in zip("AB", names, strict=True)]
 
 
@@ -152,8 +166,7 @@ def read_training(path: Path | None) -> list[str] | None:
     """Read the captions of a training set: a whole COCO file, or Karpathy's `train` and `restval`."""
     if path is None:
         return None
-    split = "train" if is_karpathy(load_json(path)) else None
-    references = read_references(path, split, restval=True)
+    references = read_references(path, restval=True, default_split="train")
     return [caption for group in references.captions.values() for caption in group]
 
 
@@ -168,6 +181,8 @@ def find_images(references: ReferenceSet, annotations: Path, folder: Path | None
     find = ImageFinder(annotations.parent, folder)
     found = {image_id: find(name, references.split) for image_id, name in references.files.items()}
     images = {image_id: path for image_id, path in found.items() if path}
+    if folder is not None and not found:
+        raise ValueError(f"'{annotations}' does not name the files of its images, so that none is found in '{folder}'")
     if folder is not None and not images:
         name = next(iter(references.files.values()))
         raise FileNotFoundError(f"none of the {len(found):,} images, such as '{name}', is in '{folder}'")

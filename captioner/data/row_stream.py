@@ -3,6 +3,7 @@
 Letters: B images, K captions of each, T text tokens.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils.data import DataLoader
 
-from captioner.data.caption_table import OnBad
-from captioner.data.rows import StreamedRows, tidy_captions
+from captioner.data.caption_table import one_line
+from captioner.data.captions import Captions, read_captions_of
+from captioner.data.records import OnBad
+from captioner.data.rows import StreamedRows
 from captioner.data.stream import SeededStream
+from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.images import ImageError
 from captioner.processing import CaptionerProcessor
+
+logger = logging.getLogger(__name__)
 
 
 class RowReader:
@@ -84,6 +90,7 @@ class RowStream(SeededStream):
         self.rows, self.processor, self.captions_per_image = rows, processor, captions_per_image
         self.buffer, self.on_bad = buffer, on_bad
         self.threads = 1
+        self.lacking: set[int] = set()  # rows some of whose captions cannot be used
         self.reader: RowReader | None = None  # opened by the process that reads
 
     def choose(self, i: int, attempt: int) -> int:
@@ -98,20 +105,30 @@ class RowStream(SeededStream):
             ValueError: it is unusable and is refused.
         """
         row, random = self.reader.row(number), self.generator(i)
+        found = read_captions_of(row[self.rows.columns[1]])
         try:
-            captions = tidy_captions(row[self.rows.columns[1]])
-            if not captions:
-                raise ImageError("it has no caption")
+            if not found.texts or (self.on_bad == "refuse" and found.empty + found.unreadable):
+                raise ImageError(describe_captions(found))
             image = self.processor.pixels(self.rows.image(row))
         except ImageError as error:
-            label = row[self.rows.columns[2]]
-            name = f"row {number} of the stream" if label is None else f"image {label}"
             if self.on_bad == "refuse":
-                raise ValueError(f"{name}: {error}; fix the data or pass --data.on-bad skip") from None
-            raise ImageError(f"{name}: {error}") from None
+                raise SettingError(f"{self.name_row(row, number)}: {error}", "on_bad") from None
+            raise ImageError(f"{self.name_row(row, number)}: {error}") from None
+        if found.empty + found.unreadable and number not in self.lacking:
+            self.lacking.add(number)
+            logger.warning(
+                "%s: %s, left out (%d rows so far)",
+                *(self.name_row(row, number), describe_captions(found), len(self.lacking)),
+            )
+        captions = [one_line(text) for text in found.texts]
         order = random.permutation(len(captions)).tolist()
         drawn = [captions[order[k % len(order)]] for k in range(self.captions_per_image)]
         return {"image": image, "captions": drawn}
+
+    def name_row(self, row: dict, number: int) -> str:
+        """Return what warnings and errors call a row: its image id, if it has one, else its position."""
+        label = row[self.rows.columns[2]]
+        return f"row {number} of the stream" if label is None else f"image {label}"
 
     def __getitem__(self, i: int) -> dict:
         return self.__getitems__([i])[0]
@@ -139,3 +156,12 @@ class RowStream(SeededStream):
         if grid := self.grid(items):
             images["grid"] = grid
         return images | self.processor.text([caption for item in items for caption in item["captions"]])
+
+
+def describe_captions(found: Captions) -> str:
+    """Say what is wrong with the captions of a row."""
+    if not (found.texts or found.empty or found.unreadable):
+        return "it has no caption"
+    kinds = {"empty captions": found.empty, "unreadable captions": found.unreadable}
+    wrong = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return wrong if found.texts else f"it has no caption, only {wrong}"

@@ -10,12 +10,18 @@ import logging
 from collections.abc import Iterator, Mapping
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from captioner.data.caption_table import ImageFinder, OnBad, build_table
-from captioner.data.readers import check_hub, dataset_records, find_column, is_hub_id, is_saved_set, read_captions
+from captioner.data.caption_table import build_table, one_line
+from captioner.data.captions import read_captions_of
+from captioner.data.columns import Columns, find_columns
+from captioner.data.dataset_files import check_hub, dataset_records, is_hub_id, is_saved_set, pick_split
+from captioner.data.image_finder import ImageFinder
+from captioner.data.readers import read_captions
+from captioner.data.records import OnBad
+from captioner.errors import SettingError
 from captioner.images import MAX_BYTES, ImageError, ImageSource
 
 if TYPE_CHECKING:
@@ -52,15 +58,16 @@ class StreamedRows:
         self,
         source: str,
         split: str,
-        columns: tuple[str, str, str] = ("image", "captions", "image_id"),
+        columns: tuple[str, str, str] = Columns(),
         size: int | None = None,
         images: Path | None = None,
     ):
         self.rows, known = open_split(source, split)
         self.name, self.split = f"'{source}', split '{split}'", split
-        self.columns = (*check_columns(self.rows, columns, self.name)[:2], columns[2])
+        image, captions, image_id = find_columns(first_row(self.rows, self.name), Columns(*columns), self.name)
+        self.columns = image, captions, image_id or columns[2]
         if size is None and known is None:
-            raise ValueError(f"{self.name}, does not say how many rows it has; say it with --data.stream-rows")
+            raise SettingError(f"{self.name}, does not say how many rows it has", "stream_rows")
         self.size = size or known
         self.find = ImageFinder(Path(source) if Path(source).is_dir() else Path(), images)
 
@@ -71,7 +78,7 @@ class StreamedRows:
         """Return the captions of the first `TOKENIZER_ROWS` rows."""
         column = self.columns[1]
         rows = self.rows.select_columns(column).take(min(TOKENIZER_ROWS, self.size))
-        return [caption for row in rows for caption in tidy_captions(row.get(column))]
+        return [one_line(caption) for row in rows for caption in read_captions_of(row.get(column)).texts]
 
     def epoch(self, number: int, seed: int, buffer: int) -> Iterator[dict]:
         """Read the rows of an epoch in its own order, images still encoded.
@@ -92,7 +99,7 @@ class StreamedRows:
             had += 1
             yield row
         if had < self.size:
-            raise ValueError(f"{self.name}, has {had} rows, not {self.size}; say so with --data.stream-rows {had}")
+            raise SettingError(f"{self.name}, has {had} rows, not {self.size}", "stream_rows")
 
     def from_position(self, start: int, seed: int, buffer: int) -> Iterator[dict]:
         """Read epoch after epoch without end, from a position on; the rows before it in its epoch are read past."""
@@ -135,7 +142,10 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
     path = Path(source)
     saved, parquet = is_saved_set(path), path.is_dir() and any(path.rglob("*.parquet"))
     if path.exists() and not saved and not parquet:
-        raise ValueError(f"'{source}' is no `datasets` set and no folder of parquet files; leave --data.streaming out")
+        raise SettingError(
+            f"'{source}' is no `datasets` set and no folder of parquet files, so that it cannot be streamed",
+            "streaming",
+        )
     if not path.exists():
         if not is_hub_id(source):
             raise FileNotFoundError(f"no data set at '{source}'")
@@ -150,8 +160,7 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
             parts = builder.as_streaming_dataset()
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
         raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
-    if split not in parts:
-        raise ValueError(f"'{source}' has no split '{split}', only {', '.join(parts)}")
+    split = pick_split(parts, split, source)
     rows = parts[split]
     if saved:
         known = len(rows)
@@ -163,22 +172,16 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
     return rows.decode(False) if rows.features else rows, known or None
 
 
-def check_columns(rows: "datasets.IterableDataset", columns: tuple[str, str, str], name: str) -> list[str]:
-    """Return the names the first row has for image and captions and, if there is one, the image id.
+def first_row(rows: "datasets.IterableDataset", name: str) -> dict:
+    """Return the first row of a stream.
 
     Raises:
-        ValueError: there is no row, or it has no image or caption column.
+        ValueError: there is none.
     """
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"{name}, has no rows")
-    columns = (*(find_column(first, column) for column in columns[:2]), columns[2])
-    if missing := [column for column in columns[:2] if column not in first]:
-        raise ValueError(
-            f"{name}, has no column '{missing[0]}', only {', '.join(first)}; "
-            "name the columns with --data.image-column and --data.caption-column"
-        )
-    return [column for column in columns if column in first]
+    return first
 
 
 def read_first(
@@ -200,12 +203,12 @@ def read_first(
         names = dict(zip(("image_column", "caption_column", "id_column"), columns, strict=True))
         return read_captions(source, split, images=images, on_bad=on_bad, **names)
     name, (rows, _) = f"'{source}', split '{split}'", open_split(source, split)
-    present = check_columns(rows, columns, name)
+    present = [column for column in find_columns(first_row(rows, name), Columns(*columns), name) if column is not None]
     rows = rows.select_columns(present)
     held = [fetched(row, present[0]) for row in (rows if limit is None else rows.take(limit))]
     table = datasets.Dataset.from_list(held, features=rows.features)
-    records, encoded = dataset_records(table, columns, name, [split] * len(table))
-    return build_table(records, encoded, Path(source), images, on_bad, name)
+    records, encoded = dataset_records(table, Columns(*columns), name, [split] * len(table))
+    return build_table(records, encoded, ImageFinder(Path(source), images), on_bad, name)
 
 
 def fetched(row: dict, image_column: str) -> dict:
@@ -232,12 +235,6 @@ def fetch(path: str) -> bytes:
             return file.read(MAX_BYTES + 1)  # more is refused when it is opened
     except OSError as error:
         raise ImageError(f"'{path}' cannot be read: {error}") from None
-
-
-def tidy_captions(value: Any) -> list[str]:
-    """Return the captions of a row, a text or a list of texts: each on one line, none empty."""
-    texts = value if isinstance(value, list) else [value]
-    return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
 
 
 def shuffled(rows: Iterator[dict], size: int, random: np.random.Generator) -> Iterator[dict]:

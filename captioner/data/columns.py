@@ -1,0 +1,77 @@
+"""The columns of a table of captions: which of its names mean image, captions, image id and split."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from captioner.errors import SettingError
+
+
+class Columns(NamedTuple):
+    """Names of the columns of a table."""
+
+    image: str = "image"
+    captions: str = "captions"
+    image_id: str = "image_id"
+
+
+IMAGE_NAMES = ("image", "file_name", "filename", "image_name", "image_path", "path", "filepath", "file_path")
+"""Usual names of the column of images."""
+
+CAPTION_NAMES = ("captions", "caption", "text", "sentence", "sentences", "raw", "comment")
+"""Usual names of the column of captions. Where none of the first two is there, only one of the others may be."""
+
+
+def plain_name(name: str) -> str:
+    """Return a column's name in the form in which names are compared: `File Name` is `file_name`."""
+    return "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split())
+
+
+def find_column(names: Iterable[str], wanted: str, usual: tuple[str, ...] = ()) -> str | None:
+    """Find a column by its name, whatever its case, else by another usual name if the wanted one is the default.
+
+    Raises:
+        ValueError: several columns may be meant.
+    """
+    names = list(names)
+    if wanted in names:
+        return wanted
+    plain: dict[str, list[str]] = {}
+    for name in names:
+        if isinstance(name, str):
+            plain.setdefault(plain_name(name), []).append(name)
+    for name in usual if usual[:1] == (wanted,) else (wanted,):
+        if found := plain.get(plain_name(name)):
+            if len(found) > 1:
+                raise ValueError(f"'{found[0]}' and '{found[1]}' may both be the column '{wanted}'")
+            return found[0]
+    return None
+
+
+def find_columns(names: Iterable[str], wanted: Columns, table: str) -> tuple[str, str, str | None]:
+    """Find the columns of image, captions and, if there is one, image id.
+
+    Args:
+        names: the names of the table's columns.
+        wanted: how they are called, as the settings have it.
+        table: what errors call the table.
+
+    Raises:
+        SettingError: there is no column of images or of captions, or several columns may be meant.
+    """
+    names = list(names)
+    settings = ("image_column", "caption_column")
+    try:
+        image = find_column(names, wanted.image, IMAGE_NAMES)
+        captions = find_column(names, wanted.captions, CAPTION_NAMES)
+        image_id = find_column(names, wanted.image_id)
+    except ValueError as error:
+        raise SettingError(f"{table}: {error}", *settings) from None
+    for found, asked in ((image, wanted.image), (captions, wanted.captions)):
+        if found is None:
+            raise SettingError(f"{table} has no column '{asked}', only {', '.join(map(str, names))[:200]}", *settings)
+    others = [name for name in names if isinstance(name, str) and plain_name(name) in CAPTION_NAMES[2:]]
+    if wanted.captions == Columns().captions and captions in others and len(others) > 1:
+        raise SettingError(
+            f"{table}: '{others[0]}' and '{others[1]}' may both be the column of captions", *settings[1:]
+        )
+    return image, captions, image_id
