@@ -57,7 +57,7 @@ def test_what_the_caption_command_writes_is_scored(write, annotations, capsys):
     failed = {"path": "13.jpg", "caption": None, "logprob": None, "error": "truncated"}
     path = write("ours.jsonl", "\n".join(map(json.dumps, [*rows[:2], failed])))
     assert run("score", path, annotations, "--metrics", "CIDEr") == 1
-    assert "1 image (13) without a prediction" in capsys.readouterr().err
+    assert "1 image ('000000000013.jpg') without a prediction" in capsys.readouterr().err  # as results name images
     assert run("score", path, annotations, "--metrics", "CIDEr", "--partial") == 0
     capsys.readouterr()
     assert run("score", write("none.jsonl", json.dumps(failed)), annotations, *FAST) == 1

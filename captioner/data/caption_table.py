@@ -66,7 +66,7 @@ def build_table(
             raise FileNotFoundError(
                 f"{name}: none of the {count} images was found, such as '{example}'; name the folder of the images"
             )
-        raise ValueError(f"{name}: no captioned images{report.skipped()}")
+        raise ValueError(f"{name}: no captioned images{report.unusable()}")
     if not all(isinstance(i, int) for i in table["image_id"]):
         table["image_id"] = [str(i) for i in table["image_id"]]
     if images is None:

@@ -92,7 +92,8 @@ def dataset_records(
     """Return the records of the rows of a `datasets` set and its images, as `read_dataset` does."""
     import datasets
 
-    found = image_column, caption_column, id_column = find_columns(rows.features, columns, name)
+    found = find_columns(rows.features, columns, name)
+    image_column, _, id_column = found
     images = None
     if isinstance(rows.features[image_column], datasets.Image):
         images = rows.select_columns(image_column)
@@ -104,7 +105,7 @@ def dataset_records(
             number_repeats(encoded, rows[id_column][:], numbers)
         rows = rows.remove_columns(image_column).add_column(image_column, numbers)
     wanted = [column for column in found if column is not None]
-    return join_rows(rows.select_columns(wanted), found, splits, lambda number: f"{name}, row {number}"), images
+    return join_rows(rows.select_columns(wanted), found, splits, name, lambda number: f"row {number}"), images
 
 
 def lack_image(images: "ChunkedArray") -> list[bool]:

@@ -53,16 +53,16 @@ class ReadReport:
         """Map each kind of problem that occurred to the images it occurred in."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), list) and v}
 
-    def skipped(self) -> str:
-        """Say what was skipped, each kind with its first few images; nothing if nothing was."""
+    def unusable(self) -> str:
+        """Say what cannot be used, each kind with its first few images; nothing if all can."""
         found = [
             f"{len(where)} {kind.replace('_', ' ')} ({', '.join(map(str, where[:3]))}{', ...' if where[3:] else ''})"
             for kind, where in self.problems().items()
         ]
-        return f"; skipped {'; '.join(found)}" if found else ""
+        return f"; unusable: {'; '.join(found)}" if found else ""
 
     def __str__(self) -> str:
-        return f"{self.images} images, {self.captions} captions{self.skipped()}"
+        return f"{self.images} images, {self.captions} captions{self.unusable()}"
 
 
 def usable_records(

@@ -26,7 +26,7 @@ def row_records(rows: Rows, columns: Columns, name: str) -> Iterator[Record]:
     found = find_columns(rows.names(), columns, name)
     split = find_column(rows.names(), "split")
     splits = None if split is None else (row.get(split) for row in rows.rows)
-    return join_rows(rows.rows, found, splits, lambda number: f"{name}, {rows.place(number)}")
+    return join_rows(rows.rows, found, splits, name, rows.place)
 
 
 def name_of(image: Any) -> Any:
@@ -40,6 +40,7 @@ def join_rows(
     rows: Iterable[Mapping[str, Any]],
     columns: tuple[str, str, str | None],
     splits: Iterable[Any] | None,
+    name: str,
     place: Callable[[int], str],
 ) -> Iterator[Record]:
     """Join the rows of each image: of one id, if there are ids, and of one image.
@@ -47,7 +48,8 @@ def join_rows(
     Args:
         columns: the columns of image, captions and image id. An image is a name, or its row among images.
         splits: the split of each row; those without a value name none.
-        place: says where a row stands, by its number.
+        name: what errors call the table.
+        place: says where in it a row stands, by the row's number.
 
     Raises:
         ValueError: an image id is neither a whole number nor text.
@@ -66,7 +68,7 @@ def join_rows(
         elif (plain := plain_id(image_id)) is not None:
             image_id = plain
         else:
-            raise ValueError(f"{place(number)}: the image id {image_id!r} is neither a whole number nor text"[:300])
+            raise ValueError(f"{name}, {place(number)}: the image id {image_id!r} is neither a whole number nor text"[:300])
         split = NO_SPLIT if splits is None or is_missing(value := next(splits)) else str(value).strip()
         if image is None:
             key: Any = number  # a row without an image is joined to none

@@ -247,7 +247,8 @@ def check_names(rows: list[dict[str, Any]], references: ReferenceSet, path: Path
         if len(found := names.candidates(str(row["image_id"]))) > 1:
             files = " or ".join(f"'{references.files[image_id]}'" for image_id in found[:2])
             raise ValueError(
-                f"'{path}': the image '{row['image_id']}' may be {files} of the annotations; the results must write more of the path"
+                f"'{path}': the image '{row['image_id']}' may be {files} of the annotations; "
+                "the results must write more of the path"
             )
 
 
