@@ -248,7 +248,9 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_pa
 
 
 @pytest.mark.parametrize("command", ["cache", "evaluate"])
-@pytest.mark.parametrize("option", [["--data.streaming"], ["--data.captions-per-image", "3"], ["--data.val-split", "a"]])
+@pytest.mark.parametrize(
+    "option", [["--data.streaming"], ["--data.captions-per-image", "3"], ["--data.val-split", "a"]]
+)
 def test_settings_of_training_are_no_options_of_other_jobs(saved, capsys, command, option):
     assert run(command, "--data.root", saved(), *option) == 2
     assert option[0] in capsys.readouterr().err

@@ -93,18 +93,26 @@ def parse_list(text: str) -> list[str | None] | None:
     """
     whole, inner = text[-1] == CLOSING[text[0]], text[1:-1].strip()
     quoted = text[1:].lstrip()[:1] in ("'", '"')
-    word = re.fullmatch(r"[^\s,'\"]+", inner) and inner.lower() not in NO_VALUE  # such as "[UNK]"
-    if text[0] == "[" and (quoted or whole) and not word:
-        if not quoted and "]" in inner:
-            return None  # such as "[one] and [two]"
+    word = re.fullmatch(r"[^\s,'\"\[\]]+", inner) and inner.lower() not in NO_VALUE  # such as "[UNK]"
+    if text[0] == "[" and (quoted or (whole and not closes_early(text))) and not word:
         return check_items(parse_json(text) or parse_python(text))
     if not (whole and quoted):
         return None
     try:  # a tuple or a set; a caption may also stand in brackets
-        items = parse_python(text)
+        items = parse_json(text) or parse_python(text)
     except ValueError:
         return None
     return None if isinstance(items, str) else check_items(items)
+
+
+def closes_early(text: str) -> bool:
+    """Tell whether the bracket that opens a text is closed before its end, as in "[one] and [two]"."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "[") - (letter == "]")
+        if depth == 0:
+            return place < len(text) - 1
+    return False
 
 
 def parse_json(text: str) -> Any:
@@ -125,9 +133,11 @@ def parse_python(text: str) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of backslashes in texts
-                return ast.literal_eval(text)
+                value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass  # it may hold `nan`
+            value = None  # it may hold `nan`
+        if value is not None and not isinstance(value, set):  # a set forgets the order
+            return value
     try:
         return parse_array(text)
     except (SyntaxError, tokenize.TokenError) as error:
@@ -162,12 +172,12 @@ def parse_array(text: str) -> list[str | None]:
 
 
 def check_items(items: Any) -> list[str | None]:
-    """Return the items of a list, tuple or set if all are texts or have no value.
+    """Return the items of a list or tuple if all are texts or have no value.
 
     Raises:
         ValueError: they are something else.
     """
-    if not isinstance(items, list | tuple | set) or not all(isinstance(i, str) or is_missing(i) for i in items):
+    if not isinstance(items, list | tuple) or not all(isinstance(i, str) or is_missing(i) for i in items):
         raise ValueError("not a list of texts")
     return list(items)
 

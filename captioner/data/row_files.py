@@ -104,7 +104,7 @@ def parse_lines(text: str, path: Path) -> Rows:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}', line {number}, is not JSON: {error.msg} at column {error.colno}") from None
+            raise ValueError(f"'{path}', line {number}, is not JSON: {error.msg} (column {error.colno})") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -139,9 +139,10 @@ def parse_table(text: str, path: Path) -> Rows:
                     raise ValueError(f"'{path}': the header names the column '{twice}' more than once")
                 continue
             if len(fields) != len(header):
+                what = SEPARATORS.get(separator, separator) if len(fields) > len(header) else "line break"
                 raise ValueError(
                     f"'{path}': line {first + skipped} has {count(len(fields), 'field')}, the header {len(header)}; "
-                    f"a value that holds a {SEPARATORS.get(separator, separator)} must stand in quotes"
+                    f"a value that holds a {what} must stand in quotes"
                 )
             if start > first + 1 and swallows(fields, separator):
                 raise ValueError(
@@ -152,6 +153,8 @@ def parse_table(text: str, path: Path) -> Rows:
             lines.append(first + skipped)
     except csv.Error as error:
         raise ValueError(f"'{path}': line {start + skipped} {describe_csv_error(error)}") from None
+    if not header:
+        raise ValueError(f"'{path}' is empty")
     return Rows(rows, lines)
 
 

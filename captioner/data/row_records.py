@@ -59,24 +59,23 @@ def join_rows(
     splits = iter(splits) if splits is not None else None
     for number, row in enumerate(rows):
         image, captions = name_of(row.get(image_column)), row.get(caption_column)
-        image_id = None if id_column is None else row.get(id_column)
-        if is_missing(image_id):
-            if isinstance(image, str):
-                image_id = image
-            else:  # among ids of others, a number would be taken for one
-                image_id = number if id_column is None and image is not None else place(number)
-        elif (plain := plain_id(image_id)) is not None:
-            image_id = plain
-        else:
-            raise ValueError(f"{name}, {place(number)}: the image id {image_id!r} is neither a whole number nor text"[:300])
+        given = None if id_column is None else row.get(id_column)
+        image_id = None if is_missing(given) else plain_id(given)
+        if image_id is None and not is_missing(given):
+            fact = f"{name}, {place(number)}: the image id {given!r} is neither a whole number nor text"
+            raise ValueError(fact[:300])
         split = NO_SPLIT if splits is None or is_missing(value := next(splits)) else str(value).strip()
+        same_id = None if image_id is None else str(image_id)
+        key: Any = same_id, portable_name(image) if isinstance(image, str) else str(image)
         if image is None:
-            key: Any = number  # a row without an image is joined to none
-        else:
-            key = str(image_id), portable_name(image) if isinstance(image, str) else str(image)
+            key = number  # it is joined to no other row
+        if image_id is None:
+            image_id = image if isinstance(image, str) else number
+            if image is None or (id_column is not None and image_id == number):
+                image_id = place(number)  # among ids of others, a number would be taken for one
         record = joined.get(key)
         if record is None:
-            record = joined[key] = Record(image_id, image, [], split)
+            joined[key] = record = Record(image_id, image, [], split)
         elif record.split == NO_SPLIT:
             record.split = split
         elif split not in (record.split, NO_SPLIT):

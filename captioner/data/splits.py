@@ -32,8 +32,12 @@ def is_split_name(name: str) -> bool:
 
 def find_split(names: Iterable[str], split: str) -> str | None:
     """Return the one of the names of a data set's splits that means a split, or None: `validation` for `val`."""
-    names = set(names)
-    return next((name for name in split_names(split) if name in names), None)
+    known: dict[str, str] = {}
+    for name in names:
+        if name == split:
+            return name
+        known.setdefault(name.lower(), name)
+    return next((known[name] for name in split_names(split.lower()) if name in known), None)
 
 
 def keep_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad = "skip") -> Iterator[Record]:
@@ -58,7 +62,11 @@ def keep_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad =
         return
     chosen = NO_SPLIT if split == NO_SPLIT else find_split(named, split)
     if records and chosen not in counts:
-        found = f"; name one of {', '.join(sorted(named))}" if named else ": its rows have no column 'split'"
+        found = (
+            f"; name one of {', '.join(sorted(named))}"
+            if named
+            else ": its rows have no column 'split', so that all are 'train'"
+        )
         raise SettingError(f"{name} has no split '{split}'{found}", "split", "splits")
     yield from (record for record in records if record.split == chosen)
     if counts[NO_SPLIT] and split != NO_SPLIT:
