@@ -14,8 +14,9 @@ from captioner.data.image_finder import ImageFinder
 from captioner.errors import SettingError
 from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
 from captioner.metrics.compare import signed
-from captioner.metrics.files import ReferenceSet, check_names, names_in_results
+from captioner.metrics.files import ReferenceSet
 from captioner.metrics.java import spice_models
+from captioner.metrics.matching import check_names, names_in_results
 from captioner.metrics.systems import Evaluation, evaluate_systems
 from captioner.runs.files import open_whole
 
@@ -83,8 +84,7 @@ def score_files(config: ScoreConfig) -> Evaluation:
         results[name], note = match_ids(rows, references)
         if note:
             references.warnings.append(f"{name}: {note}")
-        if not config.partial:
-            check_names(results[name], references, path)
+        check_names(rows, results[name], references, path, config.partial)
         names = names or names_in_results(rows, results[name], references)
     if names:  # images are called what results call them
         references = references.renamed(names)

@@ -47,6 +47,20 @@ def find_column(names: Iterable[str], wanted: str, usual: tuple[str, ...] = ()) 
     return None
 
 
+def find_caption_column(names: Iterable[str], wanted: str = CAPTION_NAMES[0]) -> str | None:
+    """Find the column of captions, as `find_column` does.
+
+    Raises:
+        ValueError: several columns may be meant.
+    """
+    names = list(names)
+    found = find_column(names, wanted, CAPTION_NAMES)
+    others = [name for name in names if isinstance(name, str) and plain_name(name) in CAPTION_NAMES[2:]]
+    if found in others and plain_name(found) != plain_name(wanted) and len(others) > 1:
+        raise ValueError(f"'{others[0]}' and '{others[1]}' may both be the column of captions")
+    return found
+
+
 def find_columns(names: Iterable[str], wanted: Columns, table: str) -> tuple[str, str, str | None]:
     """Find the columns of image, captions and, if there is one, image id.
 
@@ -62,16 +76,11 @@ def find_columns(names: Iterable[str], wanted: Columns, table: str) -> tuple[str
     settings = ("image_column", "caption_column")
     try:
         image = find_column(names, wanted.image, IMAGE_NAMES)
-        captions = find_column(names, wanted.captions, CAPTION_NAMES)
+        captions = find_caption_column(names, wanted.captions)
         image_id = find_column(names, wanted.image_id)
     except ValueError as error:
         raise SettingError(f"{table}: {error}", *settings) from None
     for found, asked in ((image, wanted.image), (captions, wanted.captions)):
         if found is None:
             raise SettingError(f"{table} has no column '{asked}', only {', '.join(map(str, names))[:200]}", *settings)
-    others = [name for name in names if isinstance(name, str) and plain_name(name) in CAPTION_NAMES[2:]]
-    if wanted.captions == Columns().captions and captions in others and len(others) > 1:
-        raise SettingError(
-            f"{table}: '{others[0]}' and '{others[1]}' may both be the column of captions", *settings[1:]
-        )
     return image, captions, image_id

@@ -4,15 +4,13 @@ Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further 
 `captioner caption` writes. References are COCO's captions JSON or Karpathy's.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from captioner.data.captions import Captions, ImageId, is_missing, plain_id, read_captions_of
-from captioner.data.columns import CAPTION_NAMES, IMAGE_NAMES, find_column
-from captioner.data.image_finder import portable_name
+from captioner.data.columns import IMAGE_NAMES, find_caption_column, find_column
 from captioner.data.json_files import is_karpathy, read_coco, read_karpathy
 from captioner.data.records import ReadReport, usable_records
 from captioner.data.row_files import Rows, load_document
@@ -83,7 +81,7 @@ def read_references(
         if isinstance(record.image, str):
             found.files[record.image_id] = record.image
     if report.duplicate_ids:
-        raise ValueError(f"'{path}': {name_ids(report.duplicate_ids)} listed more than once; keep one of each")
+        raise ValueError(f"'{path}': {name_ids(report.duplicate_ids)} listed more than once, or with the id of another")
     if report.unreadable_captions:
         odd = name_ids(dict.fromkeys(report.unreadable_captions))
         raise ValueError(f"'{path}': {odd} with a caption that is no text, or a list that cannot be read")
@@ -126,7 +124,15 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         if bad:
             raise ValueError(f"'{path}': {_entries(bad, table)} {what}")
 
-    keys = [find_keys(tuple(row)) if isinstance(row, dict) else (None, None) for row in rows]
+    try:
+        keys = [find_keys(tuple(row)) if isinstance(row, dict) else (None, None) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from None
+    if table is not None and None in keys[0]:
+        raise ValueError(
+            f"'{path}' needs a column that names the image, such as image_id or path, and a column caption; "
+            f"it has only {', '.join(rows[0])}"[:400]
+        )
     refuse_if([n for n, found in enumerate(keys) if None in found], f"no image_id or no caption; results are {form}")
     ids = [None if is_missing(row[key]) else plain_id(row[key]) for row, (key, _) in zip(rows, keys, strict=True)]
     bad = [n for n, image_id in enumerate(ids) if image_id is None]
@@ -155,129 +161,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def find_keys(names: tuple[str, ...]) -> tuple[str | None, str | None]:
     """Find the keys of a result that hold what names its image, and its caption."""
     image = next((name for name in ID_COLUMNS if name in names), None)
-    caption = "caption" if "caption" in names else find_column(names, CAPTION_NAMES[0], CAPTION_NAMES)
+    caption = "caption" if "caption" in names else find_caption_column(names)
     if image is None:
         image = find_column(names, ID_COLUMNS[0], (*ID_COLUMNS, *IMAGE_NAMES))
     return image, caption
-
-
-def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[list[dict[str, Any]], str | None]:
-    """Find the images that results mean, where they write ids in another way than the annotations.
-
-    Only if not one id is known as it stands: then numbers written as text (or the reverse) are tried, and names of
-    image files: the longest ending of a path that both sides share, with or without the file's ending.
-
-    Returns:
-        The rows, with ids of the annotations where they were found, and what was done, or None. A name that several
-        images have stays as it is.
-    """
-    known = references.captions
-    if any(row["image_id"] in known for row in rows):
-        return rows, None
-    ways: dict[str, Callable[[ImageId], ImageId]] = {
-        "by number, which they write as text": _number,
-        "as text, which they write as numbers": str,
-        "by the names of image files": ImageNames(references.files).find,
-    }
-    for how, translate in ways.items():
-        matched = [row | {"image_id": translate(row["image_id"])} for row in rows]
-        if any(row["image_id"] in known for row in matched):
-            return matched, f"ids of the results were matched {how}"
-    return rows, None
-
-
-class ImageNames:
-    """Finds images by the names of their files.
-
-    Args:
-        files: the name of each image's file, with its folders as far as the annotations have them.
-    """
-
-    def __init__(self, files: Mapping[ImageId, str]):
-        self.whole: dict[str, list[ImageId]] = {}
-        self.endings: dict[str, list[ImageId]] = {}
-        self.stems: dict[str, list[ImageId]] = {}
-        for image_id, file in files.items():
-            name = portable_name(file)
-            self.whole.setdefault(name, []).append(image_id)
-            for ending in path_endings(name):
-                self.endings.setdefault(ending, []).append(image_id)
-            for ending in path_endings(without_suffix(name)):
-                self.stems.setdefault(ending, []).append(image_id)
-
-    def candidates(self, name: str) -> list[ImageId]:
-        """Return the images of the longest ending of a path that any image has."""
-        name = portable_name(name)
-        if found := self.whole.get(name):
-            return found
-        for index, form in ((self.endings, name), (self.stems, name), (self.stems, without_suffix(name))):
-            for ending in path_endings(form):
-                if found := index.get(ending):
-                    return found
-        return []
-
-    def find(self, name: ImageId) -> ImageId:
-        """Return the image that a name means, or the name where it means none, or several."""
-        found = self.candidates(str(name))
-        return found[0] if len(found) == 1 else name
-
-
-def path_endings(name: str) -> list[str]:
-    """Return a path, then without its first folder, and so on, to the name of the file."""
-    parts = name.split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
-
-
-def without_suffix(name: str) -> str:
-    """Return a path without the ending of its file."""
-    head, _, ending = name.rpartition(".")
-    return head if head and "/" not in ending and not head.endswith("/") else name
-
-
-def check_names(rows: list[dict[str, Any]], references: ReferenceSet, path: Path) -> None:
-    """Refuse results that name images by what several images of the annotations are called.
-
-    Raises:
-        ValueError: saying which, and what would tell them apart.
-    """
-    names = ImageNames(references.files)
-    for row in rows:
-        if row["image_id"] in references.captions:
-            continue
-        if len(found := names.candidates(str(row["image_id"]))) > 1:
-            files = " or ".join(f"'{references.files[image_id]}'" for image_id in found[:2])
-            raise ValueError(
-                f"'{path}': the image '{row['image_id']}' may be {files} of the annotations; "
-                "the results must write more of the path"
-            )
-
-
-def names_in_results(
-    rows: list[dict[str, Any]], matched: list[dict[str, Any]], references: ReferenceSet
-) -> dict[ImageId, ImageId]:
-    """Return what each image is called by results that name files; of images they lack, the annotations' file.
-
-    Args:
-        rows: the results as they were read.
-        matched: the same rows with ids of the annotations, as `match_ids` returns them.
-
-    Returns:
-        The name of each image of the annotations that has one. Nothing if the results give ids, not names of files.
-    """
-    written = {new["image_id"]: old["image_id"] for old, new in zip(rows, matched, strict=True)}
-    by_name = {i: name for i, name in written.items() if i in references.captions and _number(i) != _number(name)}
-    if not by_name:
-        return {}
-    for names in (references.files | by_name, by_name):
-        if len({names.get(image_id, image_id) for image_id in references.captions}) == len(references.captions):
-            return names
-    return {}
-
-
-def _number(image_id: ImageId) -> ImageId:
-    """Return the whole number that a text writes, also with `.0`, as data frames do; other ids as they are."""
-    digits = str(image_id).removesuffix(".0")
-    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 20 else image_id
 
 
 def _entries(places: list[int], table: Rows | None, first: int = 3) -> str:
