@@ -91,7 +91,7 @@ def test_rows_of_a_datasets_set_are_joined_if_they_hold_one_image(tmp_path, capl
             png("lime"),
             png("navy"),
             None,
-            {"bytes": None, "path": "x.png"},
+            png("pink"),
         ],
         "caption": ["one", "two", "three", "four", "five", "six", "seven"],
         "image_id": [1, 2, 1, 3, 3, 2, None],
