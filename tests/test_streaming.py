@@ -21,6 +21,7 @@ from captioner.data import rows
 from captioner.data.config import DataConfig
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first, shuffled
+from captioner.data.stream import raise_errors
 from captioner.errors import SettingError
 from captioner.images import ImageError
 from captioner.training.config import TrainConfig
@@ -145,6 +146,15 @@ def test_bad_rows_can_be_refused_and_only_bad_rows_are_not_data(saved, processor
     assert raised.value.settings == ("on_bad",)
     with pytest.raises(ValueError, match="20 images in a row cannot be used"):
         stream(source, processor)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_a_loading_process_is_one_line_and_has_its_settings(saved, processor, workers):
+    refusing = stream(saved(broken=(3,)), processor, on_bad="refuse")
+    with pytest.raises(SettingError) as raised:
+        list(raise_errors(refusing.loader(0, 20, 4, workers, refusing.collate)))
+    assert str(raised.value) == "image 3: image in memory is not an image of a supported format"
+    assert raised.value.settings == ("on_bad",)
 
 
 def test_a_row_may_hold_one_text_and_the_name_of_an_image(tmp_path, processor):
@@ -298,8 +308,7 @@ def test_a_streamed_run_cut_and_resumed_is_the_unbroken_one(saved, tmp_path, mon
 def test_two_processes_stream_as_one(saved, tmp_path):
     shared = ["debug", "--data.root", saved(count=24), "--data.streaming", "--data.stream-buffer", 5, "--epochs", 1]
     shared += ["--data.captions-per-image", 2, "--data.workers", 2, "--grids", "2x2", "3x3"]
-    for processes, batch in ((1, 8), (2, 4)):
-        output = tmp_path / str(processes)
-        result = launch("train.py", *shared, "--batch-size", batch, "--output", output, processes=processes)
-        assert result.returncode == 0, result.stderr
+    assert run("train", *shared, "--batch-size", 8, "--output", tmp_path / "1") == 0
+    result = launch("train.py", *shared, "--batch-size", 4, "--output", tmp_path / "2", processes=2)
+    assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-4)

@@ -33,7 +33,7 @@ class ScoreConfig:
     split: str | None = None
     """Split of Karpathy annotations; `None` for test."""
     output: Path | None = None
-    """File for the scores, format by ending: .json (all there is) or .csv (a row per image)."""
+    """File for the scores, format by ending: .json (everything) or .csv (a row per image)."""
     report: Path | None = None
     """HTML page of scores, distributions and captions beside their images; one file that needs nothing else."""
     images: Path | None = None
@@ -70,11 +70,11 @@ def run(config: ScoreConfig) -> int:
 
 
 def score_files(config: ScoreConfig) -> Evaluation:
-    """Run the scoring job: print the table, write what was asked for.
+    """Run the scoring job: print the table, write the files that the settings name.
 
     Raises:
-        ValueError: files that are not what they should be, ids or captions that cannot be scored, see `score`.
-        OSError: a file that cannot be read or written.
+        ValueError: a file has another format, or its ids or captions cannot be scored, see `score`.
+        OSError: a file cannot be read or written.
     """
     *paths, annotations = check_paths(config)
     references = read_references(annotations, config.split)
@@ -154,7 +154,7 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """Name files as shortly as tells them apart."""
+    """Return short names of files that differ from each other."""
     names = [clean_text(path.name) for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -171,10 +171,10 @@ def read_training(path: Path | None) -> list[str] | None:
 
 
 def find_images(references: ReferenceSet, annotations: Path, folder: Path | None) -> dict[ImageId, Path]:
-    """Find the images of a report, which does without those that are missing.
+    """Find the images of a report; it leaves out those that are missing.
 
     Raises:
-        FileNotFoundError: none is in the folder that was named for them.
+        FileNotFoundError: there is no such folder, or none of them is in it.
     """
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder at '{folder}'")
@@ -240,7 +240,7 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 
 
 def write_json(evaluation: Evaluation, file: IO[str]) -> None:
-    """Write all there is as JSON."""
+    """Write all scores as JSON."""
     json.dump(evaluation.to_dict(), file, ensure_ascii=False, indent=1, allow_nan=False)
     file.write("\n")
 

@@ -26,47 +26,47 @@ def plain_name(name: str) -> str:
     return "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split())
 
 
-def find_column(names: Iterable[str], wanted: str, usual: tuple[str, ...] = ()) -> str | None:
-    """Find a column by its name, whatever its case, else by another usual name if the wanted one is the default.
+def find_column(names: Iterable[str], asked: str, usual: tuple[str, ...] = ()) -> str | None:
+    """Find a column by its name, whatever its case, else by another usual name if the name asked for is the default.
 
     Raises:
         ValueError: several columns may be meant.
     """
     names = list(names)
-    if wanted in names:
-        return wanted
+    if asked in names:
+        return asked
     plain: dict[str, list[str]] = {}
     for name in names:
         if isinstance(name, str):
             plain.setdefault(plain_name(name), []).append(name)
-    for name in usual if usual[:1] == (wanted,) else (wanted,):
+    for name in usual if usual[:1] == (asked,) else (asked,):
         if found := plain.get(plain_name(name)):
             if len(found) > 1:
-                raise ValueError(f"'{found[0]}' and '{found[1]}' may both be the column '{wanted}'")
+                raise ValueError(f"'{found[0]}' and '{found[1]}' may both be the column '{asked}'")
             return found[0]
     return None
 
 
-def find_caption_column(names: Iterable[str], wanted: str = CAPTION_NAMES[0]) -> str | None:
+def find_caption_column(names: Iterable[str], asked: str = CAPTION_NAMES[0]) -> str | None:
     """Find the column of captions, as `find_column` does.
 
     Raises:
         ValueError: several columns may be meant.
     """
     names = list(names)
-    found = find_column(names, wanted, CAPTION_NAMES)
+    found = find_column(names, asked, CAPTION_NAMES)
     others = [name for name in names if isinstance(name, str) and plain_name(name) in CAPTION_NAMES[2:]]
-    if found in others and plain_name(found) != plain_name(wanted) and len(others) > 1:
+    if found in others and plain_name(found) != plain_name(asked) and len(others) > 1:
         raise ValueError(f"'{others[0]}' and '{others[1]}' may both be the column of captions")
     return found
 
 
-def find_columns(names: Iterable[str], wanted: Columns, table: str) -> tuple[str, str, str | None]:
+def find_columns(names: Iterable[str], asked: Columns, table: str) -> tuple[str, str, str | None]:
     """Find the columns of image, captions and, if there is one, image id.
 
     Args:
         names: the names of the table's columns.
-        wanted: how they are called, as the settings have it.
+        asked: the names of the columns in the settings.
         table: what errors call the table.
 
     Raises:
@@ -75,12 +75,12 @@ def find_columns(names: Iterable[str], wanted: Columns, table: str) -> tuple[str
     names = list(names)
     settings = ("image_column", "caption_column")
     try:
-        image = find_column(names, wanted.image, IMAGE_NAMES)
-        captions = find_caption_column(names, wanted.captions)
-        image_id = find_column(names, wanted.image_id)
+        image = find_column(names, asked.image, IMAGE_NAMES)
+        captions = find_caption_column(names, asked.captions)
+        image_id = find_column(names, asked.image_id)
     except ValueError as error:
         raise SettingError(f"{table}: {error}", *settings) from None
-    for found, asked in ((image, wanted.image), (captions, wanted.captions)):
+    for found, name in ((image, asked.image), (captions, asked.captions)):
         if found is None:
-            raise SettingError(f"{table} has no column '{asked}', only {', '.join(map(str, names))[:200]}", *settings)
+            raise SettingError(f"{table} has no column '{name}', only {', '.join(map(str, names))[:200]}", *settings)
     return image, captions, image_id

@@ -55,7 +55,7 @@ class DataConfig(TokenSourceConfig):
     stream_buffer: int = 10_000
     """Rows of the shuffle buffer of streaming, held in memory with their encoded images by each process."""
     stream_rows: int | None = None
-    """Rows of an epoch of streaming, where the set does not say how many it has, or fewer are wanted."""
+    """Rows of an epoch of streaming. It is needed where the set does not say how many it has; fewer may be given."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "val"

@@ -104,8 +104,8 @@ def dataset_records(
         if id_column is not None:
             number_repeats(encoded, rows[id_column][:], numbers)
         rows = rows.remove_columns(image_column).add_column(image_column, numbers)
-    wanted = [column for column in found if column is not None]
-    return join_rows(rows.select_columns(wanted), found, splits, name, lambda number: f"row {number}"), images
+    present = [column for column in found if column is not None]
+    return join_rows(rows.select_columns(present), found, splits, name, lambda number: f"row {number}"), images
 
 
 def lack_image(images: "ChunkedArray") -> list[bool]:

@@ -84,12 +84,12 @@ class ImageFinder:
         if key not in self.places:
             bases = self.bases if self.fixed or beside is None else [beside, *self.bases]
             known = [place for place in IMAGE_FOLDERS if "{split}" not in place or "/" not in split]
-            wanted = [
+            folders = [
                 self.folder(base, place.format(folder=PurePosixPath(parent), split=split))
                 for base in bases
                 for place in known
             ]
-            self.places[key] = [listing for listing in dict.fromkeys(wanted) if listing.names]
+            self.places[key] = [listing for listing in dict.fromkeys(folders) if listing.names]
         return self.places[key]
 
     def folder(self, base: Path, below: str) -> Listing:

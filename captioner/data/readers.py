@@ -27,7 +27,7 @@ from captioner.data.json_files import is_karpathy, is_row_list, read_coco, read_
 from captioner.data.records import NO_SPLIT, OnBad, Record
 from captioner.data.row_files import Rows, load_document
 from captioner.data.row_records import row_records
-from captioner.data.splits import is_split_name, keep_split
+from captioner.data.splits import is_split_name, select_split
 from captioner.errors import SettingError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def read_captions(
     records = chain.from_iterable(read_annotations(part, split, columns, restval) for part in found)
     name = f"'{found[0].path if len(found) == 1 else path}'"
     if split is not None:
-        records = keep_split(records, split, name, on_bad)
+        records = select_split(records, split, name, on_bad)
     finder = ImageFinder(path if path.is_dir() else path.parent, folder)
     return build_table(records, None, finder, on_bad, name + (f", split '{split}'" if split else ""))
 

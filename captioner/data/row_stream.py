@@ -1,4 +1,4 @@
-"""The training stream of a `datasets` set that is never held whole; see `rows.py` for the order of its rows.
+"""The training stream of a `datasets` set that is too large for memory; see `rows.py` for the order of its rows.
 
 Letters: B images, K captions of each, T text tokens.
 """
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowReader:
-    """Rows by their position in the endless stream, read forwards; several threads may ask.
+    """Rows by their position in the endless stream, read in order; several threads may call it.
 
     Args:
         start_at: opens the rows from a position on.
@@ -38,7 +38,7 @@ class RowReader:
         self.first, self.next, self.held = 0, -1, {}
 
     def seek(self, start: int) -> None:
-        """Give up the rows before a position; going back to them begins their epoch again."""
+        """Forget the rows before a position; to go back to one, its epoch is read again from its start."""
         if start < self.first or self.next < 0:
             self.rows, self.next, self.held = self.start_at(start), start, {}
         for place in [place for place in self.held if place < start]:
@@ -49,7 +49,7 @@ class RowReader:
         self.first = start
 
     def row(self, place: int) -> dict:
-        """Return the row at a position, reading up to it where it has not been read."""
+        """Return the row at a position, after reading the rows before it that were not read yet."""
         with self.lock:
             while self.next <= place:
                 self.held[self.next] = next(self.rows)
@@ -60,9 +60,9 @@ class RowReader:
 class RowStream(SeededStream):
     """Rows of a `datasets` set, each with K of its captions, drawn without repetition as far as there are K.
 
-    Every process reads all rows, in one loading process of its own, whose threads open the images of its share.
-    The rows in the shuffle buffer are held there, images still encoded. A row whose image or captions cannot be
-    used is named once in an epoch, and counted, and the next row takes its place, too.
+    Every process reads all rows in one loading process of its own. The threads of that process open the images of its
+    share, and it holds the shuffle buffer, in which images are encoded. A row whose image or captions cannot be used
+    is named once in an epoch and counted, and the next row is used in its place.
 
     Args:
         rows: the split.
@@ -91,7 +91,7 @@ class RowStream(SeededStream):
         self.buffer, self.on_bad = buffer, on_bad
         self.threads = 1
         self.lacking: set[int] = set()  # rows some of whose captions cannot be used
-        self.reader: RowReader | None = None  # opened by the process that reads
+        self.reader: RowReader | None = None  # the process that reads opens it
 
     def choose(self, i: int, attempt: int) -> int:
         """Return the position of the row to try at position i."""
@@ -134,7 +134,7 @@ class RowStream(SeededStream):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict]:
-        """Return the items of a batch: its rows are read one after the other, its images opened by threads."""
+        """Return the items of a batch: its rows are read one after the other, and threads open its images."""
         self.reader = self.reader or RowReader(lambda start: self.rows.from_position(start, self.seed, self.buffer))
         self.reader.seek(min(positions))
         self.reader.row(max(positions))
@@ -142,9 +142,9 @@ class RowStream(SeededStream):
             return list(pool.map(super().__getitem__, positions))
 
     def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
-        """Load the items from position `start` to `stop` in batches; `workers` counts threads of one loading process.
+        """Load the items from position `start` to `stop` in batches, in one loading process with `workers` threads.
 
-        More processes would each read all rows, and hold a buffer of them.
+        With several processes, each would read all rows and hold a buffer of them.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of the loading process otherwise
         self.threads = max(1, workers)

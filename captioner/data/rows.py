@@ -1,9 +1,9 @@
-"""Rows of a `datasets` set that is never held whole: they are read one by one, in a shuffled order.
+"""Rows of a `datasets` set that is too large for memory: they are read one by one, in a shuffled order.
 
-A row is one image and its captions, a text or a list of texts; rows of the same image are not joined. The order of
-an epoch is decided by the seed alone: the files (shards) of the set in a random order, their rows through a shuffle
-buffer. So every process finds the same row at the same position, opens the images of its own positions, and reads
-past the rows of the others; a resumed run reads past those it has had, which takes time but opens no image.
+A row is one image and its captions, a text or a list of texts; rows of the same image are not joined. The seed alone
+decides the order of an epoch: the files (shards) of the set come in a random order, and their rows pass through a
+shuffle buffer. So every process finds the same row at the same position. It opens the images of its own positions
+only. A resumed run reads the rows before its position again, which takes time but opens no image.
 """
 
 import logging
@@ -33,10 +33,10 @@ TOKENIZER_ROWS = 20_000
 """Rows from whose captions the tokenizer of a decoder from scratch is trained."""
 
 LOCAL_SHARDS = 64
-"""Parts a set saved on disk is read in; a set of files has those."""
+"""Parts in which a set saved on disk is read; a set of parquet files is read file by file."""
 
 HUB = "hf://datasets/"
-"""How the paths of images begin that a set on the hub keeps as files."""
+"""The first part of the paths of images that a set on the hub holds as files."""
 
 
 class StreamedRows:
@@ -46,11 +46,12 @@ class StreamedRows:
         source: a hub id, a folder saved by `datasets`, or a folder of parquet files.
         split: the source's own name of the split.
         columns: names of the columns of image, captions and image id; the last may be missing.
-        size: rows in an epoch; `None` for as many as the split is known to have.
-        images: folder of the images, where the set holds their names.
+        size: rows in an epoch; `None` for all rows of the split.
+        images: folder of the images, where the set holds names of files.
 
     Raises:
-        ValueError: no such set, split or column, a source of another kind, or a number of rows that is not known.
+        SettingError: there is no such split or column, or the number of rows is unknown.
+        ValueError: there is no such set, or the source is of another kind.
         FileNotFoundError: the source is missing.
     """
 
@@ -102,7 +103,7 @@ class StreamedRows:
             raise SettingError(f"{self.name}, has {had} rows, not {self.size}", "stream_rows")
 
     def from_position(self, start: int, seed: int, buffer: int) -> Iterator[dict]:
-        """Read epoch after epoch without end, from a position on; the rows before it in its epoch are read past."""
+        """Read epoch after epoch without end, from a position on; the rows before it in its epoch are skipped."""
         first, skip = divmod(start, self.size)
         epochs = (self.epoch(number, seed, buffer) for number in count(first))
         return chain(islice(next(epochs), skip, None), chain.from_iterable(epochs))
@@ -130,7 +131,7 @@ class StreamedRows:
 
 
 def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int | None]:
-    """Open one split as a stream, its images left encoded, and count its rows if that can be had without reading it.
+    """Open one split as a stream of encoded images, and count its rows if that takes no reading of all of them.
 
     Raises:
         ValueError: no such set or split, or a source of another kind.
@@ -189,7 +190,7 @@ def read_first(
 ) -> "datasets.Dataset":
     """Read the caption table of the first rows of a split, to validate on, without downloading the rest.
 
-    A set saved on disk is read as always; of others so many rows are held in memory.
+    A set saved on disk is read by `read_captions`; of others, these rows are held in memory.
 
     Args:
         limit: how many rows; `None` for all.
@@ -212,7 +213,7 @@ def read_first(
 
 
 def fetched(row: dict, image_column: str) -> dict:
-    """Return a row with its image's bytes where these are a file on the hub; unchanged if they cannot be had."""
+    """Return a row with the bytes of its image, where that is a file on the hub; unchanged if it cannot be read."""
     image = row.get(image_column)
     if isinstance(image, Mapping) and image.get("bytes") is None and HUB in (image.get("path") or ""):
         try:
@@ -223,7 +224,7 @@ def fetched(row: dict, image_column: str) -> dict:
 
 
 def fetch(path: str) -> bytes:
-    """Read an image that a set on the hub keeps as a file.
+    """Read an image that a set on the hub holds as a file.
 
     Raises:
         ImageError: it cannot be read.
@@ -232,13 +233,13 @@ def fetch(path: str) -> bytes:
 
     try:
         with fsspec.open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)  # more is refused when it is opened
+            return file.read(MAX_BYTES + 1)  # a larger file is refused when the image is opened
     except OSError as error:
         raise ImageError(f"'{path}' cannot be read: {error}") from None
 
 
 def shuffled(rows: Iterator[dict], size: int, random: np.random.Generator) -> Iterator[dict]:
-    """Yield every row once: a random one of the `size` held makes room for the next read."""
+    """Yield every row once, through a buffer of `size` rows: a random one leaves it when the next is read."""
     held: list[dict] = []
     for row in rows:
         if len(held) < size:

@@ -40,11 +40,11 @@ def find_split(names: Iterable[str], split: str) -> str | None:
     return next((known[name] for name in split_names(split.lower()) if name in known), None)
 
 
-def keep_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad = "skip") -> Iterator[Record]:
-    """Keep the records of a split, and say how many name none.
+def select_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad = "skip") -> Iterator[Record]:
+    """Yield the records of a split, and report how many name none.
 
-    Where no record names a split, all are taken for `train`, so that nothing is validated on what it was trained on;
-    the split `all` keeps them, too.
+    Where no record names a split, all are taken for `train`, so that no model is validated on the images it was
+    trained on; the split `all` has them, too.
 
     Args:
         name: what errors and warnings call the data.

@@ -14,7 +14,7 @@ from captioner.data.columns import IMAGE_NAMES, find_caption_column, find_column
 from captioner.data.json_files import is_karpathy, read_coco, read_karpathy
 from captioner.data.records import ReadReport, usable_records
 from captioner.data.row_files import Rows, load_document
-from captioner.data.splits import keep_split
+from captioner.data.splits import select_split
 from captioner.metrics.scores import name_ids
 
 ID_COLUMNS = ("image_id", "path", "file_name", "filename", "image")
@@ -67,7 +67,7 @@ def read_references(
         raise ValueError(f"'{path}' is a list, as results are; annotations come last: RESULTS [RESULTS_B] ANNOTATIONS")
     found, report = ReferenceSet(), ReadReport()
     if is_karpathy(content):
-        records = list(keep_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
+        records = list(select_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
     elif split is not None:
         raise ValueError(f"'{path}' is not Karpathy's and has no splits to choose from, but '{split}' was asked for")
     else:
