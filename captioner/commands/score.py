@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated, Any, Literal
 
 import tyro
 
@@ -44,7 +44,7 @@ class ScoreConfig:
     """Score the images that both results and annotations have, and say how many others there are."""
     allow_empty: bool = False
     """Give an empty caption zeros instead of refusing it."""
-    metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = METRICS
+    metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
     """Scores to compute; METEOR needs Java and is left out with a note where it is missing. For SPICE see --spice."""
     spice: Path | None = None
     """Folder with SPICE's models, to compute SPICE as well."""
@@ -78,7 +78,8 @@ def score_files(config: ScoreConfig) -> Evaluation:
     """
     *paths, annotations = check_paths(config)
     references = read_references(annotations, config.split)
-    results, names = {}, {}
+    results: dict[str, list[dict[str, Any]]] = {}
+    names: dict[ImageId, ImageId] = {}
     for path, name in zip(paths, short_names(paths), strict=True):
         rows = read_results(path)
         results[name], note = match_ids(rows, references)
@@ -139,17 +140,17 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
             raise FileNotFoundError(f"no file '{path}'")
         if path.is_dir():
             raise ValueError(f"'{path}' is a folder; name the file")
-    for option, path, endings in (("output", config.output, WRITERS), ("report", config.report, (".html", ".htm"))):
-        if path is None:
+    for option, written, endings in (("output", config.output, WRITERS), ("report", config.report, (".html", ".htm"))):
+        if written is None:
             continue
-        if path.suffix not in endings:
-            raise ValueError(f"--{option} '{path}' must end in {' or '.join(endings)}")
-        if any(path.resolve() == other.resolve() for other in (*config.files, config.train) if other):
-            raise ValueError(f"--{option} '{path}' is a file to read; name another")
-        if path.is_dir():
-            raise ValueError(f"--{option} '{path}' is a folder; name a file")
-        if path.exists() and not config.overwrite:
-            raise SettingError(f"'{path}' exists", "overwrite")
+        if written.suffix not in endings:
+            raise ValueError(f"--{option} '{written}' must end in {' or '.join(endings)}")
+        if any(written.resolve() == other.resolve() for other in (*config.files, config.train) if other):
+            raise ValueError(f"--{option} '{written}' is a file to read; name another")
+        if written.is_dir():
+            raise ValueError(f"--{option} '{written}' is a folder; name a file")
+        if written.exists() and not config.overwrite:
+            raise SettingError(f"'{written}' exists", "overwrite")
     return config.files
 
 
@@ -209,25 +210,29 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
             gain = differences[name]
             least = gain.p <= 1 / (evaluation.samples + 1)  # no smaller one can come of so many samples
             row += [signed(gain.difference), f"{signed(gain.low)} to {signed(gain.high)}"]
-            row += [f"{'<= ' * least}{gain.p:.3f}"]
+            row.append(f"<= {gain.p:.3f}" if least else f"{gain.p:.3f}")
         rows.append(row)
     lines += [*_aligned(rows), ""]
 
     seen = any(system.statistics.seen_in_training is not None for system in systems)
     rows = [["captions", "words", "shortest to longest", "vocabulary", "distinct-1", "distinct-2", "different"]]
-    rows[0] += ["seen in training"] * seen
-    for letter, found in zip(letters, (system.statistics for system in systems), strict=True):
-        row = ["" if letter == "score" else letter, f"{found.mean_length:.1f}"]
-        row += [f"{found.min_length} to {found.max_length}", f"{found.vocabulary:,}", f"{found.distinct_1:.3f}"]
-        row += [f"{found.distinct_2:.3f}", f"{100 * found.unique:.1f}%"]
-        rows.append(row + ([f"{100 * found.seen_in_training:.1f}%"] if seen else []))
+    if seen:
+        rows[0].append("seen in training")
+    for letter, system in zip(letters, systems, strict=True):
+        words = system.statistics
+        row = ["" if letter == "score" else letter, f"{words.mean_length:.1f}"]
+        row += [f"{words.min_length} to {words.max_length}", f"{words.vocabulary:,}", f"{words.distinct_1:.3f}"]
+        row += [f"{words.distinct_2:.3f}", f"{100 * words.unique:.1f}%"]
+        if words.seen_in_training is not None:
+            row.append(f"{100 * words.seen_in_training:.1f}%")
+        rows.append(row)
     others = evaluation.references  # distinct-n falls with the number of captions: not comparable, not shown
     length = f"{others.min_length} to {others.max_length}"
     rows.append(["references", f"{others.mean_length:.1f}", length, f"{others.vocabulary:,}"])
     lines += _aligned(rows)
     notes = {f"{name} absent: {why}": 0 for system in systems for name, why in system.scores.absent.items()}
     notes |= {f"warning: {text}": 0 for text in evaluation.warnings}
-    return "\n".join([*lines, *[""] * bool(notes), *notes])
+    return "\n".join([*lines, "", *notes] if notes else lines)
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -256,8 +261,9 @@ def write_csv(evaluation: Evaluation, file: IO[str]) -> None:
         for bound in ("low", "high"):
             values = (getattr(intervals[name], bound) if name in intervals else "" for name in names)
             writer.writerow([system.name, bound, "", "", *values])
-    for name in ("difference", "low", "high", "p") if evaluation.differences else ():
-        values = (getattr(evaluation.differences.get(key), name, "") for key in names)
+    differences = evaluation.differences or {}
+    for name in ("difference", "low", "high", "p") if differences else ():
+        values = (getattr(differences.get(key), name, "") for key in names)
         label = name if name in ("difference", "p") else f"difference {name}"
         writer.writerow(["second - first", label, "", "", *values])
     for system in evaluation.systems:

@@ -67,7 +67,7 @@ def read_captions_of(value: Any) -> Captions:
             if inner is None:
                 texts.append(clean_text(item))
             else:
-                texts += [clean_text(text) for text in inner if not is_missing(text)]
+                texts += [clean_text(text) for text in inner if text is not None and not is_missing(text)]
                 empty += sum(map(is_missing, inner)) + (not inner)
     return Captions(texts, empty, unreadable)
 

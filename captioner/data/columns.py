@@ -80,7 +80,7 @@ def find_columns(names: Iterable[str], asked: Columns, table: str) -> tuple[str,
         image_id = find_column(names, asked.image_id)
     except ValueError as error:
         raise SettingError(f"{table}: {error}", *settings) from None
-    for found, name in ((image, asked.image), (captions, asked.captions)):
-        if found is None:
-            raise SettingError(f"{table} has no column '{name}', only {', '.join(map(str, names))[:200]}", *settings)
+    if image is None or captions is None:
+        name = asked.image if image is None else asked.captions
+        raise SettingError(f"{table} has no column '{name}', only {', '.join(map(str, names))[:200]}", *settings)
     return image, captions, image_id

@@ -60,8 +60,8 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         if (name := find_split(parts, split)) is None:
             raise SettingError(f"'{root}' has no split '{split}', only {', '.join(parts)}", "split", "splits")
         return [parts[name]]
-    if found := find_lone_table(root):
-        return [Annotations(found)]
+    if table := find_lone_table(root):
+        return [Annotations(table)]
     if has_caption_files(root):
         return [Annotations(root)]
     what = "captions_train.json and its like, dataset_*.json, captions.csv or .jsonl, metadata.csv or .jsonl"

@@ -124,10 +124,13 @@ def parse_table(text: str, path: Path) -> Rows:
     if text.lstrip()[:1] in ("{", "["):
         raise ValueError(f"'{path}' is no table: it begins as JSON does; let its name end in .json or .jsonl")
     separator, text, skipped = find_separator(text, path)
-    rows, lines, header, start = [], [], [], 1
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    header: list[str] = []
+    start = 1
     # A quote may follow a space after the separator, but not after bars, which Flickr30k's captions follow unquoted.
-    options = {"delimiter": separator, "skipinitialspace": separator != "|", "strict": True}
-    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    file, spaced = io.StringIO(text, newline=""), separator != "|"
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=spaced, strict=True)
     try:
         for fields in reader:
             first, start = start, reader.line_num + 1

@@ -35,7 +35,8 @@ class RowReader:
     def __init__(self, start_at: Callable[[int], Iterator[dict]]):
         self.start_at, self.lock = start_at, threading.Lock()
         self.rows: Iterator[dict] = iter(())
-        self.first, self.next, self.held = 0, -1, {}
+        self.first, self.next = 0, -1
+        self.held: dict[int, dict] = {}
 
     def seek(self, start: int) -> None:
         """Forget the rows before a position; to go back to one, its epoch is read again from its start."""
@@ -104,6 +105,7 @@ class RowStream(SeededStream):
             ImageError: the row is unusable and may be skipped.
             ValueError: it is unusable and is refused.
         """
+        assert self.reader is not None, "only __getitems__ reads rows"
         row, random = self.reader.row(number), self.generator(i)
         found = read_captions_of(row[self.rows.columns[1]])
         try:
@@ -152,7 +154,7 @@ class RowStream(SeededStream):
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor | Grid]:
         """Batch B items: `pixel_values` (B, 3, H, W), the step's `grid`, if any, and the text of `Texts.batch`."""
-        images = {"pixel_values": torch.stack([item["image"] for item in items])}
+        images: dict[str, torch.Tensor | Grid] = {"pixel_values": torch.stack([item["image"] for item in items])}
         if grid := self.grid(items):
             images["grid"] = grid
         return images | self.processor.text([caption for item in items for caption in item["captions"]])

@@ -67,9 +67,9 @@ class StreamedRows:
         self.name, self.split = f"'{source}', split '{split}'", split
         image, captions, image_id = find_columns(first_row(self.rows, self.name), Columns(*columns), self.name)
         self.columns = image, captions, image_id or columns[2]
-        if size is None and known is None:
+        if (size or known) is None:
             raise SettingError(f"{self.name}, does not say how many rows it has", "stream_rows")
-        self.size = size or known
+        self.size: int = size or known or 0
         self.find = ImageFinder(Path(source) if Path(source).is_dir() else Path(), images)
 
     def __len__(self) -> int:
@@ -162,14 +162,14 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
         raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
     split = pick_split(parts, split, source)
-    rows = parts[split]
+    rows, known = parts[split], None
     if saved:
         known = len(rows)
         rows = rows.to_iterable_dataset(num_shards=min(LOCAL_SHARDS, max(1, known)))
     elif parquet:
         known = sum(pyarrow.parquet.read_metadata(file).num_rows for file in builder.config.data_files[split])
-    else:
-        known = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else None
+    elif split in (builder.info.splits or {}):
+        known = builder.info.splits[split].num_examples
     return rows.decode(False) if rows.features else rows, known or None
 
 
@@ -201,8 +201,16 @@ def read_first(
     import datasets
 
     if is_saved_set(Path(source)):
-        names = dict(zip(("image_column", "caption_column", "id_column"), columns, strict=True))
-        return read_captions(source, split, images=images, on_bad=on_bad, **names)
+        image, captions, image_id = columns
+        return read_captions(
+            source,
+            split,
+            images=images,
+            on_bad=on_bad,
+            image_column=image,
+            caption_column=captions,
+            id_column=image_id,
+        )
     name, (rows, _) = f"'{source}', split '{split}'", open_split(source, split)
     present = [column for column in find_columns(first_row(rows, name), Columns(*columns), name) if column is not None]
     rows = rows.select_columns(present)

@@ -144,7 +144,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     errors = [None if is_missing(row.get("error")) else row["error"] for row in rows]
     failed = [is_missing(c) and isinstance(error, str) for c, error in zip(captions, errors, strict=True)]
     if all(failed):
-        raise ValueError(f"'{path}' holds no captions, only errors, such as: {errors[0][:200]}")
+        raise ValueError(f"'{path}' holds no captions, only errors, such as: {str(errors[0])[:200]}")
     texts = [read_captions_of(c) if isinstance(c, str) else Captions([c]) for c in captions]
     bad = [n for n, found in enumerate(texts) if found.unreadable]
     refuse_if(bad, f"a caption that looks like a list and cannot be read: {captions[bad[0]][:60]}" if bad else "")
