@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from captioner.data.readers import read_captions
+from captioner.errors import SettingError
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_karpathy_flavours(tmp_path, flavour, folder, first):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_rows_of_a_image_are_joined(tmp_path, kind):
+def test_rows_of_an_image_are_joined(tmp_path, kind):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     rows = [{"file": "x.png", "text": "one"}, {"file": "x.png", "text": "two, three"}]
     if kind == "csv":
@@ -89,8 +90,9 @@ def test_rows_of_a_image_are_joined(tmp_path, kind):
         write(tmp_path / "captions.jsonl", "\n".join(map(json.dumps, rows)))
     table = read_captions(tmp_path, image_column="file", caption_column="text")
     assert table[0]["captions"] == ["one", "two, three"]
-    with pytest.raises(ValueError, match="--data.image-column"):
+    with pytest.raises(SettingError, match="has no column 'image', only file, text") as raised:
         read_captions(tmp_path)
+    assert raised.value.settings == ("image_column", "caption_column")
     with pytest.raises(ValueError, match="no split 'val': its rows have no column 'split'"):
         read_captions(tmp_path, "val", image_column="file")
 
@@ -131,7 +133,7 @@ def test_odd_values_of_rows_are_told(tmp_path, caplog):
         with pytest.raises(ValueError, match=r"x.png' leaves the image folder"):
             read_captions(tmp_path)
     write(tmp_path / "captions.jsonl", json.dumps(good | {"image_id": [1]}))
-    with pytest.raises(ValueError, match="row 1: the image id .* is neither a whole number nor text"):
+    with pytest.raises(ValueError, match="line 1: the image id .* is neither a whole number nor text"):
         read_captions(tmp_path)
 
 
@@ -151,8 +153,9 @@ def test_rows_without_a_split_are_counted(tmp_path, caplog):
     write(tmp_path / "captions.csv", "image,caption,split\nx.png,one,train\ny.png,two,\nz.png,three,\n")
     assert len(read_captions(tmp_path, "train")) == 1
     assert "left out images that name no split: 2" in caplog.text
-    with pytest.raises(ValueError, match="name no split: 2; fix the data"):
+    with pytest.raises(SettingError, match="name no split: 2") as raised:
         read_captions(tmp_path, "train", on_bad="refuse")
+    assert raised.value.settings == ("on_bad",)
 
 
 def test_images_in_several_splits_are_in_none(tmp_path, caplog):
@@ -173,7 +176,7 @@ def test_saved_datasets_set_keeps_images_encoded(tmp_path, caplog):
     table = read_captions(tmp_path / "set", "train", image_column="image", caption_column="text")
     assert table[0]["captions"] == ["a", "b"]
     assert isinstance(table[0]["image"]["bytes"], bytes)
-    assert "1 missing images (0)" in caplog.text
+    assert "1 missing images (row 0)" in caplog.text
     with pytest.raises(ValueError, match="no split 'val', only train"):
         read_captions(tmp_path / "set", "val")
 
@@ -251,7 +254,7 @@ def test_missing_data_is_named(tmp_path, root):
         read_captions(tmp_path / "nowhere.json")
     with pytest.raises(FileNotFoundError, match="no image folder at"):
         read_captions(root, "train", images=tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"none of the 1 images was found; name their folder, --data.images"):
+    with pytest.raises(FileNotFoundError, match=r"none of the 1 images was found, such as '3.jpg'; name the folder"):
         read_captions(root / "annotations" / "captions_val2017.json", images=root / "annotations")
     with pytest.raises(FileNotFoundError, match="no annotations under"):
         read_captions(root / "val2017", "train")

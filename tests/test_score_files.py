@@ -125,7 +125,7 @@ def test_share_of_captions_seen_in_training(write, annotations, tmp_path):
             "1 image (11) with a caption that is no",
         ),
         (coco({11: ["a"]}) | {"images": [{"id": 11, "file_name": "a"}] * 2}, "1 image (11) listed more than once"),
-        (coco({11: ["a"]}) | {"images": [{"id": [1], "file_name": "a"}]}, "is not COCO captions"),
+        (coco({11: ["a"]}) | {"images": [{"id": [1], "file_name": "a"}]}, "neither a whole number nor text: [1]"),
         ({"images": [{"sentences": [], "split": "test", "imgid": {}, "filename": "a"}]}, "neither a whole number nor"),
         ({"images": [{"sentences": [], "split": ["a"], "imgid": 1, "filename": "a"}]}, "name one of ['a']"),
         ({"images": [{"sentences": 5, "split": "test", "imgid": 1, "filename": "a"}]}, "an entry is of another form"),
@@ -147,13 +147,13 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
         ((tmp_path, annotations), "is a folder; name the file"),
         ((ours, annotations, "--output", "scores.xml"), "must end in .json or .csv"),
         ((ours, annotations, "--report", "page.pdf"), "must end in .html"),
-        ((ours, annotations, "--output", taken), "exists; pass --overwrite to replace it"),
+        ((ours, annotations, "--output", taken), "exists; pass --overwrite"),
         ((ours, annotations, "--output", ours, "--overwrite"), "is a file to read; name another"),
-        ((ours, annotations, "--split", "test"), "has no splits; leave --split out"),
+        ((ours, annotations, "--split", "test"), "has no splits to choose from, but 'test' was asked for"),
         ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path / "gone"), "no image folder at"),
         ((ours, annotations, "--report", tmp_path / "a.html", "--images", tmp_path), "none of the 3 images"),
         ((ours, annotations, "--images", tmp_path), "name that too"),
-        ((ours, annotations, "--java-timeout", "nan"), "is a number of seconds"),
+        ((ours, annotations, "--java-timeout", "nan"), "is a positive number of seconds"),
         ((ours, annotations, "--level", "95"), "level must be between 0 and 1"),
         ((ours, annotations, "--samples", "1"), "samples must be two or more"),
         ((ours, annotations, "--spice", tmp_path), "SPICE needs stanford-corenlp-3.6.0.jar and"),
@@ -163,7 +163,7 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
         assert message in error
         assert error.count("\n") == 1
     assert taken.read_text() == "precious"
-    monkeypatch.setattr("captioner.data.readers.MAX_JSON_BYTES", 50)
+    monkeypatch.setattr("captioner.data.text_files.MAX_TEXT_BYTES", 50)
     assert run("score", ours, annotations, *FAST) == 1
     assert "GiB is refused" in capsys.readouterr().err
     assert run("score", ours, annotations, "--metrics") == 1

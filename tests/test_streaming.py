@@ -13,14 +13,16 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
+from test_cli import run
 from training_runs import COLOURS, debug, launch, losses, stop_at
 
 import captioner
-from captioner.commands.cache import CacheConfig
 from captioner.data import rows
 from captioner.data.config import DataConfig
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first, shuffled
+from captioner.data.stream import raise_errors
+from captioner.errors import SettingError
 from captioner.images import ImageError
 from captioner.training.config import TrainConfig
 from captioner.training.data import open_data
@@ -139,13 +141,23 @@ def test_bad_rows_are_counted_and_the_next_takes_their_place(saved, processor, c
 
 def test_bad_rows_can_be_refused_and_only_bad_rows_are_not_data(saved, processor):
     source = saved(broken=range(20))
-    with pytest.raises(ValueError, match=r"image \d+: .* --data.on-bad skip"):
+    with pytest.raises(SettingError, match=r"image \d+: image in memory is not an image") as raised:
         stream(source, processor, on_bad="refuse")[0]
+    assert raised.value.settings == ("on_bad",)
     with pytest.raises(ValueError, match="20 images in a row cannot be used"):
         stream(source, processor)[0]
 
 
-def test_a_row_may_hold_one_text_and_the_name_of_a_image(tmp_path, processor):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_a_loading_process_is_one_line_and_has_its_settings(saved, processor, workers):
+    refusing = stream(saved(broken=(3,)), processor, on_bad="refuse")
+    with pytest.raises(SettingError) as raised:
+        list(raise_errors(refusing.loader(0, 20, 4, workers, refusing.collate)))
+    assert str(raised.value) == "image 3: image in memory is not an image of a supported format"
+    assert raised.value.settings == ("on_bad",)
+
+
+def test_a_row_may_hold_one_text_and_the_name_of_an_image(tmp_path, processor):
     rows = {"file": [f"{name}.png" for name in COLOURS], "text": [f"all {name}" for name in COLOURS]}
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(tmp_path / "set")
     for name, colour in list(COLOURS.items())[1:]:
@@ -173,16 +185,18 @@ def test_an_epoch_has_the_rows_asked_for(saved, processor):
     short = RowStream(StreamedRows(source, "train", size=6), processor, 2, 0, 5)
     assert len(set(numbers(short.__getitems__(list(range(6)))))) == 6
     long = RowStream(StreamedRows(source, "train", size=21), processor, 2, 0, 5)
-    with pytest.raises(ValueError, match="has 20 rows, not 21; say so with --data.stream-rows 20"):
+    with pytest.raises(SettingError, match="has 20 rows, not 21") as raised:
         long[20]
+    assert raised.value.settings == ("stream_rows",)
 
 
 def test_a_hub_set_that_does_not_know_its_rows_asks(saved, monkeypatch):
     builder = datasets.load_dataset_builder("parquet", data_dir=saved(kind="parquet"))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda path: builder)
     monkeypatch.setattr(rows, "check_hub", lambda source: None)
-    with pytest.raises(ValueError, match="does not say how many rows it has; say it with --data.stream-rows"):
+    with pytest.raises(SettingError, match="does not say how many rows it has") as raised:
         StreamedRows("somebody/set", "train")
+    assert raised.value.settings == ("stream_rows",)
     assert len(StreamedRows("somebody/set", "train", size=7)) == 7
     builder.info.splits = datasets.SplitDict.from_split_dict([{"name": "train", "num_examples": 20}])
     assert len(StreamedRows("somebody/set", "train")) == 20
@@ -222,16 +236,17 @@ def test_a_stream_is_never_all_in_memory(tmp_path):
 
 def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_path):
     source = saved()
-    missing = ("image", "captions", "image_id")
+    missing = ("photo", "captions", "image_id")
     cases = [
         (lambda: StreamedRows(source, "test"), "has no split 'test', only train, val"),
-        (lambda: StreamedRows(source, "train", missing), "has no column 'image', only image, captions, image_id"),
-        (lambda: read_first(source, "val", missing, 2, "skip"), "lacks 'image'"),
+        (lambda: StreamedRows(source, "train", missing), "has no column 'photo', only image, captions, image_id"),
+        (lambda: read_first(source, "val", missing, 2, "skip"), "has no column 'photo', only image, captions"),
         (lambda: StreamedRows("nobody/nothing", "train"), "'nobody/nothing'"),
-        (lambda: StreamedRows(str(captioned), "train"), "no `datasets` set .* leave --data.streaming out"),
-        (lambda: DataConfig(streaming=True, tokens=tmp_path), "leave out --data.streaming, or --data.tokens"),
+        (lambda: StreamedRows(str(captioned), "train"), "no `datasets` set and no folder of parquet files"),
+        (lambda: DataConfig(streaming=True, tokens=tmp_path), "a token cache holds a set whole"),
         (lambda: DataConfig(stream_buffer=0), "stream_buffer must be positive"),
-        (lambda: TrainConfig(data=DataConfig(streaming=True), stage="scst"), "leave --data.streaming out"),
+        (lambda: DataConfig(workers=-1), "workers must not be negative"),
+        (lambda: TrainConfig(data=DataConfig(streaming=True), stage="scst"), "needs the references of all images"),
         (lambda: open_data(TrainConfig(data=DataConfig(streaming=True))), "no captions: name"),
     ]
     for attempt, said in cases:
@@ -242,11 +257,31 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_pa
         StreamedRows(str(tmp_path / "gone"), "train")
 
 
-def test_only_training_streams(saved, tmp_path):
-    from captioner.commands.cache import fill_cache
+@pytest.mark.parametrize("command", ["cache", "evaluate"])
+@pytest.mark.parametrize(
+    "option", [["--data.streaming"], ["--data.captions-per-image", "3"], ["--data.val-split", "a"]]
+)
+def test_settings_of_training_are_no_options_of_other_jobs(saved, capsys, command, option):
+    assert run(command, "--data.root", saved(), *option) == 2
+    assert option[0] in capsys.readouterr().err
 
-    with pytest.raises(ValueError, match="--data.streaming is for training alone"):
-        fill_cache(CacheConfig(output=tmp_path / "tokens", data=DataConfig(root=saved(), streaming=True)))
+
+def test_captions_of_a_row_are_read_as_those_of_a_table(tmp_path, processor, caplog):
+    texts = ["['all red', 'plain red']", "nan", "[1, 2]", "all blue"]
+    rows = {"image": [{"bytes": png("red"), "path": None}] * 4, "captions": [[text] for text in texts]}
+    rows["captions"][3] += [" ", "null"]
+    features = datasets.Features({name: FEATURES[name] for name in rows})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "set")
+    opened = StreamedRows(str(tmp_path / "set"), "train")
+    assert opened.first_captions() == ["all red", "plain red", "all blue"]
+    items = RowStream(opened, processor, 2, 0, 4).__getitems__([0, 1, 2, 3])
+    assert {tuple(sorted(item["captions"])) for item in items} == {("all red", "plain red"), ("all blue", "all blue")}
+    assert "it has no caption, only 1 empty captions" in caplog.text
+    assert "it has no caption, only 1 unreadable captions" in caplog.text
+    assert "2 empty captions, left out (1 rows so far)" in caplog.text
+    refusing = RowStream(opened, processor, 2, 0, 4, on_bad="refuse")
+    with pytest.raises(SettingError, match="of the stream: .*(empty|unreadable) captions"):
+        refusing.__getitems__([0, 1, 2, 3])
 
 
 def test_a_streamed_run_cut_and_resumed_is_the_unbroken_one(saved, tmp_path, monkeypatch):
@@ -273,8 +308,7 @@ def test_a_streamed_run_cut_and_resumed_is_the_unbroken_one(saved, tmp_path, mon
 def test_two_processes_stream_as_one(saved, tmp_path):
     shared = ["debug", "--data.root", saved(count=24), "--data.streaming", "--data.stream-buffer", 5, "--epochs", 1]
     shared += ["--data.captions-per-image", 2, "--data.workers", 2, "--grids", "2x2", "3x3"]
-    for processes, batch in ((1, 8), (2, 4)):
-        output = tmp_path / str(processes)
-        result = launch("train.py", *shared, "--batch-size", batch, "--output", output, processes=processes)
-        assert result.returncode == 0, result.stderr
+    assert run("train", *shared, "--batch-size", 8, "--output", tmp_path / "1") == 0
+    result = launch("train.py", *shared, "--batch-size", 4, "--output", tmp_path / "2", processes=2)
+    assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-4)

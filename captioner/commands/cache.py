@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from captioner.data.config import DataConfig
+from captioner.data.config import SourceConfig
 from captioner.errors import SettingError, check_positive
 from captioner.grids import Grid, parse_grid
 from captioner.training.config import EncoderConfig
@@ -21,7 +21,7 @@ class CacheConfig:
 
     output: Path = Path("runs/tokens")
     """Folder of the cache. One that exists is filled further: finished images are not encoded again."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SourceConfig = field(default_factory=SourceConfig)
     splits: tuple[str, ...] = ("train", "val")
     """Splits to encode; others may be added to the same folder later."""
     model: EncoderConfig = field(default_factory=EncoderConfig)

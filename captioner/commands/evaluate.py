@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captioner.data.config import DataConfig
+from captioner.data.config import TokenSourceConfig
 from captioner.errors import SettingError, check_positive
 from captioner.grids import parse_grid
 
@@ -19,7 +19,7 @@ class EvaluateConfig:
 
     model: str | None = None
     """Folder or hub id of the captioner; `None` for the shipped one."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: TokenSourceConfig = field(default_factory=TokenSourceConfig)
     split: str = "test"
     """Split to caption."""
     output: Path = Path("runs/evaluate")

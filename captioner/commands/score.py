@@ -5,16 +5,18 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated, Any, Literal
 
 import tyro
 
-from captioner.data.caption_table import ImageFinder
-from captioner.data.readers import is_karpathy, load_json
+from captioner.data.captions import ImageId, clean_text
+from captioner.data.image_finder import ImageFinder
+from captioner.errors import SettingError
 from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
 from captioner.metrics.compare import signed
-from captioner.metrics.files import ImageId, ReferenceSet, clean
+from captioner.metrics.files import ReferenceSet
 from captioner.metrics.java import spice_models
+from captioner.metrics.matching import check_names, names_in_results
 from captioner.metrics.systems import Evaluation, evaluate_systems
 from captioner.runs.files import open_whole
 
@@ -26,27 +28,28 @@ class ScoreConfig:
     files: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS [RESULTS_B] ANNOTATIONS")
     ] = ()
-    """One or two results files (COCO results, or what `captioner caption` wrote), then COCO or Karpathy annotations."""
+    """One or two results files (COCO results, a table, or what `captioner caption` wrote), then COCO or Karpathy
+    annotations."""
     split: str | None = None
     """Split of Karpathy annotations; `None` for test."""
     output: Path | None = None
-    """File for the scores, format by ending: .json (all there is) or .csv (a row per image)."""
+    """File for the scores, format by ending: .json (everything) or .csv (a row per image)."""
     report: Path | None = None
-    """HTML page for scores, distributions and captions beside their images; one file that needs nothing else."""
+    """HTML page of scores, distributions and captions beside their images; one file that needs nothing else."""
     images: Path | None = None
     """Folder of the report's images, where they are not beside the annotations."""
     overwrite: bool = False
     """Replace files that exist."""
     partial: bool = False
-    """Score the images that results and annotations both have, and say how many that leaves out."""
+    """Score the images that both results and annotations have, and say how many others there are."""
     allow_empty: bool = False
     """Give an empty caption zeros instead of refusing it."""
-    metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = METRICS
+    metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
     """Scores to compute; METEOR needs Java and is left out with a note where it is missing. For SPICE see --spice."""
     spice: Path | None = None
     """Folder with SPICE's models, to compute SPICE as well."""
     train: Path | None = None
-    """Annotations of the training set, to see which share of the captions stands in it word for word."""
+    """Annotations of the training set, to print which share of the captions occurs in it word for word."""
     samples: int = 1000
     """Bootstrap samples behind the intervals, and swaps behind the p-values."""
     level: float = 0.95
@@ -67,18 +70,28 @@ def run(config: ScoreConfig) -> int:
 
 
 def score_files(config: ScoreConfig) -> Evaluation:
-    """Run the scoring job: print the table, write what was asked for.
+    """Run the scoring job: print the table, write the files that the settings name.
 
     Raises:
-        ValueError: files that are not what they should be, ids or captions that cannot be scored, see `score`.
-        OSError: a file that cannot be read or written.
+        ValueError: a file has another format, or its ids or captions cannot be scored, see `score`.
+        OSError: a file cannot be read or written.
     """
     *paths, annotations = check_paths(config)
     references = read_references(annotations, config.split)
-    results = {}
+    results: dict[str, list[dict[str, Any]]] = {}
+    names: dict[ImageId, ImageId] = {}
     for path, name in zip(paths, short_names(paths), strict=True):
-        results[name], note = match_ids(read_results(path), references)
-        references.warnings += [f"{name}: {note}"] * bool(note)
+        rows = read_results(path)
+        results[name], note = match_ids(rows, references)
+        if note:
+            references.warnings.append(f"{name}: {note}")
+        check_names(rows, results[name], references, path, config.partial)
+        names = names or names_in_results(rows, results[name], references)
+    if names:  # images are called what results call them
+        references = references.renamed(names)
+        for rows in results.values():
+            for row in rows:
+                row["image_id"] = names.get(row["image_id"], row["image_id"])
     images = find_images(references, annotations, config.images) if config.report else {}
     evaluation = evaluate_systems(
         results,
@@ -127,24 +140,26 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
             raise FileNotFoundError(f"no file '{path}'")
         if path.is_dir():
             raise ValueError(f"'{path}' is a folder; name the file")
-    for option, path, endings in (("output", config.output, WRITERS), ("report", config.report, (".html", ".htm"))):
-        if path is None:
+    for option, written, endings in (("output", config.output, WRITERS), ("report", config.report, (".html", ".htm"))):
+        if written is None:
             continue
-        if path.suffix not in endings:
-            raise ValueError(f"--{option} '{path}' must end in {' or '.join(endings)}")
-        if any(path.resolve() == other.resolve() for other in (*config.files, config.train) if other):
-            raise ValueError(f"--{option} '{path}' is a file to read; name another")
-        if path.is_dir() or (path.exists() and not config.overwrite):
-            raise ValueError(f"'{path}' exists; pass --overwrite to replace it")
+        if written.suffix not in endings:
+            raise ValueError(f"--{option} '{written}' must end in {' or '.join(endings)}")
+        if any(written.resolve() == other.resolve() for other in (*config.files, config.train) if other):
+            raise ValueError(f"--{option} '{written}' is a file to read; name another")
+        if written.is_dir():
+            raise ValueError(f"--{option} '{written}' is a folder; name a file")
+        if written.exists() and not config.overwrite:
+            raise SettingError(f"'{written}' exists", "overwrite")
     return config.files
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """Name files as shortly as tells them apart."""
-    names = [clean(path.name) for path in paths]
+    """Return short names of files that differ from each other."""
+    names = [clean_text(path.name) for path in paths]
     if len(set(names)) == len(names):
         return names
-    names = [clean(f"{path.resolve().parent.name}/{path.name}") for path in paths]
+    names = [clean_text(f"{path.resolve().parent.name}/{path.name}") for path in paths]
     return names if len(set(names)) == len(names) else [f"{letter}: {n}" for letter, n in zip("AB", names, strict=True)]
 
 
@@ -152,22 +167,23 @@ def read_training(path: Path | None) -> list[str] | None:
     """Read the captions of a training set: a whole COCO file, or Karpathy's `train` and `restval`."""
     if path is None:
         return None
-    split = "train" if is_karpathy(load_json(path)) else None
-    references = read_references(path, split, restval=True)
+    references = read_references(path, restval=True, default_split="train")
     return [caption for group in references.captions.values() for caption in group]
 
 
 def find_images(references: ReferenceSet, annotations: Path, folder: Path | None) -> dict[ImageId, Path]:
-    """Find the images of a report, which does without those that are missing.
+    """Find the images of a report; it leaves out those that are missing.
 
     Raises:
-        FileNotFoundError: none is in the folder that was named for them.
+        FileNotFoundError: there is no such folder, or none of them is in it.
     """
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder at '{folder}'")
     find = ImageFinder(annotations.parent, folder)
     found = {image_id: find(name, references.split) for image_id, name in references.files.items()}
     images = {image_id: path for image_id, path in found.items() if path}
+    if folder is not None and not found:
+        raise ValueError(f"'{annotations}' does not name the files of its images, so that none is found in '{folder}'")
     if folder is not None and not images:
         name = next(iter(references.files.values()))
         raise FileNotFoundError(f"none of the {len(found):,} images, such as '{name}', is in '{folder}'")
@@ -194,25 +210,29 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
             gain = differences[name]
             least = gain.p <= 1 / (evaluation.samples + 1)  # no smaller one can come of so many samples
             row += [signed(gain.difference), f"{signed(gain.low)} to {signed(gain.high)}"]
-            row += [f"{'<= ' * least}{gain.p:.3f}"]
+            row.append(f"<= {gain.p:.3f}" if least else f"{gain.p:.3f}")
         rows.append(row)
     lines += [*_aligned(rows), ""]
 
     seen = any(system.statistics.seen_in_training is not None for system in systems)
     rows = [["captions", "words", "shortest to longest", "vocabulary", "distinct-1", "distinct-2", "different"]]
-    rows[0] += ["seen in training"] * seen
-    for letter, found in zip(letters, (system.statistics for system in systems), strict=True):
-        row = ["" if letter == "score" else letter, f"{found.mean_length:.1f}"]
-        row += [f"{found.min_length} to {found.max_length}", f"{found.vocabulary:,}", f"{found.distinct_1:.3f}"]
-        row += [f"{found.distinct_2:.3f}", f"{100 * found.unique:.1f}%"]
-        rows.append(row + ([f"{100 * found.seen_in_training:.1f}%"] if seen else []))
+    if seen:
+        rows[0].append("seen in training")
+    for letter, system in zip(letters, systems, strict=True):
+        words = system.statistics
+        row = ["" if letter == "score" else letter, f"{words.mean_length:.1f}"]
+        row += [f"{words.min_length} to {words.max_length}", f"{words.vocabulary:,}", f"{words.distinct_1:.3f}"]
+        row += [f"{words.distinct_2:.3f}", f"{100 * words.unique:.1f}%"]
+        if words.seen_in_training is not None:
+            row.append(f"{100 * words.seen_in_training:.1f}%")
+        rows.append(row)
     others = evaluation.references  # distinct-n falls with the number of captions: not comparable, not shown
     length = f"{others.min_length} to {others.max_length}"
     rows.append(["references", f"{others.mean_length:.1f}", length, f"{others.vocabulary:,}"])
     lines += _aligned(rows)
     notes = {f"{name} absent: {why}": 0 for system in systems for name, why in system.scores.absent.items()}
     notes |= {f"warning: {text}": 0 for text in evaluation.warnings}
-    return "\n".join([*lines, *[""] * bool(notes), *notes])
+    return "\n".join([*lines, "", *notes] if notes else lines)
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -225,7 +245,7 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 
 
 def write_json(evaluation: Evaluation, file: IO[str]) -> None:
-    """Write all there is as JSON."""
+    """Write all scores as JSON."""
     json.dump(evaluation.to_dict(), file, ensure_ascii=False, indent=1, allow_nan=False)
     file.write("\n")
 
@@ -241,8 +261,9 @@ def write_csv(evaluation: Evaluation, file: IO[str]) -> None:
         for bound in ("low", "high"):
             values = (getattr(intervals[name], bound) if name in intervals else "" for name in names)
             writer.writerow([system.name, bound, "", "", *values])
-    for name in ("difference", "low", "high", "p") if evaluation.differences else ():
-        values = (getattr(evaluation.differences.get(key), name, "") for key in names)
+    differences = evaluation.differences or {}
+    for name in ("difference", "low", "high", "p") if differences else ():
+        values = (getattr(differences.get(key), name, "") for key in names)
         label = name if name in ("difference", "p") else f"difference {name}"
         writer.writerow(["second - first", label, "", "", *values])
     for system in evaluation.systems:

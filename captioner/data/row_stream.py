@@ -1,8 +1,9 @@
-"""The training stream of a `datasets` set that is never held whole; see `rows.py` for the order of its rows.
+"""The training stream of a `datasets` set that is too large for memory; see `rows.py` for the order of its rows.
 
 Letters: B images, K captions of each, T text tokens.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils.data import DataLoader
 
-from captioner.data.caption_table import OnBad
-from captioner.data.rows import StreamedRows, tidy_captions
+from captioner.data.caption_table import one_line
+from captioner.data.captions import Captions, read_captions_of
+from captioner.data.records import OnBad
+from captioner.data.rows import StreamedRows
 from captioner.data.stream import SeededStream
+from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.images import ImageError
 from captioner.processing import CaptionerProcessor
 
+logger = logging.getLogger(__name__)
+
 
 class RowReader:
-    """Rows by their position in the endless stream, read forwards; several threads may ask.
+    """Rows by their position in the endless stream, read in order; several threads may call it.
 
     Args:
         start_at: opens the rows from a position on.
@@ -29,10 +35,11 @@ class RowReader:
     def __init__(self, start_at: Callable[[int], Iterator[dict]]):
         self.start_at, self.lock = start_at, threading.Lock()
         self.rows: Iterator[dict] = iter(())
-        self.first, self.next, self.held = 0, -1, {}
+        self.first, self.next = 0, -1
+        self.held: dict[int, dict] = {}
 
     def seek(self, start: int) -> None:
-        """Give up the rows before a position; going back to them begins their epoch again."""
+        """Forget the rows before a position; to go back to one, its epoch is read again from its start."""
         if start < self.first or self.next < 0:
             self.rows, self.next, self.held = self.start_at(start), start, {}
         for place in [place for place in self.held if place < start]:
@@ -43,7 +50,7 @@ class RowReader:
         self.first = start
 
     def row(self, place: int) -> dict:
-        """Return the row at a position, reading up to it where it has not been read."""
+        """Return the row at a position, after reading the rows before it that were not read yet."""
         with self.lock:
             while self.next <= place:
                 self.held[self.next] = next(self.rows)
@@ -54,9 +61,9 @@ class RowReader:
 class RowStream(SeededStream):
     """Rows of a `datasets` set, each with K of its captions, drawn without repetition as far as there are K.
 
-    Every process reads all rows, in one loading process of its own, whose threads open the images of its share.
-    The rows in the shuffle buffer are held there, images still encoded. A row whose image or captions cannot be
-    used is named once in an epoch, and counted, and the next row takes its place, too.
+    Every process reads all rows in one loading process of its own. The threads of that process open the images of its
+    share, and it holds the shuffle buffer, in which images are encoded. A row whose image or captions cannot be used
+    is named once in an epoch and counted, and the next row is used in its place.
 
     Args:
         rows: the split.
@@ -84,7 +91,8 @@ class RowStream(SeededStream):
         self.rows, self.processor, self.captions_per_image = rows, processor, captions_per_image
         self.buffer, self.on_bad = buffer, on_bad
         self.threads, self.cut_reported = 1, False
-        self.reader: RowReader | None = None  # opened by the process that reads
+        self.lacking: set[int] = set()  # rows some of whose captions cannot be used
+        self.reader: RowReader | None = None  # the process that reads opens it
 
     def choose(self, i: int, attempt: int) -> int:
         """Return the position of the row to try at position i."""
@@ -97,27 +105,38 @@ class RowStream(SeededStream):
             ImageError: the row is unusable and may be skipped.
             ValueError: it is unusable and is refused.
         """
+        assert self.reader is not None, "only __getitems__ reads rows"
         row, random = self.reader.row(number), self.generator(i)
+        found = read_captions_of(row[self.rows.columns[1]])
         try:
-            captions = tidy_captions(row[self.rows.columns[1]])
-            if not captions:
-                raise ImageError("it has no caption")
+            if not found.texts or (self.on_bad == "refuse" and found.empty + found.unreadable):
+                raise ImageError(describe_captions(found))
             image = self.processor.pixels(self.rows.image(row))
         except ImageError as error:
-            label = row[self.rows.columns[2]]
-            name = f"row {number} of the stream" if label is None else f"image {label}"
             if self.on_bad == "refuse":
-                raise ValueError(f"{name}: {error}; fix the data or pass --data.on-bad skip") from None
-            raise ImageError(f"{name}: {error}") from None
+                raise SettingError(f"{self.name_row(row, number)}: {error}", "on_bad") from None
+            raise ImageError(f"{self.name_row(row, number)}: {error}") from None
+        if found.empty + found.unreadable and number not in self.lacking:
+            self.lacking.add(number)
+            logger.warning(
+                "%s: %s, left out (%d rows so far)",
+                *(self.name_row(row, number), describe_captions(found), len(self.lacking)),
+            )
+        captions = [one_line(text) for text in found.texts]
         order = random.permutation(len(captions)).tolist()
         drawn = [captions[order[k % len(order)]] for k in range(self.captions_per_image)]
         return {"image": image, "captions": drawn}
+
+    def name_row(self, row: dict, number: int) -> str:
+        """Return what warnings and errors call a row: its image id, if it has one, else its position."""
+        label = row[self.rows.columns[2]]
+        return f"row {number} of the stream" if label is None else f"image {label}"
 
     def __getitem__(self, i: int) -> dict:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict]:
-        """Return the items of a batch: its rows are read one after the other, its images opened by threads."""
+        """Return the items of a batch: its rows are read one after the other, and threads open its images."""
         self.reader = self.reader or RowReader(lambda start: self.rows.from_position(start, self.seed, self.buffer))
         self.reader.seek(min(positions))
         self.reader.row(max(positions))
@@ -125,9 +144,9 @@ class RowStream(SeededStream):
             return list(pool.map(super().__getitem__, positions))
 
     def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
-        """Load the items from position `start` to `stop` in batches; `workers` counts threads of one loading process.
+        """Load the items from position `start` to `stop` in batches, in one loading process with `workers` threads.
 
-        More processes would each read all rows, and hold a buffer of them.
+        With several processes, each would read all rows and hold a buffer of them.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of the loading process otherwise
         self.threads = max(1, workers)
@@ -135,7 +154,7 @@ class RowStream(SeededStream):
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor | Grid]:
         """Batch B items: `pixel_values` (B, 3, H, W), the step's `grid`, if any, and the text of `Texts.batch`."""
-        images = {"pixel_values": torch.stack([item["image"] for item in items])}
+        images: dict[str, torch.Tensor | Grid] = {"pixel_values": torch.stack([item["image"] for item in items])}
         if grid := self.grid(items):
             images["grid"] = grid
         texts = self.processor.texts([caption for item in items for caption in item["captions"]])
@@ -143,3 +162,12 @@ class RowStream(SeededStream):
             self.cut_reported = True
             texts.warn_cut(self.processor.max_length, "of one batch (no other is reported)")
         return images | texts.batch(range(len(texts)))
+
+
+def describe_captions(found: Captions) -> str:
+    """Say what is wrong with the captions of a row."""
+    if not (found.texts or found.empty or found.unreadable):
+        return "it has no caption"
+    kinds = {"empty captions": found.empty, "unreadable captions": found.unreadable}
+    wrong = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return wrong if found.texts else f"it has no caption, only {wrong}"

@@ -1,21 +1,27 @@
-"""Rows of a `datasets` set that is never held whole: they are read one by one, in a shuffled order.
+"""Rows of a `datasets` set that is too large for memory: they are read one by one, in a shuffled order.
 
-A row is one image and its captions, a text or a list of texts; rows of the same image are not joined. The order of
-an epoch is decided by the seed alone: the files (shards) of the set in a random order, their rows through a shuffle
-buffer. So every process finds the same row at the same position, opens the images of its own positions, and reads
-past the rows of the others; a resumed run reads past those it has had, which takes time but opens no image.
+A row is one image and its captions, a text or a list of texts; rows of the same image are not joined. The seed alone
+decides the order of an epoch: the files (shards) of the set come in a random order, and their rows pass through a
+shuffle buffer. So every process finds the same row at the same position. It opens the images of its own positions
+only. A resumed run reads the rows before its position again, which takes time but opens no image.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from captioner.data.caption_table import ImageFinder, OnBad, build_table
-from captioner.data.readers import check_hub, dataset_records, find_column, is_hub_id, is_saved_set, read_captions
+from captioner.data.caption_table import build_table, one_line
+from captioner.data.captions import read_captions_of
+from captioner.data.columns import Columns, find_columns
+from captioner.data.dataset_files import check_hub, dataset_records, is_hub_id, is_saved_set, pick_split
+from captioner.data.image_finder import ImageFinder
+from captioner.data.readers import read_captions
+from captioner.data.records import OnBad
+from captioner.errors import SettingError
 from captioner.images import MAX_BYTES, ImageError, ImageSource
 
 if TYPE_CHECKING:
@@ -27,10 +33,10 @@ TOKENIZER_ROWS = 20_000
 """Rows from whose captions the tokenizer of a decoder from scratch is trained."""
 
 LOCAL_SHARDS = 64
-"""Parts a set saved on disk is read in; a set of files has those."""
+"""Parts in which a set saved on disk is read; a set of parquet files is read file by file."""
 
 HUB = "hf://datasets/"
-"""How the paths of images begin that a set on the hub keeps as files."""
+"""The first part of the paths of images that a set on the hub holds as files."""
 
 
 class StreamedRows:
@@ -40,11 +46,12 @@ class StreamedRows:
         source: a hub id, a folder saved by `datasets`, or a folder of parquet files.
         split: the source's own name of the split.
         columns: names of the columns of image, captions and image id; the last may be missing.
-        size: rows in an epoch; `None` for as many as the split is known to have.
-        images: folder of the images, where the set holds their names.
+        size: rows in an epoch; `None` for all rows of the split.
+        images: folder of the images, where the set holds names of files.
 
     Raises:
-        ValueError: no such set, split or column, a source of another kind, or a number of rows that is not known.
+        SettingError: there is no such split or column, or the number of rows is unknown.
+        ValueError: there is no such set, or the source is of another kind.
         FileNotFoundError: the source is missing.
     """
 
@@ -52,16 +59,17 @@ class StreamedRows:
         self,
         source: str,
         split: str,
-        columns: tuple[str, str, str] = ("image", "captions", "image_id"),
+        columns: tuple[str, str, str] = Columns(),
         size: int | None = None,
         images: Path | None = None,
     ):
         self.rows, known = open_split(source, split)
         self.name, self.split = f"'{source}', split '{split}'", split
-        self.columns = (*check_columns(self.rows, columns, self.name)[:2], columns[2])
-        if size is None and known is None:
-            raise ValueError(f"{self.name}, does not say how many rows it has; say it with --data.stream-rows")
-        self.size = size or known
+        image, captions, image_id = find_columns(first_row(self.rows, self.name), Columns(*columns), self.name)
+        self.columns = image, captions, image_id or columns[2]
+        if (size or known) is None:
+            raise SettingError(f"{self.name}, does not say how many rows it has", "stream_rows")
+        self.size: int = size or known or 0
         self.find = ImageFinder(Path(source) if Path(source).is_dir() else Path(), images)
 
     def __len__(self) -> int:
@@ -71,7 +79,7 @@ class StreamedRows:
         """Return the captions of the first `TOKENIZER_ROWS` rows."""
         column = self.columns[1]
         rows = self.rows.select_columns(column).take(min(TOKENIZER_ROWS, self.size))
-        return [caption for row in rows for caption in tidy_captions(row.get(column))]
+        return [one_line(caption) for row in rows for caption in read_captions_of(row.get(column)).texts]
 
     def epoch(self, number: int, seed: int, buffer: int) -> Iterator[dict]:
         """Read the rows of an epoch in its own order, images still encoded.
@@ -92,10 +100,10 @@ class StreamedRows:
             had += 1
             yield row
         if had < self.size:
-            raise ValueError(f"{self.name}, has {had} rows, not {self.size}; say so with --data.stream-rows {had}")
+            raise SettingError(f"{self.name}, has {had} rows, not {self.size}", "stream_rows")
 
     def from_position(self, start: int, seed: int, buffer: int) -> Iterator[dict]:
-        """Read epoch after epoch without end, from a position on; the rows before it in its epoch are read past."""
+        """Read epoch after epoch without end, from a position on; the rows before it in its epoch are skipped."""
         first, skip = divmod(start, self.size)
         epochs = (self.epoch(number, seed, buffer) for number in count(first))
         return chain(islice(next(epochs), skip, None), chain.from_iterable(epochs))
@@ -123,7 +131,7 @@ class StreamedRows:
 
 
 def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int | None]:
-    """Open one split as a stream, its images left encoded, and count its rows if that can be had without reading it.
+    """Open one split as a stream of encoded images, and count its rows if that takes no reading of all of them.
 
     Raises:
         ValueError: no such set or split, or a source of another kind.
@@ -135,7 +143,10 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
     path = Path(source)
     saved, parquet = is_saved_set(path), path.is_dir() and any(path.rglob("*.parquet"))
     if path.exists() and not saved and not parquet:
-        raise ValueError(f"'{source}' is no `datasets` set and no folder of parquet files; leave --data.streaming out")
+        raise SettingError(
+            f"'{source}' is no `datasets` set and no folder of parquet files, so that it cannot be streamed",
+            "streaming",
+        )
     if not path.exists():
         if not is_hub_id(source):
             raise FileNotFoundError(f"no data set at '{source}'")
@@ -150,35 +161,28 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
             parts = builder.as_streaming_dataset()
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
         raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
-    if split not in parts:
-        raise ValueError(f"'{source}' has no split '{split}', only {', '.join(parts)}")
-    rows = parts[split]
+    split = pick_split(parts, split, source)
+    rows, known = parts[split], None
     if saved:
         known = len(rows)
         rows = rows.to_iterable_dataset(num_shards=min(LOCAL_SHARDS, max(1, known)))
     elif parquet:
         known = sum(pyarrow.parquet.read_metadata(file).num_rows for file in builder.config.data_files[split])
-    else:
-        known = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else None
+    elif split in (builder.info.splits or {}):
+        known = builder.info.splits[split].num_examples
     return rows.decode(False) if rows.features else rows, known or None
 
 
-def check_columns(rows: "datasets.IterableDataset", columns: tuple[str, str, str], name: str) -> list[str]:
-    """Return the names the first row has for image and captions and, if there is one, the image id.
+def first_row(rows: "datasets.IterableDataset", name: str) -> dict:
+    """Return the first row of a stream.
 
     Raises:
-        ValueError: there is no row, or it has no image or caption column.
+        ValueError: there is none.
     """
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"{name}, has no rows")
-    columns = (*(find_column(first, column) for column in columns[:2]), columns[2])
-    if missing := [column for column in columns[:2] if column not in first]:
-        raise ValueError(
-            f"{name}, has no column '{missing[0]}', only {', '.join(first)}; "
-            "name the columns with --data.image-column and --data.caption-column"
-        )
-    return [column for column in columns if column in first]
+    return first
 
 
 def read_first(
@@ -186,7 +190,7 @@ def read_first(
 ) -> "datasets.Dataset":
     """Read the caption table of the first rows of a split, to validate on, without downloading the rest.
 
-    A set saved on disk is read as always; of others so many rows are held in memory.
+    A set saved on disk is read by `read_captions`; of others, these rows are held in memory.
 
     Args:
         limit: how many rows; `None` for all.
@@ -197,19 +201,27 @@ def read_first(
     import datasets
 
     if is_saved_set(Path(source)):
-        names = dict(zip(("image_column", "caption_column", "id_column"), columns, strict=True))
-        return read_captions(source, split, images=images, on_bad=on_bad, **names)
+        image, captions, image_id = columns
+        return read_captions(
+            source,
+            split,
+            images=images,
+            on_bad=on_bad,
+            image_column=image,
+            caption_column=captions,
+            id_column=image_id,
+        )
     name, (rows, _) = f"'{source}', split '{split}'", open_split(source, split)
-    present = check_columns(rows, columns, name)
+    present = [column for column in find_columns(first_row(rows, name), Columns(*columns), name) if column is not None]
     rows = rows.select_columns(present)
     held = [fetched(row, present[0]) for row in (rows if limit is None else rows.take(limit))]
     table = datasets.Dataset.from_list(held, features=rows.features)
-    records, encoded = dataset_records(table, columns, name, [split] * len(table))
-    return build_table(records, encoded, Path(source), images, on_bad, name)
+    records, encoded = dataset_records(table, Columns(*columns), name, [split] * len(table))
+    return build_table(records, encoded, ImageFinder(Path(source), images), on_bad, name)
 
 
 def fetched(row: dict, image_column: str) -> dict:
-    """Return a row with its image's bytes where these are a file on the hub; unchanged if they cannot be had."""
+    """Return a row with the bytes of its image, where that is a file on the hub; unchanged if it cannot be read."""
     image = row.get(image_column)
     if isinstance(image, Mapping) and image.get("bytes") is None and HUB in (image.get("path") or ""):
         try:
@@ -220,7 +232,7 @@ def fetched(row: dict, image_column: str) -> dict:
 
 
 def fetch(path: str) -> bytes:
-    """Read an image that a set on the hub keeps as a file.
+    """Read an image that a set on the hub holds as a file.
 
     Raises:
         ImageError: it cannot be read.
@@ -229,19 +241,13 @@ def fetch(path: str) -> bytes:
 
     try:
         with fsspec.open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)  # more is refused when it is opened
+            return file.read(MAX_BYTES + 1)  # a larger file is refused when the image is opened
     except OSError as error:
         raise ImageError(f"'{path}' cannot be read: {error}") from None
 
 
-def tidy_captions(value: Any) -> list[str]:
-    """Return the captions of a row, a text or a list of texts: each on one line, none empty."""
-    texts = value if isinstance(value, list) else [value]
-    return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
-
-
 def shuffled(rows: Iterator[dict], size: int, random: np.random.Generator) -> Iterator[dict]:
-    """Yield every row once: a random one of the `size` held makes room for the next read."""
+    """Yield every row once, through a buffer of `size` rows: a random one leaves it when the next is read."""
     held: list[dict] = []
     for row in rows:
         if len(held) < size:

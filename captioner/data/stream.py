@@ -4,13 +4,13 @@ Item i is the same in every process and every run, so a job shards by position a
 """
 
 import logging
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from captioner.grids import Grid
 from captioner.images import ImageError
@@ -75,6 +75,10 @@ class SeededStream(Dataset):
                     logger.warning("skipped: %s (%d so far)", error, len(self.broken))
         raise ValueError(f"{PATIENCE} images in a row cannot be used; the last: {last}")
 
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+        """Return the items of a batch."""
+        return [self[i] for i in positions]
+
     def grid(self, items: list[dict]) -> Grid | None:
         """Return the grid of the step that a batch of items belongs to."""
         return draw_grid(self.grids, self.seed, items[0]["place"] // self.per_step) if self.grids else None
@@ -84,15 +88,51 @@ class SeededStream(Dataset):
         return np.random.default_rng((self.seed, 1, i))
 
     def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
-        """Load the items from position `start` to `stop` in batches."""
+        """Load the items from position `start` to `stop` in batches; read them through `raise_errors`."""
         return DataLoader(
-            Subset(self, range(start, stop)),
+            Positions(self, range(start, stop)),
             batch_size=batch_size,
             num_workers=workers,
-            collate_fn=collate_fn,
+            collate_fn=partial(collate_items, collate_fn or default_collate),
             drop_last=True,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_signals_to_main,
             generator=torch.Generator(),  # of its own: a loader draws from it, and resuming starts a new loader
         )
+
+
+class Positions(Dataset):
+    """Some positions of a stream. A batch whose data cannot be used is the error in place of the items.
+
+    Raised in a loading process, it would reach the user as the text of a traceback, without its type.
+    """
+
+    def __init__(self, stream: SeededStream, positions: range):
+        self.stream, self.positions = stream, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitems__(self, places: list[int]) -> list[dict[str, Any]] | ValueError:
+        try:
+            return self.stream.__getitems__([self.positions[place] for place in places])
+        except ValueError as error:
+            return error
+
+
+def collate_items(collate: Callable, items: list[dict[str, Any]] | ValueError) -> Any:
+    """Batch the items of `Positions`, and hand on an error."""
+    return items if isinstance(items, ValueError) else collate(items)
+
+
+def raise_errors(batches: Iterable[T | ValueError]) -> Iterator[T]:
+    """Yield the batches of a stream's loader, and raise the error that stands for one.
+
+    Raises:
+        ValueError: the data cannot be used.
+    """
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch

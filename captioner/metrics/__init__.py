@@ -11,7 +11,8 @@ print(scores["CIDEr"], scores.image(1), scores.warnings)
 from captioner.metrics.cider import CiderD, DocumentFrequency
 from captioner.metrics.compare import Difference, Interval, confidence, paired_test
 from captioner.metrics.explain import NGramMatch, matched_ngrams
-from captioner.metrics.files import ReferenceSet, match_ids, read_references, read_results
+from captioner.metrics.files import ReferenceSet, read_references, read_results
+from captioner.metrics.matching import match_ids
 from captioner.metrics.ptb.tokenizer import tokenize, tokenize_caption
 from captioner.metrics.scores import KEYS, METRICS, Scores, score
 from captioner.metrics.statistics import CaptionStatistics, caption_statistics

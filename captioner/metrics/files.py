@@ -1,25 +1,26 @@
 """What is scored against what: results as captioners write them, and reference captions; no image is needed.
 
-Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further keys ignored, or what
-`captioner caption --output` writes. References are COCO's captions JSON or Karpathy's.
+Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further keys ignored, or what the command
+`captioner caption` writes. References are COCO's captions JSON or Karpathy's.
 """
 
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from captioner.data.caption_output import COLUMNS
-from captioner.data.readers import is_karpathy, load_json, load_rows, read_coco, read_karpathy
-from captioner.data.splits import keep_split
+from captioner.data.captions import Captions, ImageId, is_missing, plain_id, read_captions_of
+from captioner.data.columns import IMAGE_NAMES, find_caption_column, find_column
+from captioner.data.json_files import is_karpathy, read_coco, read_karpathy
+from captioner.data.records import ReadReport, usable_records
+from captioner.data.row_files import Rows, load_document
+from captioner.data.splits import select_split
 from captioner.images.names import unescape_name
 from captioner.metrics.scores import name_ids
 
-ImageId = int | str
-
-ID_KEYS = ("image_id", "path", "file_name", "filename", "image")
-"""What names the image of a result, the first of them that is there."""
+ID_COLUMNS = ("image_id", "path", "file_name", "filename", "image")
+"""What names the image of a result, the first of them that is there; then the other usual names of an image."""
 
 
 @dataclass
@@ -29,180 +30,155 @@ class ReferenceSet:
     captions: dict[ImageId, list[str]] = field(default_factory=dict)
     """The references of each image."""
     files: dict[ImageId, str] = field(default_factory=dict)
-    """Name of each image's file, as the annotations have it."""
+    """Name of each image's file, as the annotations have it; images without one are left out."""
     split: str = "all"
     """The split, guessed from the file's name where the format does not hold it."""
     warnings: list[str] = field(default_factory=list)
     """What was left out."""
 
+    def renamed(self, names: dict[ImageId, ImageId]) -> "ReferenceSet":
+        """Return the same set with other ids of images, in the same order.
 
-def read_references(path: Path, split: str | None = None, restval: bool = False) -> ReferenceSet:
+        Args:
+            names: the new id of each image that gets one.
+        """
+        captions = {names.get(image_id, image_id): group for image_id, group in self.captions.items()}
+        files = {names.get(image_id, image_id): file for image_id, file in self.files.items()}
+        return ReferenceSet(captions, files, self.split, self.warnings)
+
+
+def read_references(
+    path: Path, split: str | None = None, restval: bool = False, default_split: str = "test"
+) -> ReferenceSet:
     """Read the reference captions of an annotation file.
 
     Args:
-        path: COCO captions JSON or Karpathy's.
-        split: Karpathy's split, `test` unless named; a COCO file is one split, so none may be named.
+        path: COCO captions JSON or Karpathy's; names of image files may be missing.
+        split: Karpathy's split; a COCO file is one split, so none may be named.
         restval: join Karpathy's `restval` images to `train`.
+        default_split: Karpathy's split where none is named.
 
     Raises:
         ValueError: not such a file, an unknown split, an image twice, a caption that is no text, nothing left.
         OSError: the file cannot be read.
     """
-    if path.suffix in (".csv", ".jsonl"):
+    content = load_document(path)
+    if isinstance(content, Rows):
         raise ValueError(f"'{path}' comes last, where the annotations do, and these are COCO's or Karpathy's JSON")
-    content = load_json(path)
     if isinstance(content, list):
         raise ValueError(f"'{path}' is a list, as results are; annotations come last: RESULTS [RESULTS_B] ANNOTATIONS")
-    found, warnings = ReferenceSet(), []
+    found, report = ReferenceSet(), ReadReport()
     if is_karpathy(content):
-        records = list(keep_split(read_karpathy(content, path, restval), split or "test", path))
+        records = list(select_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
     elif split is not None:
-        raise ValueError(f"'{path}' is not Karpathy's and has no splits; leave --split out")
+        raise ValueError(f"'{path}' is not Karpathy's and has no splits to choose from, but '{split}' was asked for")
     else:
-        records = list(read_coco(content, path, None))
-        listed = {image["id"] for image in content["images"]}
-        if stray := [record.image_id for record in records if record.image_id not in listed]:
-            records = [record for record in records if record.image_id in listed]
-            warnings.append(f"captions of images that '{path.name}' does not list: left out {name_ids(stray)}")
+        records = list(read_coco(content, path, None, images_needed=False))
+        if stray := [record.image_id for record in records if not record.listed]:
+            records = [record for record in records if record.listed]
+            found.warnings.append(f"captions of images that '{path.name}' does not list: left out {name_ids(stray)}")
 
-    twice, odd, empty, silent = [], [], 0, []
-    for record in records:
-        if _plain_id(record.image_id) is None:
-            raise ValueError(f"'{path}': an image id is neither a whole number nor text: {record.image_id!r}"[:300])
-        if record.image_id in found.captions:
-            twice.append(record.image_id)
-        if not all(isinstance(caption, str) for caption in record.captions):
-            odd.append(record.image_id)
-            continue
-        captions = [clean(caption) for caption in record.captions if caption.strip()]
-        empty += len(record.captions) - len(captions)
-        if captions:
-            found.captions[record.image_id], found.files[record.image_id] = captions, str(record.image)
-        else:
-            silent.append(record.image_id)
-    if twice:
-        raise ValueError(f"'{path}': {name_ids(twice)} listed more than once; keep one of each")
-    if odd:
-        raise ValueError(f"'{path}': {name_ids(odd)} with a caption that is no text")
-    if empty:
-        warnings.append(f"empty references left out: {empty}")
-    if silent:
-        warnings.append(f"images without references left out: {name_ids(silent)}")
+    for record, _, texts in usable_records(records, report):
+        found.captions[record.image_id] = texts
+        if isinstance(record.image, str):
+            found.files[record.image_id] = record.image
+    if report.duplicate_ids:
+        raise ValueError(f"'{path}': {name_ids(report.duplicate_ids)} listed more than once, or with the id of another")
+    if report.unreadable_captions:
+        odd = name_ids(dict.fromkeys(report.unreadable_captions))
+        raise ValueError(f"'{path}': {odd} with a caption that is no text, or a list that cannot be read")
+    if report.empty_captions:
+        found.warnings.append(f"empty references left out: {len(report.empty_captions)}")
+    if report.images_without_captions:
+        found.warnings.append(f"images without references left out: {name_ids(report.images_without_captions)}")
     if not found.captions:
         raise ValueError(f"'{path}' holds no captions")
-    found.split, found.warnings = records[0].split, warnings
+    found.split = records[0].split
     return found
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Read what a captioner wrote; captions are checked where they are scored.
 
-    COCO results (a JSON list), one such object a line (`.jsonl`), or rows of a table (`.csv`). Where there is no
-    `image_id`, the name of the image's file stands for it (`ID_KEYS`), as in what `captioner caption` writes; rows of
-    images that it could not caption are left out.
+    COCO results (a JSON list), one such object a line (JSON Lines), or rows of a table (CSV). Where there is no
+    `image_id`, the name of the image's file stands for it (`ID_COLUMNS`), as in what `captioner caption` writes; rows
+    of images that it could not caption are left out.
 
     Returns:
-        Rows with the keys `image_id` (int or str) and `caption`.
+        Rows with the keys `image_id` (int or str) and `caption`; a caption is empty where a table has `nan`.
 
     Raises:
         ValueError: not rows with both, or an image id that is neither a number nor text.
         OSError: the file cannot be read.
     """
-    if path.suffix == ".txt":
-        raise ValueError(f"'{path}': results end in .json, .jsonl or .csv; name such an --output of captioner caption")
-    content = load_rows(path) if path.suffix in (".jsonl", ".csv") else load_json(path)
-    if path.suffix == ".csv" and content and tuple(content[0]) == COLUMNS:  # what `captioner caption` writes
-        content = [row | {"path": unescape_name(row["path"])} for row in content]
+    if path.suffix.lower() == ".txt":
+        raise ValueError(f"'{path}': results end in .json, .jsonl or .csv; let the captioner write one of these")
+    content = load_document(path)
+    table = content if isinstance(content, Rows) else None
+    rows: Any = content if table is None else table.rows
+    if path.suffix.lower() == ".csv" and rows and tuple(rows[0]) == COLUMNS:  # what `captioner caption` writes
+        rows = [row | {"path": unescape_name(row["path"])} for row in rows]
     form = 'a list of {"image_id": ..., "caption": ...}'
-    if not isinstance(content, list):
-        raise ValueError(f"'{path}' holds no results: it must be {form}, not {_kind(content)}")
-    if not content:
+    if not isinstance(rows, list):
+        raise ValueError(f"'{path}' holds no results: it must be {form}, not {_kind(rows)}")
+    if not rows:
         raise ValueError(f"'{path}' is empty: no captions to score")
-    names = [next((key for key in ID_KEYS if isinstance(row, dict) and key in row), None) for row in content]
-    bad = [n for n, name in enumerate(names) if name is None or "caption" not in content[n]]
-    if bad:
-        raise ValueError(f"'{path}': {_entries(bad)} no image_id or no caption; results are {form}")
-    ids = [_plain_id(row[name]) for name, row in zip(names, content, strict=True)]
+
+    def refuse_if(bad: list[int], what: str) -> None:
+        if bad:
+            raise ValueError(f"'{path}': {_entries(bad, table)} {what}")
+
+    try:
+        keys = [find_keys(tuple(row)) if isinstance(row, dict) else (None, None) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from None
+    if table is not None and None in keys[0]:
+        raise ValueError(
+            f"'{path}' needs a column that names the image, such as image_id or path, and a column caption; "
+            f"it has only {', '.join(rows[0])}"[:400]
+        )
+    refuse_if([n for n, found in enumerate(keys) if None in found], f"no image_id or no caption; results are {form}")
+    ids = [None if is_missing(row[key]) else plain_id(row[key]) for row, (key, _) in zip(rows, keys, strict=True)]
     bad = [n for n, image_id in enumerate(ids) if image_id is None]
-    if bad:
-        what = f"such as {content[bad[0]][names[bad[0]]]!r}"[:60]
-        raise ValueError(f"'{path}': {_entries(bad)} an image_id that is neither a whole number nor text, {what}")
-    failed = [not row["caption"] and isinstance(row.get("error"), str) and bool(row["error"]) for row in content]
+    what = (
+        f"an image_id that is neither a whole number nor text, such as {rows[bad[0]][keys[bad[0]][0]]!r}" if bad else ""
+    )
+    refuse_if(bad, what[:110])
+    captions = [row[key] for row, (_, key) in zip(rows, keys, strict=True)]
+    errors = [None if is_missing(row.get("error")) else row["error"] for row in rows]
+    failed = [is_missing(c) and isinstance(error, str) for c, error in zip(captions, errors, strict=True)]
     if all(failed):
-        raise ValueError(f"'{path}' holds no captions, only errors, such as: {content[0]['error'][:200]}")
+        raise ValueError(f"'{path}' holds no captions, only errors, such as: {str(errors[0])[:200]}")
+    texts = [read_captions_of(c) if isinstance(c, str) else Captions([c]) for c in captions]
+    bad = [n for n, found in enumerate(texts) if found.unreadable]
+    refuse_if(bad, f"a caption that looks like a list and cannot be read: {captions[bad[0]][:60]}" if bad else "")
+    bad = [n for n, found in enumerate(texts) if len(found.texts) > 1]
+    refuse_if(bad, f"several captions, of which one can be scored: {captions[bad[0]][:60]}" if bad else "")
     return [
-        {"image_id": image_id, "caption": clean(row["caption"])}
-        for image_id, row, left_out in zip(ids, content, failed, strict=True)
+        {"image_id": image_id, "caption": found.texts[0] if found.texts else ""}
+        for image_id, found, left_out in zip(ids, texts, failed, strict=True)
         if not left_out
     ]
 
 
-def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[list[dict[str, Any]], str | None]:
-    """Find the images that results mean, where they write ids in another way than the annotations.
-
-    Only if not one id is known as it stands: then numbers written as text (or the reverse) are tried, and names of
-    image files with or without folder and ending.
-
-    Returns:
-        The rows, with ids of the annotations where they were found, and what was done, or None.
-    """
-    known = references.captions
-    if any(row["image_id"] in known for row in rows):
-        return rows, None
-    ways = {
-        "by number, which they write as text": lambda i: int(i) if isinstance(i, str) and _is_number(i) else i,
-        "as text, which they write as numbers": str,
-        "by the names of image files": _finder(references.files),
-    }
-    for how, translate in ways.items():
-        matched = [row | {"image_id": translate(row["image_id"])} for row in rows]
-        if any(row["image_id"] in known for row in matched):
-            return matched, f"ids of the results were matched {how}"
-    return rows, None
+@lru_cache(maxsize=1024)
+def find_keys(names: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Find the keys of a result that hold what names its image, and its caption."""
+    image = next((name for name in ID_COLUMNS if name in names), None)
+    caption = "caption" if "caption" in names else find_caption_column(names)
+    if image is None:
+        image = find_column(names, ID_COLUMNS[0], (*ID_COLUMNS, *IMAGE_NAMES))
+    return image, caption
 
 
-def _finder(files: Mapping[ImageId, str]) -> Callable[[ImageId], ImageId]:
-    """Return what finds an image by the name of its file: in full, then without folder, then without ending.
-
-    A name that several images have finds none; what is not found is returned as it is.
-    """
-    forms = (str, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem)
-    owners: list[dict[str, list[ImageId]]] = [{} for _ in forms]
-    for image_id, file in files.items():
-        for form, images in zip(forms, owners, strict=True):
-            images.setdefault(form(clean(file)), []).append(image_id)
-
-    def find(image_id: ImageId) -> ImageId:
-        for form, images in zip(forms, owners, strict=True):
-            if found := images.get(form(str(image_id))):
-                return found[0] if len(found) == 1 else image_id
-        return image_id
-
-    return find
-
-
-def clean(caption: Any) -> Any:
-    """Replace halves of surrogate pairs, which JSON can hold and no file or pipe can; other values are left."""
-    return caption.encode("utf-8", "replace").decode("utf-8") if isinstance(caption, str) else caption
-
-
-def _plain_id(value: Any) -> ImageId | None:
-    """Take whole numbers and text for ids; 7.0, as data frames write it, is 7."""
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
-        return int(value)
-    if isinstance(value, str):
-        return clean(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 20
-
-
-def _entries(places: list[int], first: int = 3) -> str:
-    shown = ", ".join(str(place + 1) for place in places[:first])
-    plural = len(places) > 1
-    return f"{len(places):,} entr{'ies' if plural else 'y'} (number {shown}{', ...' * (len(places) > first)}) with"
+def _entries(places: list[int], table: Rows | None, first: int = 3) -> str:
+    """Count entries and say where the first of them stand."""
+    if table is None:
+        shown = "number " + ", ".join(str(place + 1) for place in places[:first])
+    else:
+        shown = "line " + ", ".join(table.place(place).removeprefix("line ") for place in places[:first])
+    more = ", ..." if len(places) > first else ""
+    return f"{len(places):,} {'entry' if len(places) == 1 else 'entries'} ({shown}{more}) with"
 
 
 def _kind(value: Any) -> str:

@@ -172,7 +172,7 @@ def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> s
         output, errors = process.communicate(text, timeout)
     except subprocess.TimeoutExpired:
         raise JavaError(
-            f"{name} took longer than {timeout:.0f} s and was stopped; raise java_timeout (--java-timeout)"
+            f"{name} took longer than {timeout:.0f} s and was stopped; java_timeout may be raised"
         ) from None
     finally:
         if process.returncode is None:  # the time is up, or the run was interrupted

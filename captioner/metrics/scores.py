@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from captioner.errors import SettingError
 from captioner.metrics import java, overlap
 from captioner.metrics.cider import CiderD, DocumentFrequency
 from captioner.metrics.explain import NGramMatch, matched_ngrams
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
 from captioner.metrics.ptb.tokenizer import tokenize
+from captioner.metrics.spaces import count_unsplit
 
 KEYS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 """Names of the scores, in the order people print them."""
@@ -146,7 +148,7 @@ def score(
         ValueError: ids missing, extra or given twice, captions that are not text or empty, an unknown metric.
     """
     if not 0 < java_timeout < math.inf:
-        raise ValueError(f"java_timeout (--java-timeout) is a number of seconds, not {java_timeout}")
+        raise SettingError(f"java_timeout is a positive number of seconds, not {java_timeout}", "java_timeout")
     unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
     if unknown:
         raise ValueError(f"no metric '{unknown[0]}'; choose from {', '.join((*METRICS, 'SPICE'))}")
@@ -171,7 +173,7 @@ def score(
     if "SPICE" in metrics:
         try:
             if spice_models is None:
-                raise java.JavaError("name the folder of its models by spice_models (--spice); nothing is downloaded")
+                raise java.JavaError("spice_models must name the folder of its models; nothing is downloaded")
             found = java.spice(scores.predictions, scores.references, spice_models, java_timeout)
             if np.isnan(found).all():
                 raise java.JavaError("the program gave no caption a score")
@@ -184,6 +186,11 @@ def score(
     named = [name for name in KEYS if name in corpus or name in scores.absent]
     scores.corpus = {name: float(corpus[name]) if name in corpus else None for name in named}
     scores.warnings = _doubts(scores, captions, counts, document_frequency is None)
+    if unsplit := count_unsplit([*scores.predictions, *(text for group in scores.references for text in group)]):
+        scores.warnings.append(
+            f"captions without spaces between words (as in Chinese, Japanese, Thai): {unsplit}; each counts as few "
+            "words or one; put spaces between words first"
+        )
     return scores
 
 
@@ -240,7 +247,7 @@ def _common_ids(captions: Mapping, references: References, partial: bool) -> tup
         ours, theirs = ({type(image_id).__name__ for image_id in ids} for ids in (captions, references))
         differ = ours and theirs and ours.isdisjoint(theirs)
         hint = f" (ids are {'/'.join(ours)} in the one, {'/'.join(theirs)} in the other)" if differ else ""
-        raise ValueError(f"{'; '.join(parts)}{hint}; --partial (in Python, partial=True) scores what both have")
+        raise SettingError(f"{'; '.join(parts)}{hint}", "partial")
     common = [image_id for image_id in references if image_id in captions]
     if not common:
         raise ValueError("no image id has both a prediction and references")
@@ -254,8 +261,7 @@ def _check_text(captions: Mapping, references: References, image_ids: list[Any],
         raise ValueError(f"{name_ids(odd)} with a prediction that is no text but {what}")
     empty = [image_id for image_id in image_ids if not captions[image_id].strip()]
     if empty and not allow_empty:
-        remedy = "--allow-empty (in Python, allow_empty=True) gives it zeros"
-        raise ValueError(f"{name_ids(empty)} with an empty prediction; {remedy}")
+        raise SettingError(f"{name_ids(empty)} with an empty prediction", "allow_empty")
     odd = [image_id for image_id in image_ids if not _is_group(references[image_id])]
     if odd:
         raise ValueError(f"{name_ids(odd)} without a list of references")

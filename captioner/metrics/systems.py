@@ -4,8 +4,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from captioner.data.captions import ImageId
+from captioner.errors import SettingError
 from captioner.metrics.compare import Difference, Interval, confidence, paired_test
-from captioner.metrics.files import ImageId, ReferenceSet
+from captioner.metrics.files import ReferenceSet
 from captioner.metrics.ptb.tokenizer import tokenize
 from captioner.metrics.scores import Scores, describe_counts, score
 from captioner.metrics.statistics import CaptionStatistics, caption_statistics
@@ -109,7 +111,7 @@ def evaluate_systems(
         try:
             scores = score_shared(rows, references.captions, shared, partial=partial, **options)
         except ValueError as error:
-            raise ValueError(f"'{name}': {error}") from None
+            raise SettingError(f"'{name}': {error}", *getattr(error, "settings", ())) from None
         scores.warnings += references.warnings
         statistics = caption_statistics(scores.predictions, known, tokenized=True)
         systems.append(System(name, captions[name], scores, confidence(scores, samples, level, seed), statistics))

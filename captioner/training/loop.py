@@ -20,6 +20,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from captioner.data.batches import open_images
+from captioner.data.stream import raise_errors
 from captioner.data.token_cache import encoder_fingerprint, open_cache
 from captioner.labels import count_targets
 from captioner.modeling import CaptionerModel
@@ -117,7 +118,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
     start = progress["step"] * per_step
     loader = stream.loader(start, total * per_step, config.batch_size, config.data.workers, stream.collate)
-    batches = iter(accelerator.prepare(loader))
+    batches = raise_errors(accelerator.prepare(loader))
     accelerator.print(
         f"{len(data)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
         f"{total} steps of {per_step} images"

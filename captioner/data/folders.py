@@ -1,0 +1,192 @@
+"""Where the annotations of a folder of captioned images are.
+
+| in the folder, or in its `annotations/`                              | as in                    |
+|----------------------------------------------------------------------|--------------------------|
+| `captions_train2017.json` and its like, a file for each split        | COCO                     |
+| `dataset_*.json`                                                     | Karpathy's splits        |
+| `captions.csv`, `captions.jsonl`, `captions.txt`, `metadata.csv`, ... | Kaggle's Flickr8k        |
+| `train.csv`, `captions_train.jsonl`, ...: a table for each split     |                          |
+| `train/metadata.csv`, `train/a.jpg` and `train/a.txt`, ...           | Hugging Face imagefolder |
+| one table of any name                                                |                          |
+| `a.jpg` and `a.txt` side by side                                     | kohya's trainers         |
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from captioner.data.records import NO_SPLIT, Record
+from captioner.data.splits import ALIASES, SPLITS, find_split, is_split_name, split_names
+from captioner.data.text_files import read_text
+from captioner.errors import SettingError
+from captioner.images import SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+TABLE_NAMES = ("captions", "metadata")
+TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
+"""File endings of tables, in the order in which they are looked for; those of Kaggle end in `.txt`, too."""
+
+CAPTION_FILES = (".txt", ".caption")
+"""File endings of captions beside an image of the same name."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Captions in a data folder: a file, or a folder with caption files beside its images."""
+
+    path: Path
+    beside: Path | None = None
+    """Folder of these annotations where each split has its own; images are looked for there first."""
+    split: str | None = None
+    """The split that they are of by the name of their file or folder, where they name none themselves."""
+
+
+def find_annotations(root: Path, split: str | None) -> list[Annotations]:
+    """Find the annotations under a data root: several if `split` is None and each split has its own.
+
+    Raises:
+        FileNotFoundError: there are none.
+        SettingError: there are none of the split.
+        ValueError: there are several tables, of which one must be named.
+    """
+    if found := find_known(root, split):
+        return [found]
+    if parts := find_parts(root):
+        if split is None:
+            return list(parts.values())
+        if (name := find_split(parts, split)) is None:
+            raise SettingError(f"'{root}' has no split '{split}', only {', '.join(parts)}", "split", "splits")
+        return [parts[name]]
+    if table := find_lone_table(root):
+        return [Annotations(table)]
+    if has_caption_files(root):
+        return [Annotations(root)]
+    what = "captions_train.json and its like, dataset_*.json, captions.csv or .jsonl, metadata.csv or .jsonl"
+    if coco := coco_files(root):
+        raise FileNotFoundError(f"no annotations under '{root}' that hold all splits; name one of {', '.join(coco)}")
+    if any(root.rglob("*.parquet")):
+        raise SettingError(f"'{root}' holds parquet files, which are read row by row, in training alone", "streaming")
+    raise FileNotFoundError(
+        f"no annotations under '{root}'; looked for {what}, also in annotations/, for a lone table, and for caption "
+        "files beside images"
+    )
+
+
+def coco_files(root: Path) -> list[str]:
+    """Return the names of COCO's captions files under a root, those of all splits."""
+    places = (root / "annotations", root)
+    names = [f"captions_{split}{year}.json" for split in SPLITS for year in ("2017", "2014", "")]
+    return [name for name in names if any((place / name).is_file() for place in places)]
+
+
+def find_known(root: Path, split: str | None) -> Annotations | None:
+    """Find COCO's annotation file of a split, else Karpathy's, else a table of a usual name."""
+    places = [place for place in (root / "annotations", root) if place.is_dir()]
+    names = split_names(split) if split else ()
+    for name in (f"captions_{name}{year}.json" for name in names for year in ("2017", "2014", "")):
+        for place in places:
+            if (place / name).is_file():
+                return Annotations(place / name)
+    for place in places:
+        if karpathy := sorted(place.glob("dataset_*.json")):
+            if split and (coco := coco_files(root)):
+                logger.warning(
+                    "the split '%s' is read from '%s', and others from %s, which may hold the same images: "
+                    "name '%s' to read all from it",
+                    *(split, karpathy[0], " and ".join(coco), karpathy[0]),
+                )
+            return Annotations(karpathy[0])
+    for stem in TABLE_NAMES:
+        for place in places:
+            if found := find_table(place, stem):
+                return Annotations(found, split=folder_split(root) if stem == "metadata" else None)
+    return None
+
+
+def folder_split(folder: Path) -> str | None:
+    """Return the name of a folder if it is that of a split."""
+    name = folder.resolve().name
+    return name if is_split_name(name.lower()) else None
+
+
+def find_parts(root: Path) -> dict[str, Annotations]:
+    """Find the annotations of each split where it has a table of its name, or a folder of its name with a table."""
+    parts: dict[str, Annotations] = {}
+    for name in (name for names in ALIASES.values() for name in names):
+        for place in (root / "annotations", root):
+            for stem in (name, f"captions_{name}", f"{name}_captions"):
+                if name not in parts and (found := find_table(place, stem)):
+                    parts[name] = Annotations(found, split=name)
+        folder = next((path for path in (root / name, root / name.capitalize()) if path.is_dir()), None)
+        if name in parts or folder is None:
+            continue
+        tables = [find_table(folder, stem) for stem in (*TABLE_NAMES, name)]
+        if found := next(filter(None, tables), None) or find_lone_table(folder):
+            parts[name] = Annotations(found, folder, name)
+        elif has_caption_files(folder):
+            parts[name] = Annotations(folder, folder, name)
+    return parts
+
+
+def find_table(folder: Path, stem: str) -> Path | None:
+    """Find a table by its name without ending, in any case."""
+    if not folder.is_dir():
+        return None
+    endings = (*TABLES, *((".txt",) if stem in TABLE_NAMES else ()))
+    names = {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
+    found = (names[stem + ending] for ending in endings if stem + ending in names)
+    return next((folder / name for name in found if (folder / name).is_file()), None)
+
+
+def find_lone_table(folder: Path) -> Path | None:
+    """Find the one table of a folder, or the one JSON file where there is no table.
+
+    Raises:
+        ValueError: there are several.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    for endings in (TABLES, (".json",)):
+        found = [path for path in files if path.suffix.lower() in endings]
+        if len(found) > 1:
+            raise ValueError(f"'{folder}' holds {', '.join(path.name for path in found[:4])}; name one of these files")
+        if found:
+            return found[0]
+    return None
+
+
+def caption_files(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield each image under a root with the caption files beside it, and each caption file there without an image."""
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+        texts: dict[str, list[Path]] = {}
+        for path in paths:
+            if path.suffix.lower() in CAPTION_FILES:
+                texts.setdefault(path.stem, []).append(path)
+        for image in images:
+            yield image, texts.get(image.stem, [])
+        stems = {image.stem for image in images}
+        if stems & texts.keys():
+            yield from ((path, []) for stem, lone in texts.items() if stem not in stems for path in lone)
+
+
+def has_caption_files(root: Path) -> bool:
+    """Tell whether there is an image with a caption file beside it under a root."""
+    return any(texts for _, texts in caption_files(root))
+
+
+def read_caption_files(root: Path) -> Iterator[Record]:
+    """Yield a record for each image under a root: its captions are the lines of the text files of its name.
+
+    Raises:
+        ValueError: a text file is in no known encoding.
+        OSError: it cannot be read.
+    """
+    for path, texts in caption_files(root):
+        name = path.relative_to(root).as_posix()
+        lines = [line for text in texts for line in read_text(text).split("\n") if line.strip()]
+        yield Record(name, name if path.suffix.lower() in SUFFIXES else None, lines, NO_SPLIT)

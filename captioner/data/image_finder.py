@@ -1,0 +1,108 @@
+"""Finding the image files that annotations name, wherever under a data root they lie."""
+
+import os
+import re
+import unicodedata
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+IMAGE_FOLDERS = ("{folder}", "images/{folder}", "images", "{split}2017", "{split}2014", "val2014", "Images", ".")
+"""Where images are looked for, relative to the data root and to the folder of the annotations. `{folder}` is the
+folder in the image's own name."""
+
+
+def portable_name(name: str) -> str:
+    """Return an image's name in the one form in which names are compared: with `/`, and composed characters (NFC)."""
+    if "\\" in name or "./" in name or "//" in name:
+        name = str(PurePosixPath(name.replace("\\", "/")))
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+class Listing:
+    """The names in one folder (none if it does not exist), read once.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.names = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+    @cached_property
+    def composed(self) -> dict[str, str]:
+        """Map the composed form (NFC) of names to the names on disk; macOS writes decomposed ones (NFD)."""
+        return {unicodedata.normalize("NFC", name): name for name in self.names if not name.isascii()}
+
+    def find(self, name: str) -> str | None:
+        """Return the name on disk, which may differ in its Unicode form, or None."""
+        if name in self.names:
+            return name
+        return None if name.isascii() else self.composed.get(unicodedata.normalize("NFC", name))
+
+
+class ImageFinder:
+    """Find image files by name under a data root, listing each folder once; names cannot leave the root.
+
+    Args:
+        root: folder of the annotations or of the data; its parent is searched, too.
+        folder: folder of the images, which alone is searched if it is given.
+    """
+
+    def __init__(self, root: Path, folder: Path | None = None):
+        self.bases, self.fixed = ([root, root.parent], False) if folder is None else ([folder], True)
+        self.listings: dict[Path, Listing] = {}
+        self.places: dict[tuple[str, str, Path | None], list[Listing]] = {}
+
+    def __call__(self, name: str, split: str, beside: Path | None = None) -> Path | None:
+        """Return the path of image `name`, or None.
+
+        Args:
+            name: a relative path with `/`, or `\\` as Windows writes it.
+            split: the image's split, which some data sets have in the names of their folders.
+            beside: folder of the annotations that name it, where that is not the root; it is searched first.
+
+        Raises:
+            ValueError: the name is absolute or climbs out of its folder.
+        """
+        for form in (name, name.replace("\\", "/")) if "\\" in name else (name,):
+            parent, slash, last = form.rpartition("/")
+            if last == ".." or (slash and (not parent or self.leaves(parent))):
+                raise ValueError(f"image name '{name}' leaves the image folder; names must be relative, without '..'")
+            for listing in self.search(parent, split, beside):
+                if found := listing.find(last):
+                    return listing.folder / found
+        return None
+
+    def leaves(self, parent: str) -> bool:
+        """Tell whether the folder in an image's name is not below the image folder."""
+        return bool(re.match(r"/|[A-Za-z]:(/|$)", parent)) or ".." in parent.split("/")
+
+    def search(self, parent: str, split: str, beside: Path | None) -> list[Listing]:
+        """List the folders in which the images of a folder and split may lie, in the order to search them in."""
+        key = parent, split, beside
+        if key not in self.places:
+            bases = self.bases if self.fixed or beside is None else [beside, *self.bases]
+            known = [place for place in IMAGE_FOLDERS if "{split}" not in place or "/" not in split]
+            folders = [
+                self.folder(base, place.format(folder=PurePosixPath(parent), split=split))
+                for base in bases
+                for place in known
+            ]
+            self.places[key] = [listing for listing in dict.fromkeys(folders) if listing.names]
+        return self.places[key]
+
+    def folder(self, base: Path, below: str) -> Listing:
+        """List a folder below a base, whose name on disk may be in another Unicode form."""
+        folder = base / below
+        if not below.isascii() and not folder.is_dir():
+            folder = base
+            for part in PurePosixPath(below).parts:
+                folder = folder / (self.listing(folder).find(part) or part)
+        return self.listing(folder)
+
+    def listing(self, folder: Path) -> Listing:
+        """List a folder once."""
+        if folder not in self.listings:
+            self.listings[folder] = Listing(folder)
+        return self.listings[folder]

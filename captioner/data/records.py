@@ -1,0 +1,118 @@
+"""Images with their captions as readers yield them, and the check of what can be used of them.
+
+What cannot be used is counted in a `ReadReport`, never left out in silence.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from captioner.data.captions import ImageId, read_captions_of
+from captioner.data.image_finder import portable_name
+
+OnBad = Literal["skip", "refuse"]
+
+NO_SPLIT = "all"
+"""Split of images that name none."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One image as a reader yields it, unchecked."""
+
+    image_id: ImageId
+    image: Any
+    """Name of its file, or its row in a `datasets` set that holds images; None where it is missing."""
+    captions: Any
+    """A list of what the data hold as its captions."""
+    split: str
+    several_splits: bool = False
+    """Whether rows of the image name different splits."""
+    beside: Path | None = None
+    """Folder of the annotations that name it, where that is not the root of the data."""
+    listed: bool = True
+    """Whether the image stands in the list of images; COCO files may hold captions of others."""
+
+
+@dataclass
+class ReadReport:
+    """What was found in the data: counts, and the images of everything that cannot be used."""
+
+    images: int = 0
+    captions: int = 0
+    missing_images: list[ImageId] = field(default_factory=list)
+    duplicate_ids: list[ImageId] = field(default_factory=list)
+    """Images that stand there twice, and all images that share their id with a different image."""
+    empty_captions: list[ImageId] = field(default_factory=list)
+    unreadable_captions: list[ImageId] = field(default_factory=list)
+    images_without_captions: list[ImageId] = field(default_factory=list)
+    images_in_several_splits: list[ImageId] = field(default_factory=list)
+
+    def problems(self) -> dict[str, list[ImageId]]:
+        """Map each kind of problem that occurred to the images it occurred in."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), list) and v}
+
+    def unusable(self) -> str:
+        """Say what cannot be used, each kind with its first few images; nothing if all can."""
+        found = [
+            f"{len(where)} {kind.replace('_', ' ')} ({', '.join(map(str, where[:3]))}{', ...' if where[3:] else ''})"
+            for kind, where in self.problems().items()
+        ]
+        return f"; unusable: {'; '.join(found)}" if found else ""
+
+    def __str__(self) -> str:
+        return f"{self.images} images, {self.captions} captions{self.unusable()}"
+
+
+def usable_records(
+    records: Iterable[Record], report: ReadReport, locate: Callable[[Record], Any] | None = None
+) -> Iterator[tuple[Record, Any, list[str]]]:
+    """Yield each record that can be used, with its image and its captions; count the others.
+
+    Ids are compared as text: 7 and "7" are one id. An id that stands for several images says of none of them which
+    captions are its own, so that all of these are left out.
+
+    Args:
+        report: counts what is left out, and what is not.
+        locate: finds the image of a record, or None where there is none; without it, images are not needed.
+    """
+    records = list(records)
+    first: dict[str, Record] = {}
+    clashing: set[str] = set()
+    for record in records:
+        if record.image is None and locate is not None:
+            continue  # it is counted as missing, and is no image that another could be confused with
+        other = first.setdefault(str(record.image_id), record)
+        if other is not record and not same_image(other.image, record.image):
+            clashing.add(str(record.image_id))
+    for record in records:
+        image_id, key = record.image_id, str(record.image_id)
+        if record.image is not None or locate is None:
+            if key in clashing:
+                report.duplicate_ids.append(f"{image_id}: {record.image}")
+                continue
+            if first[key] is not record:
+                report.duplicate_ids.append(image_id)
+                continue
+        texts, empty, unreadable = read_captions_of(record.captions)
+        report.empty_captions += [image_id] * empty
+        report.unreadable_captions += [image_id] * unreadable
+        image = None if locate is None else locate(record)
+        if record.several_splits:
+            report.images_in_several_splits.append(image_id)
+        elif image is None and locate is not None:
+            report.missing_images.append(image_id if record.image is None else record.image)
+        elif not texts:
+            report.images_without_captions.append(image_id)
+        else:
+            report.images += 1
+            report.captions += len(texts)
+            yield record, image, texts
+
+
+def same_image(one: Any, other: Any) -> bool:
+    """Tell whether two records name the same image."""
+    if isinstance(one, str) and isinstance(other, str):
+        return one == other or portable_name(one) == portable_name(other)
+    return one == other

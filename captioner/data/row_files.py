@@ -1,0 +1,212 @@
+"""Tables of captions: CSV in its dialects, and JSON Lines.
+
+A table that is not what it seems is refused with the line at fault: a caption that is cut at an unquoted comma would
+be trained on and scored without a word.
+"""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import Any
+
+from captioner.data.columns import CAPTION_NAMES, IMAGE_NAMES, plain_name
+from captioner.data.text_files import parse_json_text, read_text
+
+LINE_ENDINGS = frozenset((".jsonl", ".ndjson"))
+"""File endings of JSON Lines."""
+
+TABLE_ENDINGS = frozenset((".csv", ".tsv", ".txt"))
+"""File endings of tables whose fields are separated by commas, semicolons, tabs or vertical bars."""
+
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+
+KNOWN = frozenset((*IMAGE_NAMES, *CAPTION_NAMES, "image_id", "split"))
+
+
+@dataclass
+class Rows:
+    """The rows of a table by the names of its columns, and where they stand."""
+
+    rows: list[dict[str, Any]]
+    lines: list[int] | None = None
+    """The line at which each row begins, or None in a JSON list."""
+
+    def place(self, number: int) -> str:
+        """Say where row `number`, from 0, stands."""
+        return f"entry {number + 1}" if self.lines is None else f"line {self.lines[number]}"
+
+    def names(self) -> list[str]:
+        """Return the names of the columns; rows of JSON need not have all of them."""
+        return list(dict.fromkeys(chain.from_iterable(self.rows)))
+
+
+def load_document(path: Path) -> Any:
+    """Read a file of captions or results: a table into `Rows`, any other JSON into what it holds.
+
+    The ending decides. A file that ends otherwise is what it begins as; so is one that ends in `.json` and is not JSON.
+
+    Raises:
+        ValueError: it is none of these; the message names the line.
+        OSError: it cannot be read.
+    """
+    text, ending = read_text(path), path.suffix.lower()
+    if ending in LINE_ENDINGS:
+        return parse_lines(text, path)
+    if ending in TABLE_ENDINGS:
+        return parse_table(text, path)
+    if text.lstrip()[:1] not in ("{", "[") and (ending != ".json" or is_header(text)):
+        return parse_table(text, path)
+    try:
+        return parse_json_text(text, path)
+    except ValueError:
+        if not is_object(first_line(text)):
+            raise
+        return parse_lines(text, path)
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text that is not blank."""
+    return next((line for line in io.StringIO(text, newline=None) if line.strip()), "").strip()
+
+
+def is_object(line: str) -> bool:
+    """Tell whether a line is a JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_header(text: str) -> bool:
+    """Tell whether a text begins with the header of a table of captions or results."""
+    line = first_line(text)
+    return any(known_names(line.split(separator)) > 1 for separator in SEPARATORS)
+
+
+def known_names(names: list[str]) -> int:
+    """Count the names of columns that tables of captions or results have."""
+    return sum(plain_name(name.strip().strip('"')) in KNOWN for name in names)
+
+
+def parse_lines(text: str, path: Path) -> Rows:
+    """Parse JSON Lines: an object a line; blank lines are left out.
+
+    Raises:
+        ValueError: a line is not JSON or no object.
+    """
+    rows, lines = [], []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{path}', line {number}, is not JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"'{path}', line {number}, holds no object of column names and values: {line[:40]!r}")
+        rows.append(row)
+        lines.append(number)
+    return Rows(rows, lines)
+
+
+def parse_table(text: str, path: Path) -> Rows:
+    """Parse comma-separated values, or those of another separator, with a header; rows without any value are left out.
+
+    Raises:
+        ValueError: a row has more or fewer fields than the header, a quote is not closed, a name stands there twice,
+            or the separator cannot be told.
+    """
+    if text.lstrip()[:1] in ("{", "["):
+        raise ValueError(f"'{path}' is no table: it begins as JSON does; let its name end in .json or .jsonl")
+    separator, text, skipped = find_separator(text, path)
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    header: list[str] = []
+    start = 1
+    # A quote may follow a space after the separator, but not after bars, which Flickr30k's captions follow unquoted.
+    file, spaced = io.StringIO(text, newline=""), separator != "|"
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=spaced, strict=True)
+    try:
+        for fields in reader:
+            first, start = start, reader.line_num + 1
+            if not fields or (not fields[0].strip() and not "".join(fields).strip()):
+                continue
+            if not header:
+                header = [field.strip() for field in fields]
+                if twice := next((name for name in header if name and header.count(name) > 1), None):
+                    raise ValueError(f"'{path}': the header names the column '{twice}' more than once")
+                continue
+            if len(fields) != len(header):
+                what = SEPARATORS.get(separator, separator) if len(fields) > len(header) else "line break"
+                raise ValueError(
+                    f"'{path}': line {first + skipped} has {count(len(fields), 'field')}, the header {len(header)}; "
+                    f"a value that holds a {what} must stand in quotes"
+                )
+            if start > first + 1 and swallows(fields, separator):
+                raise ValueError(
+                    f"'{path}': line {first + skipped} has a quote that is closed only in line "
+                    f"{start - 1 + skipped}, so that other rows are taken for its text"
+                )
+            rows.append(dict(zip(header, fields, strict=True)))
+            lines.append(first + skipped)
+    except csv.Error as error:
+        raise ValueError(f"'{path}': line {start + skipped} {describe_csv_error(error)}") from None
+    if not header:
+        raise ValueError(f"'{path}' is empty")
+    return Rows(rows, lines)
+
+
+def find_separator(text: str, path: Path) -> tuple[str, str, int]:
+    """Find what separates the fields of a table, by its header.
+
+    Returns:
+        The separator, the text without a line that names it, and how many lines that took.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    line = text[: text.find("\n")] if "\n" in text else text
+    if line.lower().startswith("sep=") and len(line.rstrip("\r")) == 5:  # as Excel writes and reads it
+        return line[4], text[len(line) + 1 :], 1
+    header = first_line(text)
+    ways = {separator: header.split(separator) for separator in SEPARATORS if separator in header}
+    if len(ways) > 1:
+        hits = {separator: known_names(names) for separator, names in ways.items()}
+        best = [separator for separator in ways if hits[separator] == max(hits.values())]
+        if len(best) > 1:
+            names = " and of ".join(SEPARATORS[separator] + "s" for separator in best)
+            raise ValueError(f"'{path}': the header may be one of {names}: {header[:80]!r}")
+        return best[0], text, 0
+    return next(iter(ways), ","), text, 0
+
+
+def swallows(fields: list[str], separator: str) -> bool:
+    """Tell whether a field of several lines holds what looks like further rows, because a quote was not closed."""
+    kind, name = PurePath(fields[0]).suffix, fields[0]
+    for field in fields:
+        for line in field.splitlines()[1:]:
+            first = line.split(separator)[0].strip()
+            if line.count(separator) >= len(fields) - 1 and (
+                (kind and PurePath(first).suffix == kind) or (name.isdecimal() and first.isdecimal())
+            ):
+                return True
+    return False
+
+
+def describe_csv_error(error: csv.Error) -> str:
+    """Say in plain words what Python's reader says of a line."""
+    if "unexpected end" in str(error):
+        return "opens a quote that is never closed"
+    if "expected after" in str(error):
+        return "goes on after a closing quote; a quote within quotes is written twice"
+    return f"cannot be read: {error}"
+
+
+def count(number: int, thing: str) -> str:
+    """Count things in words: `1 field`, `2 fields`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -1,0 +1,144 @@
+"""Which image of the annotations a result means, where the two write ids in different ways."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from captioner.data.captions import ImageId
+from captioner.data.image_finder import portable_name
+from captioner.metrics.files import ReferenceSet
+
+
+def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[list[dict[str, Any]], str | None]:
+    """Find the images that results mean, where they write ids in another way than the annotations.
+
+    Only if not one id is known as it stands: then numbers written as text (or the reverse) are tried, and names of
+    image files: the longest ending of a path that both sides share, with or without the file's ending.
+
+    Returns:
+        The rows, with ids of the annotations where they were found, and what was done, or None. A name that several
+        images have stays as it is.
+    """
+    known = references.captions
+    if any(row["image_id"] in known for row in rows):
+        return rows, None
+    ways: dict[str, Callable[[ImageId], ImageId]] = {
+        "by number, which they write as text": _number,
+        "as text, which they write as numbers": str,
+        "by the names of image files": ImageNames(references.files).find,
+    }
+    for how, translate in ways.items():
+        matched = [row | {"image_id": translate(row["image_id"])} for row in rows]
+        if any(row["image_id"] in known for row in matched):
+            return matched, f"ids of the results were matched {how}"
+    return rows, None
+
+
+class ImageNames:
+    """Finds images by the names of their files.
+
+    Args:
+        files: the name of each image's file, with its folders as far as the annotations have them.
+    """
+
+    def __init__(self, files: Mapping[ImageId, str]):
+        self.whole: dict[str, list[ImageId]] = {}
+        self.endings: dict[str, list[ImageId]] = {}
+        self.stems: dict[str, list[ImageId]] = {}
+        for image_id, file in files.items():
+            name = portable_name(file)
+            self.whole.setdefault(name, []).append(image_id)
+            for ending in path_endings(name):
+                self.endings.setdefault(ending, []).append(image_id)
+            for ending in path_endings(without_suffix(name)):
+                self.stems.setdefault(ending, []).append(image_id)
+
+    def candidates(self, name: str) -> list[ImageId]:
+        """Return the images of the longest ending of a path that any image has."""
+        name = portable_name(name)
+        if found := self.whole.get(name):
+            return found
+        for index, form in ((self.endings, name), (self.stems, name), (self.stems, without_suffix(name))):
+            for ending in path_endings(form):
+                if found := index.get(ending):
+                    return found
+        return []
+
+    def find(self, name: ImageId) -> ImageId:
+        """Return the image that a name means, or the name where it means none, or several."""
+        found = self.candidates(str(name))
+        return found[0] if len(found) == 1 else name
+
+
+def path_endings(name: str) -> list[str]:
+    """Return a path, then without its first folder, and so on, to the name of the file."""
+    parts = name.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def without_suffix(name: str) -> str:
+    """Return a path without the ending of its file."""
+    head, _, ending = name.rpartition(".")
+    return head if head and "/" not in ending and not head.endswith("/") else name
+
+
+def check_names(
+    rows: list[dict[str, Any]], matched: list[dict[str, Any]], references: ReferenceSet, path: Path, partial: bool
+) -> None:
+    """Refuse results whose names of images do not tell these apart.
+
+    Args:
+        rows: the results as they were read.
+        matched: the same rows with ids of the annotations, as `match_ids` returns them.
+        path: their file, for the error.
+        partial: whether a name that several images of the annotations have may be left out.
+
+    Raises:
+        ValueError: two names mean one image of the annotations, or one name may mean several.
+    """
+    meant: dict[ImageId, ImageId] = {}
+    unknown = []
+    for row, found in zip(rows, matched, strict=True):
+        written, image_id = row["image_id"], found["image_id"]
+        if image_id not in references.captions:
+            unknown.append(written)
+        elif (other := meant.setdefault(image_id, written)) != written:
+            raise ValueError(f"'{path}': '{other}' and '{written}' both mean image {image_id!r} of the annotations")
+    if partial or not unknown:
+        return
+    names = ImageNames(references.files)
+    for written in unknown:
+        if len(several := names.candidates(str(written))) > 1:
+            files = " or ".join(f"'{references.files[image_id]}'" for image_id in several[:2])
+            raise ValueError(
+                f"'{path}': the image '{written}' may be {files} of the annotations; "
+                "the results must write more of the path"
+            )
+
+
+def names_in_results(
+    rows: list[dict[str, Any]], matched: list[dict[str, Any]], references: ReferenceSet
+) -> dict[ImageId, ImageId]:
+    """Return what each image is called by results that name files; of images they lack, the annotations' file.
+
+    Args:
+        rows: the results as they were read.
+        matched: the same rows with ids of the annotations, as `match_ids` returns them.
+
+    Returns:
+        The name of each image of the annotations that has one. Nothing if the results give ids, not names of files.
+    """
+    written = {new["image_id"]: old["image_id"] for old, new in zip(rows, matched, strict=True)}
+    by_name = {i: name for i, name in written.items() if i in references.captions and _number(i) != _number(name)}
+    if not by_name:
+        return {}
+    for names in (references.files | by_name, by_name):
+        if len({names.get(image_id, image_id) for image_id in references.captions}) == len(references.captions):
+            return names
+    return {}
+
+
+def _number(image_id: ImageId) -> ImageId:
+    """Return the whole number that a text writes, also with `.0`, as data frames do; other ids as they are."""
+    digits = str(image_id).removesuffix(".0")
+    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 20 else image_id
