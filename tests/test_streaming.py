@@ -246,7 +246,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_pa
         (lambda: DataConfig(streaming=True, tokens=tmp_path), "a token cache holds a set whole"),
         (lambda: DataConfig(stream_buffer=0), "stream_buffer must be positive"),
         (lambda: DataConfig(workers=-1), "workers must not be negative"),
-        (lambda: TrainConfig(data=DataConfig(streaming=True), stage="scst"), "needs the references of all images"),
+        (lambda: TrainConfig(data=DataConfig(streaming=True), stage="scst"), "needs the captions of all images"),
         (lambda: open_data(TrainConfig(data=DataConfig(streaming=True))), "no captions: name"),
     ]
     for attempt, said in cases:

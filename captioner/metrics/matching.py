@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from captioner.data.captions import ImageId
+from captioner.data.captions import ImageId, clean_text
 from captioner.data.image_finder import portable_name
 from captioner.metrics.files import ReferenceSet
 
@@ -46,7 +46,7 @@ class ImageNames:
         self.endings: dict[str, list[ImageId]] = {}
         self.stems: dict[str, list[ImageId]] = {}
         for image_id, file in files.items():
-            name = portable_name(file)
+            name = portable_name(clean_text(file))
             self.whole.setdefault(name, []).append(image_id)
             for ending in path_endings(name):
                 self.endings.setdefault(ending, []).append(image_id)
@@ -55,7 +55,7 @@ class ImageNames:
 
     def candidates(self, name: str) -> list[ImageId]:
         """Return the images of the longest ending of a path that any image has."""
-        name = portable_name(name)
+        name = portable_name(clean_text(name))
         if found := self.whole.get(name):
             return found
         for index, form in ((self.endings, name), (self.stems, name), (self.stems, without_suffix(name))):
