@@ -154,7 +154,7 @@ def decided_by(settings: Settings) -> dict:
 
 
 def probe(settings: Settings, folder: Path, grids: tuple[str, ...]) -> dict[str | None, float]:
-    """Classify images by a linear layer on the frozen tokens (`captioner.training.probe`), for each square grid."""
+    """Classify images by a linear layer on the frozen tokens (`captioner.pretraining.probes`), for each square grid."""
     if settings.probe_train is None or settings.probe_val is None:
         return {}
     encoder = create_encoder(f"local-dir:{folder}")
@@ -213,7 +213,7 @@ def write_table(rows: list[Row], settings: Settings) -> None:
         Point(row.encoder, row.grid, row.gflops, row.scores["CIDEr"], row.cider_low, row.cider_high) for row in rows
     ]
     plot = draw_tradeoff(points, "encoder GFLOPs per image", f"CIDEr, {settings.split} split")
-    (settings.output / "comparison.svg").write_text(plot)
+    (settings.output / "comparison.svg").write_text(plot, encoding="utf-8")
     print("\n".join(lines))
 
 
