@@ -87,7 +87,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[Range | None]]], label: str, si
     if not ranges:
         return ""
     count = max(len(found) for _, found in rows)
-    with drawing(400, 36 + 32 * len(rows)) as drawn:
+    with drawing(360, 36 + 30 * len(rows)) as drawn:
         axes = drawn.figure.add_subplot()
         for height, (_, found) in enumerate(rows):
             for place, one in enumerate(found):
