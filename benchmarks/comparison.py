@@ -140,7 +140,7 @@ def measure(settings: Settings, name: str, folder: Path, grids: tuple[str, ...] 
         output = work / f"{settings.split}_{grid or 'all'}"
         scores = evaluate(EvaluateConfig(str(best), data, settings.split, output, grid=grid))
         interval = confidence(scores)["CIDEr"]
-        kept = {key: scores[key] for key in SCORES if key in scores.corpus}
+        kept = {key: scores[key] for key in SCORES if scores.corpus.get(key) is not None}  # METEOR needs Java
         rows.append(Row(name, grid or "all", str(folder), kept, interval.low, interval.high, probes.get(grid)))
     with open_whole(done) as file:
         json.dump({"made_by": made_by, "rows": [asdict(row) for row in rows]}, file, indent=1)
