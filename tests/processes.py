@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def run_together(
 
 
 @contextlib.contextmanager
-def _environment(env: dict[str, str]):
+def _environment(env: dict[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(env)
@@ -116,8 +117,10 @@ def _run(args: list[str], env: dict[str, str], files: list[Path], session: bool,
     os.chdir(ROOT)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-    sys.argv, sys.path[0:0] = args, [str(ROOT), str(Path(args[0]).resolve().parent)]
+    sys.path[0:0] = [str(ROOT), str(Path(args[0]).resolve().parent)]
     if args[0] == "-c":
+        sys.argv = ["-c", *args[2:]]
         exec(args[1], {"__name__": "__main__"})
     else:
+        sys.argv = args
         runpy.run_path(args[0], run_name="__main__")
