@@ -141,7 +141,7 @@ def measure(settings: Settings, name: str, folder: Path, grids: tuple[str, ...] 
         output = work / f"{settings.split}_{grid or 'all'}"
         scores = evaluate(EvaluateConfig(str(best), data, settings.split, output, grid=grid))
         interval = confidence(scores)["CIDEr"]
-        kept = {key: scores[key] for key in SCORES if key in scores.corpus}
+        kept = {key: scores[key] for key in SCORES if scores.corpus.get(key) is not None}  # METEOR needs Java
         rows.append(Row(name, grid or "all", str(folder), kept, interval.low, interval.high, probes.get(grid)))
     with open_whole(done) as file:
         json.dump({"made_by": made_by, "rows": [asdict(row) for row in rows]}, file, indent=1)
@@ -155,7 +155,7 @@ def decided_by(settings: Settings) -> dict:
 
 
 def probe(settings: Settings, folder: Path, grids: tuple[str, ...]) -> dict[str | None, float]:
-    """Classify images by a linear layer on the frozen tokens (`captioner.training.probe`), for each square grid."""
+    """Classify images by a linear layer on the frozen tokens (`captioner.pretraining.probes`), for each square grid."""
     if settings.probe_train is None or settings.probe_val is None:
         return {}
     encoder = create_encoder(f"local-dir:{folder}")
@@ -215,7 +215,7 @@ def write_table(rows: list[Row], settings: Settings) -> None:
         Point(row.encoder, row.grid, row.gflops, row.scores["CIDEr"], row.cider_low, row.cider_high) for row in rows
     ]
     plot = draw_tradeoff(points, "encoder GFLOPs per image", f"CIDEr, {settings.split} split")
-    (settings.output / "comparison.svg").write_text(plot)
+    (settings.output / "comparison.svg").write_text(plot, encoding="utf-8")
     print("\n".join(lines))
 
 

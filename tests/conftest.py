@@ -8,6 +8,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and several run at once
 
 import numpy as np
 import torch
@@ -25,6 +26,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the project's development data, ../shared/data")
     return SHARED
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """Have METEOR left out, which takes seconds to start; of programs, none is found."""
+    monkeypatch.setenv("PATH", "")
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Script, run_together
+from training_runs import launch
 
 import captioner
 from captioner import cli
@@ -73,11 +72,11 @@ def test_a_killed_run_goes_on_where_it_was(cache_config, noise, saved_model, tmp
     command = driver(config | {"grids": ["2x2", "4x4"]}, shard=2, before=slowly)
     kept: dict[str, int] = {}
     for shards in (3, 6):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = Script(*command[1:])
         while len(list(folder.glob("tokens-*"))) < shards:
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         now = {path.name: path.stat().st_mtime_ns for path in folder.glob("tokens-*")}
         assert now.items() >= kept.items()
@@ -93,12 +92,9 @@ def test_a_killed_run_goes_on_where_it_was(cache_config, noise, saved_model, tmp
 @pytest.mark.slow
 def test_two_processes_share_the_work(cache_config, noise, saved_model, tmp_path):
     fill_cache(cache_config(tmp_path / "one", saved_model))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "captioner", "cache", "--data.root", noise, "--data.workers", "0"]
+    command = ["captioner/__main__.py", "cache", "--data.root", noise, "--data.workers", "0"]
     command += ["--captioner", saved_model, "--output", tmp_path / "two", "--splits"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CAPTIONER_DEBUG": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run([*map(str, command), "train", "val"], capture_output=True, text=True, env=env, cwd=ROOT)
+    result = launch(*command, "train", "val")
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "two").glob("tokens-*"))) == 2
     assert "tokens of 48 images" in result.stdout
@@ -152,7 +148,9 @@ def test_two_images_of_one_name_are_refused(cache_config, saved_model, tmp_path)
         fill_cache(cache_config(tmp_path / "tokens", saved_model, tmp_path))
 
 
-def test_an_unreadable_image_is_left_out_and_read_once_repaired(cache_config, noise, saved_model, tmp_path, capsys):
+def test_an_unreadable_image_is_left_out_and_read_once_repaired(
+    cache_config, noise, saved_model, tmp_path, capsys, no_java
+):
     root, folder = tmp_path / "data", tmp_path / "tokens"
     shutil.copytree(noise, root)
     good = (root / "images" / "train5.png").read_bytes()
@@ -207,7 +205,7 @@ def test_a_disk_full_midway_is_one_line_and_keeps_what_is_done(cache_config, noi
     fill_cache(cache_config(folder, saved_model, splits=("val",)))
     config = {"data.root": noise, "data.workers": 0, "captioner": saved_model, "output": folder}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
-    result = subprocess.run(driver(config, shard=40, before=limit), capture_output=True, text=True, cwd=ROOT)
+    result = run_together(*driver(config, shard=40, before=limit)[1:], processes=1)
     assert result.returncode == 1
     lines = result.stderr.strip().splitlines()
     assert [line for line in lines if line.startswith("captioner cache: cannot write")] == lines[-1:]

@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from training_runs import ROOT, full_disk, losses, stop_at, truncate
+from processes import Script
+from training_runs import debug_args, full_disk, losses, stop_at, truncate
 
 import captioner
 from captioner.data.token_cache import encoder_fingerprint
@@ -81,24 +80,17 @@ def test_a_repeated_signal_is_the_same_wish_for_a_while_and_kills_later(monkeypa
 
 @pytest.mark.slow
 def test_a_signal_to_every_process_of_the_run_loses_nothing(captioned, tmp_path):
-    command = [sys.executable, "train.py", "debug", "--data.root", captioned, "--data.workers", 2, "--epochs", 500]
-    command += ["--save-steps", 1, "--evaluate-every", 500, "--output", tmp_path]
-    with subprocess.Popen(
-        [*map(str, command)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        while process.poll() is None and not list_checkpoints(tmp_path / "checkpoints"):
-            time.sleep(0.02)
-        assert len(list_children(process.pid)) >= 2
-        for _ in range(2):
-            os.killpg(process.pid, signal.SIGTERM)
-            time.sleep(0.05)
-        stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 143, stderr
+    args = [*debug_args(captioned, tmp_path), "--data.workers", 2, "--epochs", 500]
+    args += ["--save-steps", 1, "--evaluate-every", 500]
+    process = Script("train.py", *args, session=True)
+    while process.poll() is None and not list_checkpoints(tmp_path / "checkpoints"):
+        time.sleep(0.02)
+    assert len(list_children(process.pid)) >= 2
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.05)
+    stdout, stderr = process.communicate()
+    assert process.poll() == 143, stderr
     assert "Traceback" not in stderr
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     assert f"stopped at step {int(newest.name.removeprefix('step_'))} of" in stdout
@@ -142,22 +134,19 @@ def test_checkpoints_are_written_by_minutes_and_the_newest_kept(unbroken, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_has_the_losses_of_one_never_killed(captioned, unbroken, tmp_path):
-    command = [sys.executable, "train.py", "debug", "--data.root", captioned, "--data.captions-per-image", 2]
-    command += ["--epochs", 3, "--log-every", 2, "--model.dropout", 0.2, "--save-steps", 1, "--output", tmp_path]
-    command += ["--grids", "2x2", "3x3"]
-    env = os.environ | {"CAPTIONER_DEBUG": "1"}
+    args = [*debug_args(captioned, tmp_path), "--epochs", 3, "--log-every", 2, "--model.dropout", 0.2]
+    args += ["--save-steps", 1, "--grids", "2x2", "3x3"]
     moments = random.Random(0)
     for kill in (True, True, True, False):
         known = len(list((tmp_path / "checkpoints").glob("*"))) and list_checkpoints(tmp_path / "checkpoints")[-1]
-        with (tmp_path / "stderr").open("w") as stderr:
-            process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stderr=stderr, stdout=stderr)
-            if kill:
-                while process.poll() is None and list_checkpoints(tmp_path / "checkpoints")[-1:] in ([], [known]):
-                    time.sleep(0.005)
-                time.sleep(moments.uniform(0, 0.4))
-                process.kill()
-            code = process.wait(timeout=300)
-        assert code in ((-signal.SIGKILL, 0) if kill else (0,)), (tmp_path / "stderr").read_text()
+        process = Script("train.py", *args, env={"CAPTIONER_DEBUG": "1"})
+        if kill:
+            while process.poll() is None and list_checkpoints(tmp_path / "checkpoints")[-1:] in ([], [known]):
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.4))
+            process.kill()
+        _, stderr = process.communicate()
+        assert process.poll() in ((-signal.SIGKILL, 0) if kill else (0,)), stderr
     for key in ("loss", "CIDEr", "loss_val"):
         assert losses(tmp_path, key) == losses(unbroken.output, key)
     assert find_damage(list_checkpoints(tmp_path / "checkpoints")[-1]) is None

@@ -1,10 +1,9 @@
 import json
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import Script
 
 from captioner.metrics import CaptionMetric, caption_statistics, confidence, paired_test, score
 
@@ -118,14 +117,8 @@ dist.destroy_process_group()
 def test_metric_object_gathers_over_two_processes(tmp_path):
     pytest.importorskip("torch")
     rows = [[n, f"a dog number w{n} runs", [f"dog w{n} runs", f"a w{n}"]] for n in range(7)]
-    arguments = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*arguments, str(rank), str(tmp_path / "meet"), json.dumps(rows)], stdout=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
-    answers = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    workers = [Script("-c", WORKER, rank, tmp_path / "meet", json.dumps(rows)) for rank in (0, 1)]
+    answers = [json.loads(worker.communicate()[0]) for worker in workers]
     alone = CaptionMetric()
     alone.update(*zip(*rows, strict=True))
     assert answers[0] == answers[1] == alone.compute().to_dict()

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_together
 
 from captioner.encoders import create_encoder
 from captioner.pretraining.loop import export_encoder
@@ -12,8 +11,8 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "comparison.py"
 
 
 @pytest.mark.slow
-def test_the_comparison_has_a_line_for_each_encoder_and_grid_and_goes_on(captioned, classes, tmp_path):
-    args = [sys.executable, SCRIPT, "--root", captioned, "--output", tmp_path, "--work", tmp_path / "work"]
+def test_the_comparison_has_a_line_for_each_encoder_and_grid_and_goes_on(captioned, classes, tmp_path, no_java):
+    args = [SCRIPT, "--root", captioned, "--output", tmp_path, "--work", tmp_path / "work"]
     args += ["--recipe", "debug", "--epochs", "1", "--split", "val", "--evaluate-images", "4", "--views", "2"]
     args += ["--image-size", "64", "--grids", "2x2", "3x3", "3x3", "--batch", "2"]
     args += ["--probe-train", classes, "--probe-val", classes]
@@ -21,7 +20,7 @@ def test_the_comparison_has_a_line_for_each_encoder_and_grid_and_goes_on(caption
         encoder = create_encoder(f"{name}_tiny_patch16_224", depth=2)
         export_encoder(encoder, {"depth": 2}, 64, tmp_path / name)
         args += [f"--{name}", tmp_path / name]
-    done = subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=900)
+    done = run_together(*args, processes=1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("training and") == 2
     rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
@@ -34,9 +33,9 @@ def test_the_comparison_has_a_line_for_each_encoder_and_grid_and_goes_on(caption
     assert len((tmp_path / "comparison.md").read_text().splitlines()) == 5
     assert "<svg" in (tmp_path / "comparison.svg").read_text()
 
-    again = subprocess.run([*map(str, args), "--views", "1"], capture_output=True, text=True, timeout=900)
+    again = run_together(*args, "--views", "1", processes=1)
     assert again.returncode == 1
     assert "was made with other settings" in again.stderr
-    again = subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=900)
+    again = run_together(*args, processes=1)
     assert again.returncode == 0
     assert "training and" not in again.stdout  # no decoder was trained anew

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 
@@ -18,7 +19,8 @@ from PIL import Image
 from captioner.metrics.files import ReferenceSet
 from captioner.metrics.systems import evaluate_systems
 from captioner.report import page, write_report
-from captioner.report.plots import histogram, interval
+from captioner.report.plots import Range, histogram, intervals
+from captioner.report.thumbnails import thumbnail
 
 FAST = ("BLEU", "ROUGE-L", "CIDEr")
 EVIL = (
@@ -120,6 +122,14 @@ def test_images_are_small_and_a_bad_one_is_left_out(tmp_path, monkeypatch):
     assert b"secret" not in data
 
 
+def test_a_thumbnail_leaves_the_image_as_it_is_and_enlarges_none():
+    image = Image.new("RGB", (30, 90), "red")
+    for side, size in ((60, (20, 60)), (500, (30, 90))):
+        with Image.open(io.BytesIO(base64.b64decode(thumbnail(image, side, 80)))) as small:
+            assert small.size == size
+    assert image.size == (30, 90)
+
+
 def test_scores_and_verdict_stand_in_the_page(tmp_path):
     evaluation = evaluate(2)
     _, text = write(evaluation, tmp_path / "page.html")
@@ -127,35 +137,97 @@ def test_scores_and_verdict_stand_in_the_page(tmp_path):
         assert f'<th scope="row">{name}</th>' in text
         assert f"{gain.first:.4f}" in text
         assert f"p {gain.p:.3f}" in text
-    assert text.count("<figure>") == 7  # BLEU-4, ROUGE-L, CIDEr, a difference of each, words
+    assert text.count("<figure>") == 9  # intervals of scores and gains; BLEU-4, ROUGE-L, CIDEr, gains of each, words
     assert text.count("no clear difference") == sum(gain.p >= 0.05 for gain in evaluation.differences.values())
 
 
-def test_histogram_counts_every_value_once():
+def shares(svg, named=r"[^<]*"):
+    """Name and height in percent of each bar, as its tooltip has them."""
+    return {name: float(share) for name, share in re.findall(rf"<title>({named}): ([\d.]+)%</title>", svg)}
+
+
+def test_a_histogram_counts_every_value_once():
     values = np.array([0.0, 0.1, 0.1, 0.9, np.nan])
     svg = histogram([("<a>", values)], "x & y")
-    shares = [float(share) for share in re.findall(r": ([\d.]+)%</title>", svg)]
-    assert sum(shares) == pytest.approx(100)
-    assert sorted(shares) == [25, 25, 50]
-    assert "&lt;a&gt;: median 0.1" in svg
-    words = histogram([("a", np.array([3, 3, 4, 9]))], "words", whole=True)
-    assert re.findall(r"<title>(\d+): ([\d.]+)%", words) == [("3", "50.0"), ("4", "25.0"), ("9", "25.0")]
+    assert sorted(shares(svg).values()) == [25, 25, 50]
+    assert "x &amp; y. &lt;a&gt;: median 0.1" in svg
+    assert shares(histogram([("a", np.array([3, 3, 4, 9]))], "words", whole=True)) == {"3": 50, "4": 25, "9": 25}
     signed = histogram([("a", np.array([-0.5, 0.0, 0.5, 0.5]))], "gain", signed=True)
     assert [signed.count(f'"bar {side}"') for side in ("less", "even", "more")] == [1, 1, 1]
     assert histogram([("a", np.array([np.nan]))], "none") == ""
     endless = histogram([("a", np.array([3, 200_000] * 9))], "words", whole=True)
-    assert re.findall(r"<title>(\d+): ([\d.]+)%", endless) == [("3", "50.0"), ("63", "50.0")]
+    assert shares(endless) == {"3": 50, "63": 50}
+
+
+def test_a_histogram_of_one_value_has_labels():
     for constant in (0.0, 1.0, -2.0):
-        assert "nan" not in histogram([("a", np.full(3, constant))], "one value")
-    for tenths in range(1, 10):  # round widths, of which floating point may fall short
-        assert "<text" in histogram([("a", np.array([0.0, tenths / 10]))], "round")
-        assert "<text" in histogram([("a", np.array([-tenths / 20, tenths / 20]))], "round", signed=True)
+        for options in ({}, {"whole": True}, {"signed": True}):
+            svg = histogram([("a", np.full(3, constant))], "one value", **options)
+            assert list(shares(svg).values()) == [100]
+            assert svg.count("<text") > 2
+            assert "nan" not in svg
 
 
-def test_interval_lies_on_its_axis():
-    svg = interval(0.5, 0.25, 0.75, 0, 1, "of-0", width=108)
-    assert 'd="M29.0 10H79.0"' in svg
-    assert 'cx="54.0"' in svg
+def bars(svg, kind):
+    """Left and right end of each path of a class, in px."""
+    paths = re.findall(rf'<g class="{kind}"><title>[^<]*</title><path [^>]*d="M ([\d.]+) [\d.]+ L ([\d.]+) ', svg)
+    return [(float(low), float(high)) for low, high in paths]
+
+
+def test_intervals_lie_on_one_axis():
+    rows = [("B", [Range(0.5, 0.25, 0.75), None]), ("C", [Range(0.25, 0.0, 0.5), Range(0.625, 0.5, 0.75)])]
+    svg = intervals(rows, "scores & more")
+    (low, high), (zero, middle) = bars(svg, "range of-0")
+    ((also_middle, also_high),) = bars(svg, "range of-1")
+    assert also_middle == pytest.approx(middle, abs=0.02)
+    assert also_high == pytest.approx(high, abs=0.02)
+    assert middle - zero == pytest.approx(high - low, abs=0.02)
+    assert zero < low < middle < high
+    assert svg.count("<title>0.6250, 0.5000 to 0.7500</title>") == 2  # of the interval and of the dot
+    assert "scores &amp; more" in svg
+    assert intervals([("B", [None])], "nothing") == ""
+
+
+def test_differences_have_zero_in_the_middle():
+    svg = intervals([("B", [Range(0.1, 0.05, 0.2)]), ("C", [Range(0.0, 0.0, 0.0)])], "gains", signed=True)
+    (zero,) = re.findall(r'<g class="zero"><path [^>]*d="M ([\d.]+) ', svg)
+    (low, _), (point, same) = bars(svg, "range of-gain")
+    assert point == same == float(zero)
+    assert low > float(zero)
+
+
+@pytest.mark.parametrize("systems", [1, 2])
+def test_plots_are_equal_on_each_run_and_need_no_ids_or_inline_styles(tmp_path, systems):
+    _, text = write(evaluate(systems, evil=True), tmp_path / "page.html")
+    _, again = write(evaluate(systems, evil=True), tmp_path / "again.html")
+    assert text == again
+    inside, ids = [], []
+    for tag, attributes in Tags(text).tags:
+        ids += [attributes["id"]] if "id" in attributes else []
+        assert "style" not in attributes, tag  # the page's content security policy would block it
+        inside += [attributes] if tag == "svg" else []
+    assert len(ids) == len(set(ids))
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in inside)
+    assert not re.search(r"url\(|xlink|<use|<metadata|<defs", text.partition('id="list"')[0])
+
+
+def test_a_report_leaves_matplotlib_as_it_was(tmp_path):
+    code = """if True:
+        import sys
+        import numpy as np
+        from captioner.report.plots import histogram
+        import captioner.report.curves, captioner.report.page, captioner.report.tradeoff
+        assert "matplotlib" not in sys.modules, "loaded before anything is drawn"
+        import matplotlib
+        settings = lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}  # finds a screen
+        before = settings()
+        histogram([("$x$ \u56f3", np.ones(3)), ("b", np.ones(3))], "x")
+        assert settings() == before
+        assert "matplotlib.pyplot" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 class Browser:

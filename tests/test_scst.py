@@ -1,3 +1,4 @@
+import shutil
 import signal
 from dataclasses import replace
 
@@ -169,21 +170,28 @@ def scst(config, **kwargs):
     return replace(config, stage="scst", **kwargs)
 
 
+@pytest.fixture(scope="module")
+def trained(captioned, tmp_path_factory):
+    """The settings of a run of cross-entropy that learned something."""
+    config = debug(captioned, tmp_path_factory.mktemp("trained"), epochs=12, evaluate_every=12, learning_rate=3e-3)
+    train(config)
+    return config
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["mean", "greedy"])
-def test_scst_continues_cross_entropy_and_raises_the_reward(captioned, tmp_path, baseline):
-    first = debug(captioned, tmp_path, epochs=12, evaluate_every=12, learning_rate=3e-3)
-    train(first)
+def test_scst_continues_cross_entropy_and_raises_the_reward(trained, tmp_path, baseline):
+    shutil.copytree(trained.output, tmp_path, dirs_exist_ok=True)
     rewards = ScstConfig(baseline=baseline, samples=20)  # enough that chance does not decide
-    second = scst(first, epochs=20, evaluate_every=20, learning_rate=2e-4, scst=rewards)
-    best = train(second)
+    second = replace(trained, output=tmp_path, epochs=10, evaluate_every=10, learning_rate=8e-4, scst=rewards)
+    best = train(scst(second))
     assert best == tmp_path / "scst" / "best"
     rewards = list(losses(tmp_path / "scst", "reward").values())
     assert np.mean(rewards[-8:]) > 1.3 * np.mean(rewards[:4])
     before, after = losses(tmp_path, "CIDEr"), losses(tmp_path / "scst", "CIDEr")
     assert after[0] == before[48]  # it starts where cross-entropy ended, and says so
     if baseline == "mean":
-        assert after[80] >= before[48]
+        assert after[40] >= before[48]
     assert captioner.load(best).processor.tokenizer.eos_token_id == 2
     assert (tmp_path / "best").is_dir()
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from test_cli import run
-from training_runs import COLOURS, debug, launch, losses, stop_at
+from training_runs import COLOURS, debug, debug_args, launch, losses, stop_at
 
 import captioner
 from captioner.data import rows
@@ -306,9 +306,11 @@ def test_a_streamed_run_cut_and_resumed_is_the_unbroken_one(saved, tmp_path, mon
 
 @pytest.mark.slow
 def test_two_processes_stream_as_one(saved, tmp_path):
-    shared = ["debug", "--data.root", saved(count=24), "--data.streaming", "--data.stream-buffer", 5, "--epochs", 1]
-    shared += ["--data.captions-per-image", 2, "--data.workers", 2, "--grids", "2x2", "3x3"]
-    assert run("train", *shared, "--batch-size", 8, "--output", tmp_path / "1") == 0
-    result = launch("train.py", *shared, "--batch-size", 4, "--output", tmp_path / "2", processes=2)
-    assert result.returncode == 0, result.stderr
+    source = saved(count=24)
+    shared = ["--data.streaming", "--data.stream-buffer", 5, "--data.workers", 2]
+    shared += ["--epochs", 1, "--grids", "2x2", "3x3"]
+    for processes, batch in ((1, 8), (2, 4)):
+        args = [*debug_args(source, tmp_path / str(processes)), *shared, "--batch-size", batch]
+        result = launch("train.py", *args, processes=processes)
+        assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-4)

@@ -95,7 +95,9 @@ def test_rewards_are_learned_from_the_cache(cache_config, noise, tmp_path, monke
     assert [record["step"] for record in log if "reward" in record] == [1, 2, 3, 4, 5]
 
 
-def test_evaluation_from_the_cache_gives_the_same_captions(cache_config, noise, saved_model, tmp_path, monkeypatch):
+def test_evaluation_from_the_cache_gives_the_same_captions(
+    cache_config, noise, saved_model, tmp_path, monkeypatch, no_java
+):
     fill_cache(cache_config(tmp_path / "tokens", saved_model, splits=("val",)))
     for name, tokens in (("online", None), ("cached", tmp_path / "tokens")):
         data = DataConfig(root=str(noise), workers=0, tokens=tokens)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
-from training_runs import COLOURS, debug, launch, losses
+from training_runs import COLOURS, debug, debug_args, launch, launch_by_accelerate, losses
 
 import captioner
 from captioner import recipes
@@ -33,7 +33,7 @@ def test_every_recipe_builds():
 def test_a_trained_captioner_says_what_it_sees_and_a_blind_one_does_not(captioned, tmp_path):
     scores = {}
     for blind in (False, True):
-        config = debug(captioned, tmp_path / str(blind), epochs=25, evaluate_every=25, learning_rate=3e-3)
+        config = debug(captioned, tmp_path / str(blind), epochs=12, evaluate_every=12, learning_rate=3e-3)
         best = train(replace(config, model=replace(config.model, blind=blind)))
         scores[blind] = list(losses(tmp_path / str(blind), "CIDEr").values())[-1]
     assert scores[False] > 2 * scores[True]
@@ -106,12 +106,11 @@ def test_training_stops_early(captioned, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one(captioned, tmp_path):
-    shared = ["debug", "--data.root", captioned, "--data.captions-per-image", 2, "--epochs", 1]
-    shared += ["--grids", "2x2", "3x3", "7x7"]
+def test_two_processes_train_and_evaluate_as_one(captioned, tmp_path, no_java):
+    shared = ["--epochs", 1, "--grids", "2x2", "3x3", "7x7"]
     for processes, batch in ((1, 12), (2, 6)):  # the last batch has 8 of 12 images
-        output = tmp_path / str(processes)
-        result = launch("train.py", *shared, "--batch-size", batch, "--output", output, processes=processes)
+        args = [*debug_args(captioned, tmp_path / str(processes)), *shared, "--batch-size", batch]
+        result = launch("train.py", *args, processes=processes)
         assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-4)
     for processes in (1, 2):
@@ -122,7 +121,7 @@ def test_two_processes_train_and_evaluate_as_one(captioned, tmp_path):
         assert (tmp_path / "eval1" / name).read_text() == (tmp_path / "eval2" / name).read_text()
 
 
-def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path):
+def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path, no_java):
     config = EvaluateConfig(
         model=str(saved_model), data=DataConfig(root=str(captioned), workers=0), split="val", output=tmp_path, limit=5
     )
@@ -146,20 +145,11 @@ def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_from_rewards_and_stop_together(captioned, tmp_path):
-    shared = [
-        "debug",
-        "--data.root",
-        captioned,
-        "--data.captions-per-image",
-        2,
-        "--batch-size",
-        4,
-        "--output",
-        tmp_path,
-    ]
+    shared = [*debug_args(captioned, tmp_path), "--batch-size", 4]
     train(debug(captioned, tmp_path, epochs=1))
     scst = ["--stage", "scst", "--scst.samples", 2, "--epochs", 3, "--save-steps", 1, "--evaluate-every", 3]
-    result = launch("train.py", *shared, *scst, stop_after=tmp_path / "scst" / "checkpoints" / "step_00000003")
+    stop = tmp_path / "scst" / "checkpoints" / "step_00000003"
+    result = launch_by_accelerate("train.py", *shared, *scst, stop_after=stop)
     assert result.returncode != 0
     assert "stopped at step" in result.stdout
     result = launch("train.py", *shared, *scst)
@@ -177,10 +167,10 @@ def test_sharded_training_is_the_same_training(captioned, tmp_path, monkeypatch)
     for name, value in ({"AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"} | settings).items():
         monkeypatch.setenv(f"FSDP_{name}", str(value))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    shared = ["debug", "--data.root", captioned, "--data.captions-per-image", 2, "--batch-size", 4]
-    shared += ["--output", tmp_path / "sharded", "--epochs", 2, "--save-steps", 1]
+    shared = [*debug_args(captioned, tmp_path / "sharded"), "--batch-size", 4, "--epochs", 2, "--save-steps", 1]
     stop = tmp_path / "sharded" / "checkpoints" / "step_00000003"
-    launch("tests/fsdp_on_cpus.py", *shared, stop_after=stop)
+    result = launch("tests/fsdp_on_cpus.py", *shared, stop_after=stop)
+    assert "stopped at step" in result.stdout
     result = launch("tests/fsdp_on_cpus.py", *shared)
     assert result.returncode == 0, result.stderr
     assert "resumed from" in result.stdout

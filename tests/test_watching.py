@@ -1,5 +1,6 @@
 """What people watch: samples, curves, trackers, the log."""
 
+import re
 import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -8,16 +9,20 @@ from html.parser import HTMLParser
 import pytest
 from training_runs import debug, losses
 
-from captioner.report.curves import round_numbers, write_curves
+from captioner.report.curves import write_curves
 from captioner.runs.progress import progress_bar
 from captioner.training.config import ScstConfig
 from captioner.training.loop import train
 
+SVG = "{http://www.w3.org/2000/svg}"
 
-def polylines(path):
+
+def curves(path):
+    """Points (x, y) of each curve by its name, in px from the top left."""
     root = ElementTree.parse(path).getroot()
-    found = root.iter("{http://www.w3.org/2000/svg}polyline")
-    return [[tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in found]
+    groups = [group for group in root.iter(f"{SVG}g") if group.get("class", "").startswith("curve ")]
+    lines = {group.get("class").removeprefix("curve "): group.find(f"{SVG}path").get("d") for group in groups}
+    return {name: [tuple(map(float, p.split())) for p in d.strip("M ").split("L")] for name, d in lines.items()}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +39,9 @@ def test_each_validation_leaves_a_page_of_samples_that_needs_nothing_else(finish
     assert pages == ["step_00000004.html", "step_00000008.html"]
     page = (finished / "samples" / pages[-1]).read_text()
     assert page.count("<img") == 8
-    assert page.count('src="data:image/jpeg;base64,') == 8
+    assert page.count('src="data:image/webp;base64,') == 8
     assert "this image is all red ." in page
-    assert "http" not in page
+    assert not re.search(r"https?:|<script|(src|href)=\"(?!data:)|@import|url\(", page)
     HTMLParser().feed(page)
 
 
@@ -55,26 +60,38 @@ def test_captions_cannot_break_the_page(captioned, finished, tmp_path):
 
 
 def test_the_run_is_drawn(finished):
-    loss, loss_val, cider = polylines(finished / "curves.svg")
-    assert (len(loss), len(loss_val), len(cider)) == (8, 2, 2)
-    assert [x for x, _ in loss] == sorted(x for x, _ in loss)
-    assert loss[0][1] < loss[-1][1]  # the loss falls: in SVG, y grows downwards
-    assert len(polylines(finished / "scst" / "curves.svg")) == 5  # and reward, and the greedy caption's
+    found = curves(finished / "curves.svg")
+    assert list(found) == ["loss", "loss_val", "CIDEr"]
+    assert [x for x, _ in found["loss"]] == sorted(x for x, _ in found["loss"])
+    assert found["loss"][0][1] < found["loss"][-1][1]  # the loss falls: in SVG, y grows downwards
+    assert found["loss"][-1][0] == found["loss_val"][-1][0] == found["CIDEr"][-1][0]  # the last step of each
+    assert {"reward", "reward_greedy"} < set(curves(finished / "scst" / "curves.svg"))
 
 
 def test_a_curve_without_a_slope_is_drawn(tmp_path):
     write_curves([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 2.0}], tmp_path / "curves.svg")
-    (line,) = polylines(tmp_path / "curves.svg")
-    assert line[0][1] == line[1][1]
-    write_curves([], tmp_path / "empty.svg")
-    assert polylines(tmp_path / "empty.svg") == []
+    (start, end) = curves(tmp_path / "curves.svg")["loss"]
+    assert start[1] == end[1]
+    assert start[0] < end[0]
+    for few in ([], [{"step": 1, "loss": 2.0}]):  # one value is not a curve yet
+        write_curves(few, tmp_path / "empty.svg")
+        assert curves(tmp_path / "empty.svg") == {}
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.003, 0.0041), (1, 100_000), (-3, 2), (5.25, 5.75)])
-def test_axes_are_labelled_with_a_few_round_numbers(low, high):
-    ticks = round_numbers(low, high)
-    assert 2 <= len(ticks) <= 7
-    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+def test_axes_are_labelled_with_a_few_round_numbers(tmp_path, low, high):
+    write_curves([{"step": 1, "loss": low}, {"step": 20, "loss": high}], tmp_path / "curves.svg")
+    texts = [element.text for element in ElementTree.parse(tmp_path / "curves.svg").getroot().iter(f"{SVG}text")]
+    numbers = [float(text.replace("\N{MINUS SIGN}", "-")) for text in texts[: texts.index("Loss")] if text != "step"]
+    assert 6 <= len(numbers) <= 20  # of both axes
+    assert all(len(text) <= 7 for text in texts)
+
+
+def test_a_run_is_drawn_alike_each_time(tmp_path):
+    records = [{"step": step, "loss": 1 / step, "CIDEr": step / 9} for step in range(1, 9)]
+    for name in ("a.svg", "b.svg"):
+        write_curves(records, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_trackers_get_numbers_images_and_captions(finished):

@@ -6,7 +6,7 @@ const metrics = Object.keys(data.systems[0].scores);
 const columns = ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE"].filter((name) => metrics.includes(name));
 const two = data.systems.length === 2;
 const PAGE = 40;
-const WORDS = 200; // shown of a caption; more than that is a broken captioner's
+const WORDS = 200; // the most that are shown of a caption; only broken captioners write more
 const state = {};
 const blocks = new Map();
 const find = (id) => document.getElementById(id);
@@ -24,7 +24,7 @@ function image(place) {
   return blocks.get(number)[place % data.block];
 }
 
-// What a row is sorted by; null sorts last in both directions.
+// The value by which a row is sorted; null sorts last in both directions.
 function key(place) {
   if (state.metric === "image id") return data.ids[place];
   const values = data.systems.map((system) => {
@@ -190,8 +190,8 @@ function show() {
     else head.removeAttribute("aria-sort");
   }
   for (const preset of find("presets").children) {
-    const wants = JSON.parse(preset.dataset.state);
-    preset.setAttribute("aria-pressed", String(Object.entries(wants).every(([name, value]) => state[name] === value)));
+    const order = Object.entries(JSON.parse(preset.dataset.state));
+    preset.setAttribute("aria-pressed", String(order.every(([name, value]) => state[name] === value)));
   }
 }
 
@@ -199,7 +199,7 @@ function update(change) {
   Object.assign(state, change);
   for (const name of ["metric", "of", "order", "query"]) find(name).value = state[name];
   show();
-  // The order stands in the address, so that it can be linked to; some browsers refuse that for local files.
+  // The address holds the order, so that it can be linked to; some browsers refuse that for local files.
   try {
     history.replaceState(null, "", `#${new URLSearchParams(state)}`);
   } catch {}
@@ -255,10 +255,10 @@ find("query").addEventListener("input", (event) => {
 find("controls").addEventListener("submit", (event) => event.preventDefault());
 find("more").addEventListener("click", () => more(true));
 
-// The address may ask for an order: only what the page offers is taken.
-const asked = new URLSearchParams(location.hash.slice(1));
-const start = { metric: main, of: two ? "size" : "a", order: two ? "desc" : "asc", query: (asked.get("query") || "").slice(0, 200) };
+// The address may name an order; only what the page offers is taken.
+const address = new URLSearchParams(location.hash.slice(1));
+const start = { metric: main, of: two ? "size" : "a", order: two ? "desc" : "asc", query: (address.get("query") || "").slice(0, 200) };
 for (const name of ["metric", "of", "order"]) {
-  if ([...find(name).options].some((option) => option.value === asked.get(name))) start[name] = asked.get(name);
+  if ([...find(name).options].some((option) => option.value === address.get(name))) start[name] = address.get(name);
 }
 update(start);

@@ -1,96 +1,129 @@
-"""Small plots as inline SVG: no library, no script, colours from the page's style (so dark pages work too)."""
+"""The plots of the report page: histograms of scores, and scores with their confidence intervals.
+
+Colours come from the page's style sheet by classes, so that a dark page has its own.
+"""
 
 from collections.abc import Sequence
-from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
-WIDTH, HEIGHT, LEFT, BASE = 300, 130, 6, 104
-"""Drawing in px: its size, the margin to both sides, and where the x axis lies."""
+from captioner.report.svg import drawing
 
-BINS, MOST = 25, 60
-"""Bars of a plot, and of one of whole numbers at most: a broken captioner writes captions of any length."""
+BINS, MOST_BINS = 25, 60
+"""Bars of a histogram, and the most of one of whole numbers: a broken captioner writes captions of any length."""
+
+
+class Range(NamedTuple):
+    """A value with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def histogram(series: Sequence[tuple[str, np.ndarray]], label: str, whole: bool = False, signed: bool = False) -> str:
     """Draw how values are distributed, one or more series over each other, each as shares of its own values.
 
     Args:
-        series: (name, values) each; NaN is left out. The first is filled, the others are lines. At most three.
+        series: name and values (N,) of each, at most three; NaN is left out. The first is drawn as bars, with classes
+            `bar bar-0`, the others as outlines, with classes `line line-1` and `line line-2`.
         label: what the values are, for readers who hear the page.
-        whole: values are whole numbers, a bar for each.
-        signed: values lie on both sides of 0, which is marked.
+        whole: whether the values are whole numbers, with a bar for each.
+        signed: whether the values are differences. 0 is marked, and bars have the class `less`, `even` or `more`.
+
+    Returns:
+        An `<svg>` element, or an empty string where there is no value.
     """
-    kept = [(name, values[~np.isnan(values)].astype(np.float64)) for name, values in series]
-    kept = [(name, values) for name, values in kept if len(values)]
-    if not kept:
+    finite = [(name, values[~np.isnan(values)].astype(np.float64)) for name, values in series]
+    finite = [(name, values) for name, values in finite if len(values)]
+    if not finite:
         return ""
-    edges = _edges(np.concatenate([values for _, values in kept]), whole, signed)
-    low, high, count = edges[0], edges[-1], len(edges) - 1
-    # What lies beyond the axis, as a rule half a percent at most, is counted at its end.
-    inside = [(name, values, np.clip(values, low, np.nextafter(high, low))) for name, values in kept]
-    shares = [np.histogram(values, edges)[0] / len(values) for _, _, values in inside]
-    tallest = max(float(share.max()) for share in shares)
-    step = (WIDTH - 2 * LEFT) / count
-    parts = []
-    for place, ((name, _, _), share) in enumerate(zip(inside, shares, strict=True)):
-        tops = BASE - (BASE - 8) * share / tallest
-        if place == 0:
-            for n, (top, part) in enumerate(zip(tops, share, strict=True)):
-                about = f"{_bin(edges, n, whole)}: {100 * part:.1f}%"
-                x, height = LEFT + n * step + 0.5, BASE - top
-                kind = "bar" + (" less" if edges[n + 1] < 0 else " more" if edges[n] > 0 else " even") * signed
-                bar = f'<rect class="{kind}" x="{x:.1f}" y="{top:.1f}" width="{step - 1:.1f}" height="{height:.1f}">'
-                parts.append(f"{bar}<title>{escape(about)}</title></rect>" if part else "")
+    edges = _edges(np.concatenate([values for _, values in finite]), whole, signed)
+    low, high = edges[0], edges[-1]
+    with drawing(300, 150) as drawn:
+        axes = drawn.figure.add_subplot()
+        for place, (name, values) in enumerate(finite):
+            # Values beyond the axis, half a percent at each end as a rule, are counted in its first or last bar.
+            counts, _ = np.histogram(np.clip(values, low, np.nextafter(high, low)), edges)
+            shares = counts / len(values)
+            if place:
+                outline = axes.stairs(shares, edges, color=f"C{place}", linewidth=2, baseline=None)
+                drawn.mark(outline, f"line line-{place}", name)
+                continue
+            bars = axes.bar(edges[:-1], shares, width=0.92 * np.diff(edges), align="edge")
+            for number, (bar, share) in enumerate(zip(bars, shares, strict=True)):
+                if not share:
+                    bar.remove()
+                    continue
+                side = "less" if edges[number + 1] < 0 else "more" if edges[number] > 0 else "even"
+                classes = f"bar {side}" if signed else "bar bar-0"
+                drawn.mark(bar, classes, f"{_bin(edges, number, whole)}: {100 * share:.1f}%")
+        if signed:
+            drawn.mark(axes.axvline(0, linewidth=1, linestyle=(0, (3, 3))), "zero")
+        axes.set(xlim=(low, high), ylim=(0, None))
+        axes.grid(axis="x", visible=False)
+        axes.locator_params(axis="x", nbins=6, integer=whole)
+        axes.locator_params(axis="y", nbins=3)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value + 0.0:.4g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+        spoken = "; ".join(_spoken(name, values) for name, values in finite)
+        return drawn.svg(f"Histogram of {label}. {spoken}", "plot")
+
+
+def intervals(rows: Sequence[tuple[str, Sequence[Range | None]]], label: str, signed: bool = False) -> str:
+    """Draw values as dots on their confidence intervals, a row for each name, from top to bottom.
+
+    Args:
+        rows: name of each row and its values, one for each series; `None` where a series has none. The marks of
+            series n have the class `of-n`.
+        label: what the values are, for readers who hear the page.
+        signed: whether the values are differences, with the class `of-gain`; 0 is then marked, in the middle.
+
+    Returns:
+        An `<svg>` element, or an empty string where there is no value.
+    """
+    ranges = [one for _, found in rows for one in found if one is not None]
+    if not ranges:
+        return ""
+    count = max(len(found) for _, found in rows)
+    with drawing(360, 36 + 30 * len(rows)) as drawn:
+        axes = drawn.figure.add_subplot()
+        for height, (_, found) in enumerate(rows):
+            for place, one in enumerate(found):
+                if one is None:
+                    continue
+                y = height + (place - (count - 1) / 2) * 0.34
+                classes = "of-gain" if signed else f"of-{place}"
+                (line,) = axes.plot([one.low, one.high], [y, y], linewidth=5, solid_capstyle="round", alpha=0.4)
+                (dot,) = axes.plot(one.value, y, "o", markersize=7, markeredgewidth=0)
+                about = f"{one.value:.4f}, {one.low:.4f} to {one.high:.4f}"
+                drawn.mark(line, f"range {classes}", about)
+                drawn.mark(dot, f"dot {classes}", about)
+        if signed:
+            drawn.mark(axes.axvline(0, linewidth=1, linestyle=(0, (3, 3)), zorder=0.5), "zero")
+            reach = 1.08 * max(max(abs(one.low), abs(one.high)) for one in ranges) or 1.0
+            axes.set_xlim(-reach, reach)
         else:
-            path = f"M{LEFT} {BASE}" + "".join(f"V{top:.1f}h{step:.2f}" for top in tops) + f"V{BASE}"
-            parts.append(f'<path class="line line-{place}" d="{path}"><title>{escape(name)}</title></path>')
-    if signed:
-        zero = LEFT + (WIDTH - 2 * LEFT) * (0 - low) / (high - low)
-        parts.append(f'<path class="zero" d="M{zero:.1f} 4V{BASE}"/>')
-    parts.append(f'<path class="axis" d="M{LEFT} {BASE}H{WIDTH - LEFT}"/>')
-    for tick in _ticks(low, high, whole):
-        x = LEFT + (WIDTH - 2 * LEFT) * (tick - low) / (high - low)
-        anchor = "start" if x < 20 else "end" if x > WIDTH - 20 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{BASE + 16}" text-anchor="{anchor}">{tick + 0.0:.4g}</text>')
-    spoken = f"Histogram of {label}. " + "; ".join(_spoken(name, values) for name, values in kept)
-    svg = f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(spoken)}">'
-    return svg + "".join(parts) + "</svg>"
-
-
-def interval(value: float, low: float, high: float, least: float, most: float, kind: str, width: int = 140) -> str:
-    """Draw a value as a dot in its confidence interval, on an axis from `least` to `most`, `width` px wide."""
-
-    def x(number: float) -> float:
-        return 4 + (width - 8) * (number - least) / (most - least)
-
-    zero = f'<path class="zero" d="M{x(0):.1f} 2V18"/>' if least < 0 < most else ""
-    axis, bar = (
-        f'<path class="axis" d="M4 10H{width - 4}"/>',
-        f'<path class="range" d="M{x(low):.1f} 10H{x(high):.1f}"/>',
-    )
-    dot = f'<circle cx="{x(value):.1f}" cy="10" r="4"/>'
-    size = f'width="{width}" height="20" viewBox="0 0 {width} 20"'
-    return f'<svg class="interval {kind}" {size} aria-hidden="true">{axis}{zero}{bar}{dot}</svg>'
+            axes.set_xlim(0, 1.04 * max(max(one.high for one in ranges), 1e-9))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value + 0.0:.4g}")
+        return drawn.svg(label, "plot")
 
 
 def _edges(values: np.ndarray, whole: bool, signed: bool) -> np.ndarray:
+    """Return the edges of the bars, which hold all but the outermost half percent at each end."""
     low, high = (float(value) for value in np.quantile(values, [0.005, 0.995]))
     if whole:
         low = np.floor(low)
-        return np.arange(low, np.clip(np.ceil(high), low + 1, low + MOST) + 2) - 0.5
+        return np.arange(low, np.clip(np.ceil(high), low + 1, low + MOST_BINS) + 2) - 0.5
     if signed:
         high = max(-low, high) or 1.0
         return np.linspace(-high, high, BINS + 1)
     return np.linspace(min(low, 0.0), max(high, min(low, 0.0) + 0.01), BINS + 1)
-
-
-def _ticks(low: float, high: float, whole: bool) -> np.ndarray:
-    """Round numbers from `low` to `high`, three to six of them."""
-    step = 10 ** np.floor(np.log10((high - low) / 3))
-    step *= next(factor for factor in (5, 2, 1) if (high - low) / (step * factor) >= 3 - 1e-9)
-    step = max(step, 1.0) if whole else step
-    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
 
 
 def _bin(edges: np.ndarray, number: int, whole: bool) -> str:

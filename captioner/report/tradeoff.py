@@ -1,14 +1,10 @@
-"""A plot of what a score costs: one line per encoder, drawn as an SVG file that needs nothing else."""
+"""A plot of what a score costs: one line per encoder, as an SVG file."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import zip_longest
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BASE = 640, 400, 64, 24, 24, 340
-"""Drawing in px: its size and where the axes lie."""
-
-COLOURS = ("#0b6e8a", "#c2571a", "#5a7d2a", "#7a4aa0")
+from captioner.report.svg import COLOURS, drawing
 
 
 @dataclass
@@ -27,60 +23,45 @@ def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
     """Draw scores over costs, the costs on a logarithmic axis; points of a series are joined.
 
     Args:
+        points: what to draw; those of one series have one colour.
         cost: label of the horizontal axis.
         score: label of the vertical axis.
+
+    Returns:
+        The content of an SVG file.
 
     Raises:
         ValueError: there are no points, or a cost is not positive.
     """
     if not points or min(point.cost for point in points) <= 0:
         raise ValueError("a trade-off needs points, with costs above 0")
-    left, right = math.log(min(p.cost for p in points) / 1.25), math.log(max(p.cost for p in points) * 1.25)
-    bottom, top = min(p.low for p in points), max(p.high for p in points)
-    margin = 0.08 * (top - bottom) or 0.1
-    bottom, top = max(0.0, bottom - margin), top + margin
-
-    def x(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log(value) - left) / (right - left)
-
-    def y(value: float) -> float:
-        return BASE - (BASE - TOP) * (value - bottom) / (top - bottom)
-
-    parts = [f'<path d="M{LEFT} {TOP}V{BASE}H{WIDTH - RIGHT}" fill="none" stroke="#888"/>']
-    for tick in cost_ticks(math.exp(left), math.exp(right)):
-        parts.append(f'<text x="{x(tick):.1f}" y="{BASE + 18}" text-anchor="middle">{tick:g}</text>')
-    for n in range(5):
-        value = bottom + (top - bottom) * n / 4
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3f}</text>')
-    for number, series in enumerate(dict.fromkeys(point.series for point in points)):
-        colour = COLOURS[number % len(COLOURS)]
-        own = sorted((point for point in points if point.series == series), key=lambda point: point.cost)
-        line = "L".join(f"{x(p.cost):.1f} {y(p.score):.1f}" for p in own)
-        parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for p in own:
-            across, about = (
-                x(p.cost),
-                f"{p.series} {p.name}: {p.score:.3f} ({p.low:.3f} to {p.high:.3f}) at {p.cost:.3g}",
-            )
-            parts.append(f'<path d="M{across:.1f} {y(p.low):.1f}V{y(p.high):.1f}" stroke="{colour}"/>')
-            parts.append(f'<circle cx="{across:.1f}" cy="{y(p.score):.1f}" r="4" fill="{colour}">')
-            parts.append(f"<title>{escape(about)}</title></circle>")
-            parts.append(f'<text x="{across + 8:.1f}" y="{y(p.score) - 8:.1f}" fill="{colour}">{escape(p.name)}</text>')
-        height = TOP + 16 * number
-        parts.append(f'<text x="{LEFT + 12}" y="{height}" fill="{colour}" font-weight="bold">{escape(series)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">{escape(cost)}</text>')
-    parts.append(
-        f'<text transform="translate(14 {(TOP + BASE) / 2}) rotate(-90)" text-anchor="middle">{escape(score)}</text>'
-    )
-    style = 'font-family="system-ui, sans-serif" font-size="12" fill="#333"'
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {style}>'
-    return head + f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>' + "".join(parts) + "</svg>\n"
+    with drawing(640, 400) as drawn:
+        axes = drawn.figure.add_subplot(xscale="log", xlabel=cost, ylabel=score)
+        for number, series in enumerate(dict.fromkeys(point.series for point in points)):
+            colour = COLOURS[number % len(COLOURS)]
+            own = sorted((point for point in points if point.series == series), key=lambda point: point.cost)
+            axes.plot([], [], "o-", color=colour, linewidth=2, markersize=8, markeredgewidth=0, label=series)
+            (line,) = axes.plot([p.cost for p in own], [p.score for p in own], color=colour, linewidth=2)
+            drawn.mark(line, "series", series)
+            for p, after in zip_longest(own, own[1:]):
+                axes.plot([p.cost, p.cost], [p.low, p.high], color=colour, linewidth=5, alpha=0.25)
+                (dot,) = axes.plot(p.cost, p.score, "o", color=colour, markersize=8, markeredgewidth=0)
+                about = f"{p.series} {p.name}: {p.score:.3f} ({p.low:.3f} to {p.high:.3f}) at {p.cost:.3g}"
+                drawn.mark(dot, "point", about)
+                offset = (8, -15) if after is not None and after.score > p.score else (8, 7)  # beside the line
+                axes.annotate(p.name, (p.cost, p.score), offset, textcoords="offset points", color=colour)
+        low, high = min(p.cost for p in points) / 1.25, max(p.cost for p in points) * 1.25
+        axes.set_xlim(low, high)
+        axes.xaxis.get_major_locator().set_params(subs=_tick_steps(high / low))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
+        axes.legend(loc="upper left")
+        names = ", ".join(dict.fromkeys(point.series for point in points))
+        return drawn.document(f"{score} over {cost}, for {names}")
 
 
-def cost_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers (1, 2, 5 times a power of ten) within an interval."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [value for p in powers for m in (1, 2, 5) if low <= (value := m * 10.0**p) <= high]
+def _tick_steps(reach: float) -> tuple[float, ...]:
+    """Return the steps of a power of ten that get a label, so that an axis from 1 to `reach` has two to ten labels."""
+    if reach > 2000:
+        return (1,)
+    return (1, 2, 5) if reach > 5 else (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
