@@ -183,8 +183,8 @@ def trained(captioned, tmp_path_factory):
 def test_scst_continues_cross_entropy_and_raises_the_reward(trained, tmp_path, baseline):
     shutil.copytree(trained.output, tmp_path, dirs_exist_ok=True)
     rewards = ScstConfig(baseline=baseline, samples=20)  # enough that chance does not decide
-    second = replace(trained, output=tmp_path, epochs=10, evaluate_every=10, learning_rate=8e-4, scst=rewards)
-    best = train(scst(second))
+    second = scst(trained, output=tmp_path, epochs=10, evaluate_every=10, learning_rate=8e-4, scst=rewards)
+    best = train(second)
     assert best == tmp_path / "scst" / "best"
     rewards = list(losses(tmp_path / "scst", "reward").values())
     assert np.mean(rewards[-8:]) > 1.3 * np.mean(rewards[:4])

@@ -145,7 +145,7 @@ def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path, 
 
 @pytest.mark.slow
 def test_two_processes_learn_from_rewards_and_stop_together(captioned, tmp_path):
-    shared = [*debug_args(captioned, tmp_path), "--batch-size", 4]
+    shared = [*debug_args(captioned, tmp_path, encoder=False), "--batch-size", 4]
     train(debug(captioned, tmp_path, epochs=1))
     scst = ["--stage", "scst", "--scst.samples", 2, "--epochs", 3, "--save-steps", 1, "--evaluate-every", 3]
     stop = tmp_path / "scst" / "checkpoints" / "step_00000003"

@@ -43,10 +43,10 @@ def debug(captioned, output, **kwargs):
     return replace(config, output=output, data=data, model=replace(config.model, encoder=small_encoder()), **kwargs)
 
 
-def debug_args(captioned, output):
-    """Return the command line of the run of `debug`."""
-    args = ["debug", "--data.root", captioned, "--data.captions-per-image", 2]
-    return [*args, "--model.encoder", small_encoder(), "--output", output]
+def debug_args(captioned, output, encoder=True):
+    """Return the command line of the run of `debug`; stage scst takes no encoder, it goes on from a captioner."""
+    args = ["debug", "--data.root", captioned, "--data.captions-per-image", 2, "--output", output]
+    return [*args, "--model.encoder", small_encoder()] if encoder else args
 
 
 def losses(folder, key="loss"):

@@ -49,7 +49,8 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """
     digest = new_digest()
     for name, value in sorted(tensors.items()):
-        value = value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
+        value = value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype)
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        numbers = value.flatten().clone(memory_format=torch.contiguous_format)  # an expanded tensor has no bytes to view
+        digest.update(numbers.view(torch.uint8).numpy().data)
     return digest.hexdigest()
