@@ -1,7 +1,6 @@
 """The documentation is true: its commands run, its options exist, its outputs are outputs, its links lead somewhere."""
 
 import contextlib
-import io
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from docs_blocks import PAGES, ROOT, make_world, read_blocks, read_page, split_commands, split_pipeline
 
 from captioner import cli
+from captioner.options import UsageError, list_options, read_settings
 
 LANGUAGES = {"sh", "python", "text"}
 
@@ -40,9 +40,6 @@ SMALL = {
     "cache": {"--data.workers": "0"},
 }
 """Settings that make a command small, added where it does not give them itself."""
-
-RECIPES = {"train": ["flickr8k"], "pretrain": ["lookupvit_tiny_distill_cpu"]}
-"""A recipe that has every option."""
 
 THEIRS = {
     "--signal": "sbatch",
@@ -103,22 +100,20 @@ def test_commands_are_understood(block):
                 continue
             word, args = command
             settings = import_module(f"captioner.commands.{word}").SETTINGS
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                try:
-                    cli.parse(word, settings, [arg for arg in args if arg != "..."])
-                except SystemExit:
-                    pytest.fail(f"{' '.join(words)}: {said.getvalue()}")
+            try:
+                read_settings(*cli.pick_defaults(word, settings, [arg for arg in args if arg != "..."]))
+            except UsageError as error:
+                pytest.fail(f"{' '.join(words)}: {error}")
 
 
 @cache
 def our_options() -> set[str]:
-    """Collect the options of every command from its help."""
+    """Collect the options of every command and recipe."""
     found = {"--help", "--version"}
     for word in cli.COMMANDS:
         settings = import_module(f"captioner.commands.{word}").SETTINGS
-        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
-            cli.parse(word, settings, [*RECIPES.get(word, []), "--help"])
-        found |= set(re.findall(r"--[a-z][\w.-]*", said.getvalue()))
+        for defaults in settings.values() if isinstance(settings, dict) else [settings]:
+            found |= {option.name for option in list_options(defaults()).values()}
     return found
 
 
@@ -151,11 +146,12 @@ def test_blocks_run(page, tmp_path, monkeypatch, capfd):
         if not block.runs:
             continue
         capfd.readouterr()
-        if block.language == "python":
-            exec(compile(block.text, ids(block), "exec"), names)
-        else:
-            for line in split_commands(block.text):
-                run_line(line, capfd)
+        with contextlib.redirect_stderr(sys.stdout):  # both as a terminal shows them
+            if block.language == "python":
+                exec(compile(block.text, ids(block), "exec"), names)
+            else:
+                for line in split_commands(block.text):
+                    run_line(line, capfd)
         output = capfd.readouterr().out
 
 
@@ -185,7 +181,7 @@ def run_line(line, capfd):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*words[1:], *small])
         if stopped.value.code:
-            pytest.fail(f"{' '.join(words)}: exit {stopped.value.code}, {capfd.readouterr().err}")
+            pytest.fail(f"{' '.join(words)}: exit {stopped.value.code}, {capfd.readouterr().out}")
 
 
 def check_output(block, output):
