@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from docs_blocks import PAGES, ROOT, make_world, read_blocks, read_page, split_commands, split_pipeline
+from test_imports import ROOMS
 
 from captioner import cli
 from captioner.options import UsageError, list_options, read_settings
@@ -96,14 +98,25 @@ def our_command(words):
 def test_commands_are_understood(block):
     for line in split_commands(block.text):
         for words in split_pipeline(line):
-            if (command := our_command(words)) is None:
-                continue
-            word, args = command
-            settings = import_module(f"captioner.commands.{word}").SETTINGS
-            try:
-                read_settings(*cli.pick_defaults(word, settings, [arg for arg in args if arg != "..."]))
-            except UsageError as error:
-                pytest.fail(f"{' '.join(words)}: {error}")
+            if command := our_command(words):
+                check_command(*command)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_within_sentences_are_understood(page):
+    for span in re.findall(r"`(captioner [a-z]+ [^`]*--[^`]*)`", read_page(page)):
+        word, *args = shlex.split(span)[1:]
+        if "--help" not in args:
+            check_command(word, args)
+
+
+def check_command(word, args):
+    """Fail where the options of a word are not what it takes."""
+    settings = import_module(f"captioner.commands.{word}").SETTINGS
+    try:
+        read_settings(*cli.pick_defaults(word, settings, [arg for arg in args if arg != "..."]))
+    except UsageError as error:
+        pytest.fail(f"captioner {word} {' '.join(args)}: {error}")
 
 
 @cache
@@ -234,6 +247,12 @@ def test_the_layout_in_the_readme_is_the_package():
         if not path.name.startswith(("_", "."))
     }
     assert named == there - {"py.typed"}
+
+
+def test_the_rooms_in_the_documentation_are_those_that_imports_keep_to():
+    table = read_page("docs/architecture.md").partition("| room |")[2].partition("\n\n")[0]
+    named = [set(re.findall(r"`(\w+)(?:/|\.py)`", row.split("|")[1])) for row in table.splitlines()[2:]]
+    assert named == [set(level.split()) for level in ROOMS if level != "__main__"]
 
 
 def test_what_has_to_pass_is_the_test_command_of_the_readme():
