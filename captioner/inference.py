@@ -18,7 +18,7 @@ from captioner.encoders.shipped import SHIPPED, WEIGHTS
 from captioner.errors import SettingError
 from captioner.grids import Grid, parse_grid
 from captioner.hub import hub_options
-from captioner.images import ImageError, ImageSource, is_single, name_source
+from captioner.images import ImageError, ImageSource, each_image, is_single, name_source
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 
@@ -65,7 +65,7 @@ class Captioner:
     def __init__(self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None):
         self.device = pick_device(device)
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
-        self.model: CaptionerModel = model.to(self.device, dtype).eval()  # type: ignore[arg-type]
+        self.model: CaptionerModel = model.to(self.device, dtype).eval()
         self.processor = processor
         self._lock = threading.Lock()  # decoders and fast tokenizers may keep state while they run
 
@@ -97,8 +97,7 @@ class Captioner:
             if name in REFUSED and value is not None:
                 raise ValueError(f"{REFUSED[name]}; leave {name} out")
         grid = parse_grid(grid)
-        sources = iter(cast("Iterable[ImageSource]", [images] if is_single(images) else images))
-        return self._stream(sources, options.pop("batch_size"), grid, logprob, options)
+        return self._stream(each_image(images), options.pop("batch_size"), grid, logprob, options)
 
     def _stream(
         self, sources: Iterator[ImageSource], batch_size: int, grid: Grid | None, logprob: bool, options: dict[str, Any]
@@ -129,7 +128,7 @@ class Captioner:
         """
         with self._lock:
             tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
-            prompts = self.processor.prompts(len(tokens), self.device)
+            prompts: dict[str, Any] = self.processor.prompts(len(tokens), self.device)
             sequences = self.model.generate(image_tokens=tokens, **prompts, **generation)
             captions = self.processor.captions(sequences)
             if not logprob:

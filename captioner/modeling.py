@@ -68,7 +68,8 @@ class CaptionerConfig(PretrainedConfig):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         FUSIONS[fusion].configure(text_config)
-        self.text_config, self.fusion, self.blind = text_config, fusion, blind
+        self.text_config: PretrainedConfig = text_config
+        self.fusion, self.blind = fusion, blind
         self.grid = parse_grid(grid)
         super().__init__(**kwargs)
 

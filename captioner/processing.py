@@ -13,7 +13,7 @@ from timm.data import create_transform
 from transformers import BatchFeature, PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-from captioner.images import ImageSource, is_single, open_image
+from captioner.images import ImageSource, each_image, open_image
 from captioner.labels import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -160,10 +160,12 @@ class CaptionerProcessor(ProcessorMixin):
             raise ValueError("nothing to process: give images, text or both")
         data: dict[str, Any] = {}
         if images is not None:
-            images = [images] if is_single(images) else list(images)
-            images = [image[0] if isinstance(image, list | tuple) and len(image) == 1 else image for image in images]
-            data["pixel_values"] = torch.stack([self.pixels(image) for image in images])
-        count = None if images is None else len(images)
+            batch = [
+                image[0] if isinstance(image, list | tuple) and len(image) == 1 else image
+                for image in each_image(images)
+            ]
+            data["pixel_values"] = torch.stack([self.pixels(image) for image in batch])
+        count = None if images is None else len(data["pixel_values"])
         texts = [text or ""] * (count or 1) if text is None or isinstance(text, str) else list(text)
         if count is not None and len(texts) != count:
             raise ValueError(f"{len(texts)} texts for {count} images; give one text for all of them or one for each")

@@ -67,7 +67,7 @@ class ImageToTextPipeline(Pipeline):
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> dict[str, Any]:
         pixel_values = input_tensors["image"]
-        prompts = self.processor.prompts(len(pixel_values), self.device)
+        prompts: dict[str, Any] = self.processor.prompts(len(pixel_values), self.device)
         return {"sequences": self.model.generate(pixel_values, **prompts, **forward_parameters)}
 
     def postprocess(self, model_outputs: dict[str, Any], **postprocess_parameters: Any) -> list[dict[str, str]]:

@@ -49,7 +49,11 @@ def token_shapes(
         ValueError: the encoder does not take images of this size, or a grid is larger than its map.
     """
     blank = torch.zeros(1, *input_size, device=next(encoder.parameters()).device)
-    return {name: tuple(encoder.encode(blank, grid).shape[1:]) for name, grid in grids.items()}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, grid in grids.items():
+        _, tokens, width = encoder.encode(blank, grid).shape
+        shapes[name] = (tokens, width)
+    return shapes
 
 
 BYTES = 2

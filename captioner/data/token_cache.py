@@ -216,7 +216,7 @@ class CachedImages:
 
     def batch(
         self, opened: Sequence[int], views: Sequence[int] | None = None, grid: Grid | None = None
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor | Grid]:
         """Gather the tokens of B images at a grid, each in the view given, else in the plain one."""
         shards = self.shards[write_grid(grid) if grid else self.first]
         some = shards[self.shard[opened[0]]]

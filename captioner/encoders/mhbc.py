@@ -30,8 +30,9 @@ class MHBC(nn.Module):
         self.k = nn.Linear(dim, dim, bias=False)
         self.v = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
-        self.infuse_v = nn.Linear(dim, dim) if infuse else None
-        self.infuse_proj = nn.Linear(dim, dim) if infuse else None
+        if infuse:
+            self.infuse_v = nn.Linear(dim, dim)
+            self.infuse_proj = nn.Linear(dim, dim)
 
     def absorbs(self, num_compressed: int, num_lookup: int) -> bool:
         """Return whether the absorbed form is used for M compressed and N lookup tokens."""

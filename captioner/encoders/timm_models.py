@@ -29,19 +29,13 @@ class PooledEncoder(TokenEncoder):
         stride = stages[-1].get("reduction", 0)
         super().__init__(embed_dim=model.num_features, num_prefix_tokens=prefix, stride=stride)
         self.model: Any = model  # timm's models share no class that declares what they have
+        self.default_cfg = self.pretrained_cfg = model.pretrained_cfg
         class_token = getattr(model, "cls_token", None)
         self.has_class_token = prefix > 0 and getattr(model, "has_class_token", class_token is not None)
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self.num_classes = getattr(model, "num_classes", 0)
         self.map_sizes: dict[tuple[int, int], Grid] = {}
         self.stride = stride or self.own_size[0] // self.largest_grid(self.own_size)[0]
-
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """The wrapped model's timm configuration: input size, mean, deviation."""
-        return self.model.pretrained_cfg
-
-    pretrained_cfg = default_cfg
 
     @property
     def own_size(self) -> tuple[int, int]:
@@ -149,7 +143,8 @@ class PooledEncoder(TokenEncoder):
         count = patches.shape[1]
         rows = round((count * size[0] / size[1]) ** 0.5)
         grid = (rows, count // rows) if rows else (0, 0)
-        if hasattr(embed := getattr(self.model, "patch_embed", None), "dynamic_feat_size"):
+        embed: Any = getattr(self.model, "patch_embed", None)
+        if hasattr(embed, "dynamic_feat_size"):
             exact = embed.dynamic_feat_size(size)  # it knows of padding
             grid = exact if exact[0] * exact[1] == count else grid
         if grid[0] * grid[1] != count:

@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard, cast
 
 import numpy as np
 from PIL import Image
@@ -67,6 +67,11 @@ def is_single(images: Any) -> bool:
     """
     one = (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)
     return isinstance(images, one) or is_array(images) or is_file(images) or not hasattr(images, "__iter__")
+
+
+def each_image(images: "ImageSource | Iterable[ImageSource]") -> Iterator[ImageSource]:
+    """Iterate over images, which may be one image or several (see `is_single`)."""
+    return iter(cast("Iterable[ImageSource]", [images] if is_single(images) else images))
 
 
 def name_source(source: Any) -> str:

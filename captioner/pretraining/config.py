@@ -11,7 +11,7 @@ from captioner.errors import SettingError, check_positive, check_shares
 
 
 def read_options(words: list[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` words; a value that is no Python literal is text.
+    """Parse `KEY=VALUE` words; a value that is not a Python literal is text.
 
     Raises:
         ValueError: a word is not of that form.

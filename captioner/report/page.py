@@ -104,8 +104,8 @@ def _header(evaluation: Evaluation, annotations: str) -> str:
     names = [_name(system.name, place, evaluation) for place, system in enumerate(evaluation.systems)]
     title = ' <span class="versus">against</span> '.join(names)
     notes = [f"{name} absent: {why}" for system in evaluation.systems for name, why in system.scores.absent.items()]
-    notes = "".join(f"<li>{escape(text)}</li>" for text in dict.fromkeys([*evaluation.warnings, *notes]))
-    warnings = f'<ul class="warnings" aria-label="Warnings">{notes}</ul>' if notes else ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in dict.fromkeys([*evaluation.warnings, *notes]))
+    warnings = f'<ul class="warnings" aria-label="Warnings">{items}</ul>' if items else ""
     return (
         f'<header><p class="kicker">Caption scores</p><h1>{title}</h1>'
         f"<p>{images} of <b>{escape(annotations)}</b>, {each:.1f} references each.</p>"

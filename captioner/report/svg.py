@@ -93,9 +93,9 @@ class Drawing:
             label: what the figure shows, for readers who hear it.
         """
         self.figure.set_facecolor("white")
-        self.figure.get_layout_engine().set(w_pad=MARGIN / 72, h_pad=MARGIN / 72)
+        self.figure.set_layout_engine("constrained", w_pad=MARGIN / 72, h_pad=MARGIN / 72)
         root = self._element(label)
-        width, height = root.get("viewBox").split()[2:]
+        width, height = root.attrib["viewBox"].split()[2:]
         root.attrib = {"xmlns": NAMESPACE, "width": width, "height": height, **root.attrib}
         return ElementTree.tostring(root, "unicode") + "\n"
 
@@ -107,7 +107,7 @@ class Drawing:
             self.figure.savefig(file, format="svg")
         drawn = ElementTree.fromstring(file.getvalue())
         _expand_references(drawn)
-        root = ElementTree.Element("svg", {"viewBox": drawn.get("viewBox"), "role": "img", "aria-label": label})
+        root = ElementTree.Element("svg", {"viewBox": drawn.attrib["viewBox"], "role": "img", "aria-label": label})
         root.attrib |= {"font-family": "system-ui, sans-serif", "stroke-linejoin": "round", "stroke-linecap": "butt"}
         root.extend(self._simplify(drawn))
         return root
@@ -158,13 +158,13 @@ def _expand_references(root: ElementTree.Element) -> None:
         shape = shapes[element.attrib.pop(REFERENCE).removeprefix("#")]
         x, y = (float(element.attrib.pop(name)) for name in ("x", "y"))
         element.tag = shape.tag
-        element.attrib |= {"d": shape.get("d"), "transform": f"translate({x:.2f} {y:.2f})"}
+        element.attrib |= {"d": shape.attrib["d"], "transform": f"translate({x:.2f} {y:.2f})"}
         element.set("style", f"{shape.get('style', '')}; {element.get('style', '')}")
 
 
 def _attributes(element: ElementTree.Element) -> dict[str, str]:
     """Return the attributes that show: declarations of the inline style as attributes, numbers rounded."""
-    found = {name: _rounded(element.get(name)) for name in ("x", "y", "transform") if element.get(name)}
+    found = {name: _rounded(element.attrib[name]) for name in ("x", "y", "transform") if element.get(name)}
     if found.get("transform", "").startswith(("rotate(-0 ", "rotate(0 ")):
         del found["transform"]
     for declaration in element.get("style", "").split(";"):

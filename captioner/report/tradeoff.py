@@ -33,6 +33,8 @@ def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
     Raises:
         ValueError: there are no points, or a cost is not positive.
     """
+    from matplotlib.ticker import LogLocator  # see `drawing`
+
     if not points or min(point.cost for point in points) <= 0:
         raise ValueError("a trade-off needs points, with costs above 0")
     with drawing(640, 400) as drawn:
@@ -52,7 +54,7 @@ def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
                 axes.annotate(p.name, (p.cost, p.score), offset, textcoords="offset points", color=colour)
         low, high = min(p.cost for p in points) / 1.25, max(p.cost for p in points) * 1.25
         axes.set_xlim(low, high)
-        axes.xaxis.get_major_locator().set_params(subs=_tick_steps(high / low))
+        axes.xaxis.set_major_locator(LogLocator(subs=_tick_steps(high / low)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
         axes.legend(loc="upper left")

@@ -1,6 +1,6 @@
 """Validation during training: caption the held-out images, score them, and measure the loss on their captions."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -61,7 +61,7 @@ def validation_loss(
     model.eval()
     rows = ImageRows(images)
     for start in range(accelerator.process_index * size, len(table), accelerator.num_processes * size):
-        opened = [rows[row] for row in range(start, min(start + size, len(table)))]
+        opened: list[tuple[int, Any]] = [rows[row] for row in range(start, min(start + size, len(table)))]
         good = [(row, image) for row, image in opened if not isinstance(image, str)]
         if not good:
             continue
