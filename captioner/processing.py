@@ -1,4 +1,4 @@
-"""The processor: what stands between files and text on one side and the model's tensors on the other.
+"""The processor: it turns images and texts into the model's tensors, and generated tokens into captions.
 
 Letters: B images, T tokens of a text, H W pixels.
 """
@@ -34,8 +34,8 @@ def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: 
 
     Args:
         default_cfg: the encoder's `default_cfg`.
-        image_size: side of the image in pixels; `None` for the encoder's own.
-        crop_mode: how an image becomes a square; `center` crops the encoder's own share of it.
+        image_size: side of the square image in pixels; `None` for the encoder's own size.
+        crop_mode: how an image becomes a square. `center` crops it by the encoder's own `crop_pct`.
     """
     image = {key: default_cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
     if image_size is not None:
@@ -46,13 +46,13 @@ def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: 
 class CaptionerProcessor(ProcessorMixin):
     """Image transform and tokenizer in one object; `save_pretrained` writes both into one folder.
 
-    It makes the start of every text: the start token and the prompt, in `prompt_ids`.
+    Every text starts with the start token and the prompt, which `prompt_ids` returns.
 
     Args:
-        tokenizer: any fast tokenizer; without a pad token its end token pads.
-        image: timm's data settings; what is missing is taken from `IMAGE_DEFAULTS`.
+        tokenizer: any fast tokenizer; one without a pad token pads with its end token.
+        image: timm's data settings; missing ones are taken from `IMAGE_DEFAULTS`.
         prompt: text that every caption continues, such as `A photo of`.
-        max_length: tokens above which a text of training is cut, start token and prompt included.
+        max_length: tokens above which a training text is cut, start token and prompt included.
     """
 
     def __init__(self, tokenizer=None, image: dict | None = None, prompt: str = "", max_length: int = 40):
@@ -67,8 +67,8 @@ class CaptionerProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "CaptionerProcessor":
         """Load a processor from a folder or the hub; see transformers for the options."""
-        # The tokenizer's own files say what it is. Without a configuration, transformers would read the captioner's,
-        # and warn that it does not know such models.
+        # The tokenizer's own files name its class. Without this, transformers would read the configuration of the
+        # captioner, and warn that it does not know such models.
         kwargs.setdefault("config", PretrainedConfig())
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -79,11 +79,11 @@ class CaptionerProcessor(ProcessorMixin):
         return self.tokenizer.eos_token_id if bos is None else bos
 
     def prompt_ids(self, text: str = "") -> list[int]:
-        """Return the start token and the tokens of a text to continue; an empty text stands for the prompt."""
+        """Return the ids of the start token and of a text to continue; for an empty text, of the prompt."""
         return [self.start_token_id, *self._ids([text or self.prompt])[0]]
 
     def prompts(self, count: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
-        """Return the start token and the prompt for each of `count` images, as `CaptionerModel.generate` takes them.
+        """Return the start token and the prompt for each of `count` images, as arguments of `CaptionerModel.generate`.
 
         Returns:
             `input_ids` and `attention_mask`, each (count, T).
@@ -103,13 +103,13 @@ class CaptionerProcessor(ProcessorMixin):
         return self._transform(open_image(image))
 
     def texts(self, captions: Sequence[str]) -> "Texts":
-        """Encode captions for training once, to batch any of them later: start token, prompt, caption, end token.
+        """Encode captions for training: start token, prompt, caption, end token. `Texts.batch` then batches them.
 
-        The full stop of a caption is left out. A caption that is too long is cut to `max_length` tokens and gets no end
-        token, so that no model learns to end there; `Texts.cut` counts these.
+        The full stop of a caption is left out. A caption that is too long is cut to `max_length` tokens. It gets no end
+        token, so that the model does not learn to end there; `Texts.cut` counts these captions.
         """
         lead, end, longest = self.prompt_ids(), self.tokenizer.eos_token_id, self.max_length
-        # a caption after a prompt continues a sentence: byte-level tokenizers mark that by the space before it
+        # A caption after a prompt continues a sentence; for byte-level tokenizers, it then starts with a space.
         tidy = [(" " if self.prompt else "") + c.strip().removesuffix(".").rstrip() for c in captions]
         rows = (
             np.array([*lead, *ids, end][:longest], np.int32)
@@ -119,7 +119,7 @@ class CaptionerProcessor(ProcessorMixin):
         return Texts(rows, len(lead), end, self.tokenizer.pad_token_id)
 
     def text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode captions for training as one batch; see `Texts.batch` for what is returned."""
+        """Encode captions for training as one batch; returns the tensors of `Texts.batch`."""
         return self.texts(captions).batch(range(len(captions)))
 
     def __call__(
@@ -133,20 +133,20 @@ class CaptionerProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         padding_side: Literal["left", "right"] = "left",
     ) -> BatchFeature:
-        """Turn images and texts to continue into the arguments of `CaptionerModel.generate`.
+        """Turn images, and texts to continue, into the arguments of `CaptionerModel.generate`.
 
-        Captions to train on have an end token and labels; `text` and `texts` encode those.
+        Training captions have an end token and labels; the methods `text` and `texts` encode them.
 
         Args:
             images: one image or B of them.
-            text: text that the captions continue, one for all images or one for each. Without it, and where it is
-                empty, the processor's own `prompt`.
+            text: text that the captions continue: one for all images, or one for each. `None` and an empty text stand
+                for the processor's `prompt`.
             return_tensors: `pt`, `np`, or `None` for lists of tokens.
             padding: `True` or `longest`, `max_length`, or `False`.
             truncation: whether a text of more than `max_length` tokens is cut; the start token counts.
-            max_length: the processor's own if `None`.
+            max_length: longest text in tokens; `None` for the processor's own.
             pad_to_multiple_of: see transformers' tokenizers.
-            padding_side: `generate` needs padding on the left.
+            padding_side: side of the padding; `generate` needs it on the left.
 
         Returns:
             `pixel_values` (B, 3, H, W) if there are images; `input_ids` and `attention_mask` (B, T) of start token and
@@ -183,13 +183,13 @@ class CaptionerProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def captions(self, sequences: torch.Tensor, prompt_length: int | None = None) -> list[str]:
-        """Decode generated texts (B, T) into tidy captions: one line, no special tokens, no prompt.
+        """Decode generated texts (B, T) into B captions of one line each, without special tokens and prompt.
 
-        No reference caption begins with the prompt, so scores would suffer from it.
+        Reference captions do not start with the prompt, so captions with it would get lower scores.
 
         Args:
-            sequences: what `CaptionerModel.generate` returned.
-            prompt_length: tokens at the front that are left out; those of start token and `prompt` if `None`.
+            sequences: texts that `CaptionerModel.generate` returned.
+            prompt_length: number of first tokens to leave out; `None` for those of start token and `prompt`.
         """
         length = len(self.prompt_ids()) if prompt_length is None else prompt_length
         texts = self.tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
@@ -198,7 +198,7 @@ class CaptionerProcessor(ProcessorMixin):
     def post_process_image_text_to_text(
         self, generated_outputs: torch.Tensor, skip_special_tokens: bool = True, **kwargs
     ) -> list[str]:
-        """Decode texts (B, T), prompt included, without the space that many tokenizers write before the first word."""
+        """Decode texts (B, T), prompt included, without the space that many tokenizers put before the first word."""
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [text.lstrip() for text in texts]
 
@@ -208,22 +208,25 @@ class CaptionerProcessor(ProcessorMixin):
         Raises:
             ValueError: always.
         """
-        raise ValueError("a captioner has no chat template: give it images, and as text what the caption begins with")
+        raise ValueError("a captioner has no chat template: give it images, and as text the start of the caption")
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what the model takes."""
+        """Names of the model's inputs."""
         return ["pixel_values", "input_ids", "attention_mask"]
 
 
 class Texts:
-    """Encoded captions, laid end to end.
+    """Encoded captions, concatenated into one array.
 
     Args:
         rows: token ids of each caption.
-        lead: tokens of start and prompt in each.
+        lead: number of tokens of start token and prompt in each caption.
         end: id of the end token.
         pad: id of the padding token.
+
+    Attributes:
+        cut: number of captions that were cut.
     """
 
     def __init__(self, rows: Iterable[np.ndarray], lead: int, end: int, pad: int):
@@ -237,7 +240,12 @@ class Texts:
         return len(self.lengths)
 
     def warn_cut(self, limit: int, scope: str = "") -> None:
-        """Log how many captions were cut to `limit` tokens, if any were."""
+        """Warn of captions that were cut, if there are any.
+
+        Args:
+            limit: the tokens to which they were cut.
+            scope: which captions these are, for the warning.
+        """
         if self.cut:
             message = (
                 "%d of %d captions%s have more than %d tokens (max_length): they are cut, and learned without an end"
@@ -245,7 +253,7 @@ class Texts:
             logger.warning(message, self.cut, len(self), f" {scope}" if scope else "", limit)
 
     def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Batch captions by number, padded on the right to the longest.
+        """Batch the captions with these numbers, padded on the right to the longest.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each (captions, T). Start token, prompt and padding have no
@@ -261,6 +269,10 @@ class Texts:
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int = 8000) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on captions, with `<s>`, `</s>` and `<pad>` as special tokens.
+
+    Args:
+        captions: the captions.
+        vocab_size: largest number of tokens.
 
     Raises:
         ValueError: there are no captions, or the vocabulary is smaller than the 256 bytes and 3 special tokens.

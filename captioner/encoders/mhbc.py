@@ -10,14 +10,14 @@ from torch import nn
 class MHBC(nn.Module):
     """Multi-head bidirectional cross-attention between compressed and lookup tokens.
 
-    Direct and absorbed form are the same function. In multiply-adds per image and projection, direct costs
-    `N*D*D + M*N*D` and absorbed `M*D*D + H*M*N*D`; keys, values and infusion trade alike, so one comparison of the
-    shapes decides all three. There is no key bias: it adds a constant to a softmax row and so changes nothing.
+    The direct form and the absorbed form are the same function. In multiply-adds per image and projection, direct costs
+    `N*D*D + M*N*D` and absorbed `M*D*D + H*M*N*D`. The costs of keys, values and infusion are alike, so one comparison of
+    the shapes decides for all three. There is no key bias: it adds a constant to a softmax row and so changes nothing.
 
     Args:
         dim: token width D.
         num_heads: heads H, a divisor of D.
-        infuse: whether the layer also sends context back to the lookup tokens (the last block does not).
+        infuse: whether the layer also infuses context into the lookup tokens (the last block does not).
         absorb: `None` picks the cheaper form from the shapes; `True` or `False` forces one.
     """
 
@@ -47,7 +47,7 @@ class MHBC(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def gather(self, compressed: torch.Tensor, lookup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Information gathering: compute the update of the compressed tokens, and the attention A that it is made by.
+        """Information gathering: compute the update of the compressed tokens, and the attention A.
 
         Args:
             compressed: normed compressed tokens (B, M, D).

@@ -1,4 +1,4 @@
-"""Stems: the first layers of an encoder, which make tokens from pixels.
+"""Stems: the first layers of an encoder, which turn pixels into tokens.
 
 Letters: B batch, C image channels, H W pixels, (h, w) the token grid, D width.
 """
@@ -20,7 +20,7 @@ class NetworkStem(HybridEmbed):
     """The first stages of a timm network, down to the patch's stride, and a linear layer to the encoder's width.
 
     As in ViT's hybrids (Dosovitskiy et al., ICLR 2021, section 3.1), but from a small network. It is meant to start
-    from trained weights (`init_stem`), so its running statistics stay as they are, in training too.
+    from trained weights (`init_stem`), so training does not change its running statistics.
 
     Args:
         name: timm name of the network, without a tag.
@@ -87,7 +87,7 @@ def init_stem(
     mean: Sequence[float] | torch.Tensor,
     std: Sequence[float] | torch.Tensor,
 ) -> None:
-    """Copy a trained network's first stages into a stem, in place, and scale its input as that network expects it.
+    """Copy a trained network's first stages into a stem, in place, and scale its input to that of the network.
 
     Args:
         stem: the stem.
@@ -97,7 +97,7 @@ def init_stem(
         std: standard deviation of the network's input, likewise.
 
     Raises:
-        SettingError: it is another network.
+        SettingError: the network's weights do not fit the stem.
     """
     own_mean, own_std, mean, std = (
         torch.as_tensor(v, device="cpu").view(-1, 1, 1) for v in (own["mean"], own["std"], mean, std)
@@ -118,9 +118,9 @@ def create_stem(
 ) -> nn.Module:
     """Build the stem that turns pixels (B, C, H, W) into lookup tokens (B, h, w, D).
 
-    - `patch`: a linear layer per patch, as ViT has it.
-    - `conv`: three overlapping convolutions in its place (Xiao et al., NeurIPS 2021, arXiv 2106.14881), narrow enough
-      to add little: a tenth to the FLOPs of six blocks of LookupViT-Ti at 5x5.
+    - `patch`: a linear layer per patch, as in ViT.
+    - `conv`: three overlapping convolutions (Xiao et al., NeurIPS 2021, arXiv 2106.14881). They are narrow, and add a
+      tenth to the FLOPs of six blocks of LookupViT-Ti at 5x5.
     - any other: the first stages of the timm network of that name, see `NetworkStem`.
 
     Raises:
@@ -145,7 +145,7 @@ def create_stem(
         padding=(first - 1, 1, 1),
         act_layer=nn.GELU,
     )
-    backbone.num_features = dim  # with it and the sizes, HybridEmbed need not try an image
+    backbone.num_features = dim  # with this and the sizes, HybridEmbed does not run the backbone to find them
     sizes = {"feature_size": [side // patch_size for side in to_2tuple(img_size)], "feature_ratio": patch_size}
     options = {"in_chans": in_chans, "embed_dim": dim, "output_fmt": "NHWC", "strict_img_size": False}
     return HybridEmbed(backbone, img_size, **sizes, **options, proj=False)

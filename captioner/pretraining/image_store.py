@@ -177,9 +177,8 @@ class ImageStore:
         broken[meta["broken"]] = True
         self.usable = ~broken
         shape = (len(self.labels), 3, self.side, self.side)
-        mapped = np.memmap(
-            folder / "images.u8", np.uint8, "r+", shape=shape
-        )  # only read; torch warns of read-only arrays
+        # Nothing is written to it, but torch warns of arrays that cannot be written.
+        mapped = np.memmap(folder / "images.u8", np.uint8, "r+", shape=shape)
         self.squares = torch.from_numpy(mapped)
 
     def __len__(self) -> int:

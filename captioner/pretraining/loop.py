@@ -53,7 +53,7 @@ def pretrain(config: PretrainConfig) -> Path:
         ValueError: there are no data, a name is unknown, a teacher does not fit, the output folder holds the results of
             another run, or the loss is not finite.
         OSError: the disk is full; earlier checkpoints are unchanged.
-        SystemExit: a signal (SIGTERM, SIGINT) stopped the run after it saved a checkpoint; the code is 128 + the signal.
+        SystemExit: a signal (SIGTERM, SIGINT) stopped the run, which saved a checkpoint; the code is 128 + the signal.
     """
     with Interruption() as interruption:
         return run(config, interruption)

@@ -40,9 +40,7 @@ class TeacherHeads(nn.Module):
         }
         learned = {name: shape for name, shape in shapes.items() if self.weights[name] > 0}
         self.heads = nn.ModuleDict({name: nn.Linear(dim, shape[0]) for name, shape in learned.items()})
-        if (
-            dense and "maps" in learned
-        ):  # dense tokens were first LookupViT's lookup tokens; the name stays for checkpoints
+        if dense and "maps" in learned:  # checkpoints call this head by LookupViT's dense tokens
             self.heads["lookup"] = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, learned["maps"][0]))
         for name in ("maps", "lookup"):
             if name in self.heads:  # most classes are absent from most cells, so predictions start near 0

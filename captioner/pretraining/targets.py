@@ -21,8 +21,8 @@ Targets = dict[str, torch.Tensor]
 class TargetStore:
     """A teacher's outputs for V fixed views of n images, in half precision, in memory-mapped files.
 
-    Training fills the files. Several processes of one machine may share a folder: they write different entries, or equal
-    values. One process must create the files before the others open them.
+    Training fills the files. Several processes of one machine may share a folder: they write different entries, or
+    equal values. One process must create the files before the others open them.
 
     Args:
         folder: folder of the files; it is created if it does not exist.

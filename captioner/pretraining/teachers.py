@@ -57,7 +57,7 @@ class Teacher(nn.Module):
 
     @cached_property
     def stamp(self) -> str:
-        """Name and digest of everything that its outputs depend on: weights and settings, but not where its files are."""
+        """Name and digest of everything that its outputs depend on: weights and settings, but not paths of files."""
         files, input_range = ("name", "checkpoint"), ("mean", "std")  # the range is among the tensors
         settings = {
             key: value for key, value in asdict(self.config).items() if key not in (*files, *input_range, *WEIGHTS)

@@ -18,7 +18,7 @@ JITTER = 0.2
 class ViewOrder:
     """The view at each position of an endless run. It depends on seed and position alone.
 
-    Each epoch has all images in a new order. So processes can share the positions, and a run can resume at any position.
+    Each epoch has all images in a new order. So processes can share the positions, and a run can resume at any of them.
 
     Args:
         groups: rows of the images of each source.

@@ -1,9 +1,9 @@
 """Words of captions as labels of images: from the captions themselves, or predicted from teachers by a regression.
 
-The words of captions teach an encoder what people write about. But an encoder soon memorises the words of a few thousand
-images, which does not help with other images. A ridge regression from the teachers' outputs to the words avoids this. It
-is a fixed function of the view, and also gives words for images without captions. The words of a captioned image are
-predicted by a fit on the captions of *other* images (cross-fitting).
+The words of captions teach an encoder what people write about. But an encoder soon memorises the words of a few
+thousand images, which does not help with other images. A ridge regression from the teachers' outputs to the words
+avoids this. It is a fixed function of the view, and also gives words for images without captions. The words of a
+captioned image are predicted by a fit on the captions of *other* images (cross-fitting).
 
 Letters: B views, F features, V words.
 """

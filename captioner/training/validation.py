@@ -55,7 +55,7 @@ def validation_loss(
     images: Images,
     config: TrainConfig,
 ) -> float:
-    """Return the cross-entropy per token of the first K captions of each validation image, without smoothing."""
+    """Return the cross-entropy per token, without smoothing, on the first K captions of each validation image."""
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
