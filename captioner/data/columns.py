@@ -1,4 +1,4 @@
-"""The columns of a table of captions: which of its names mean image, captions, image id and split."""
+"""The columns of a table of captions: which names stand for image, captions, image id and split."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,19 +18,24 @@ IMAGE_NAMES = ("image", "file_name", "filename", "image_name", "image_path", "pa
 """Usual names of the column of images."""
 
 CAPTION_NAMES = ("captions", "caption", "text", "sentence", "sentences", "raw", "comment")
-"""Usual names of the column of captions. Where none of the first two is there, only one of the others may be."""
+"""Usual names of the column of captions. Without one of the first two, only one of the others may be present."""
 
 
 def plain_name(name: str) -> str:
-    """Return a column's name in the form in which names are compared: `File Name` is `file_name`."""
+    """Return a column's name in the form for comparisons: `File Name` is `file_name`."""
     return "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split())
 
 
 def find_column(names: Iterable[str], asked: str, usual: tuple[str, ...] = ()) -> str | None:
-    """Find a column by its name, whatever its case, else by another usual name if the name asked for is the default.
+    """Find a column by its name in any case; if that name is the default, also by its other usual names.
+
+    Args:
+        names: names of the table's columns.
+        asked: the name in the settings.
+        usual: the usual names; the first is the default.
 
     Raises:
-        ValueError: several columns may be meant.
+        ValueError: several columns fit.
     """
     names = list(names)
     if asked in names:
@@ -51,7 +56,7 @@ def find_caption_column(names: Iterable[str], asked: str = CAPTION_NAMES[0]) -> 
     """Find the column of captions, as `find_column` does.
 
     Raises:
-        ValueError: several columns may be meant.
+        ValueError: several columns fit.
     """
     names = list(names)
     found = find_column(names, asked, CAPTION_NAMES)
@@ -67,10 +72,10 @@ def find_columns(names: Iterable[str], asked: Columns, table: str) -> tuple[str,
     Args:
         names: the names of the table's columns.
         asked: the names of the columns in the settings.
-        table: what errors call the table.
+        table: name of the table in errors.
 
     Raises:
-        SettingError: there is no column of images or of captions, or several columns may be meant.
+        SettingError: there is no column of images or of captions, or several columns fit.
     """
     names = list(names)
     settings = ("image_column", "caption_column")

@@ -1,6 +1,6 @@
 """Where captioned images are: the settings of jobs on captioned data. Imports nothing heavy.
 
-Each job takes the class that has the settings it uses, so that a setting which would do nothing is no option of it.
+Each job takes the class with the settings that it uses, so that its command has no options without effect.
 """
 
 from dataclasses import dataclass

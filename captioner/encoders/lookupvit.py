@@ -84,8 +84,9 @@ class LookupViT(TokenEncoder):
     Args:
         img_size: training image size in pixels; any multiple of the patch works at call time.
         patch_size: patch side in pixels.
-        stem: the layers that make lookup tokens from pixels: `patch` (one linear layer per patch, as the paper), `conv` (three
-            overlapping convolutions) or the timm name of a network, whose first stages are taken; see `create_stem`.
+        stem: the layers that make lookup tokens from pixels: `patch` (one linear layer per patch, as in the paper),
+            `conv` (three overlapping convolutions) or the timm name of a network, whose first stages are taken; see
+            `create_stem`.
         stem_options: keyword arguments of that network.
         in_chans: image channels C.
         num_classes: classifier outputs; 0 for none.
@@ -230,7 +231,7 @@ class LookupViT(TokenEncoder):
     def roll_out(
         self, pixel_values: torch.Tensor, size: Grid, grid: Grid
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Encode pixels as `forward_streams`; also returns the share of each cell in each compressed token (B, M, h, w)."""
+        """Encode pixels as `forward_streams`; also returns the shares of cells in compressed tokens (B, M, h, w)."""
         compressed, lookup = self.embed(pixel_values, grid)
         resize = cell_weights(resize_tokens, size, grid, lookup)  # (g*g, N)
         rows = torch.cat([torch.zeros_like(resize[:1]), resize]).expand(len(lookup), -1, -1)  # (B, M, N)

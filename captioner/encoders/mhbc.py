@@ -11,8 +11,8 @@ class MHBC(nn.Module):
     """Multi-head bidirectional cross-attention between compressed and lookup tokens.
 
     The direct form and the absorbed form are the same function. In multiply-adds per image and projection, direct costs
-    `N*D*D + M*N*D` and absorbed `M*D*D + H*M*N*D`. The costs of keys, values and infusion are alike, so one comparison of
-    the shapes decides for all three. There is no key bias: it adds a constant to a softmax row and so changes nothing.
+    `N*D*D + M*N*D` and absorbed `M*D*D + H*M*N*D`. Keys, values and infusion cost the same, so one comparison of the
+    shapes decides for all three. There is no key bias: it adds a constant to a softmax row and so changes nothing.
 
     Args:
         dim: token width D.

@@ -15,8 +15,8 @@ steps is one such mixture, with A (M x N) the attention of information gathering
     infusion     L <- (L + T P) / 2         T = A^T with each row divided by its sum: the lookup token's own shares
 
 A class token or a register starts as a row of zeros, because it contains nothing of the image yet. A compressed token
-starts with the weights of the bilinear resize that makes it. At the end, each row is divided by its sum. MLPs, norms and
-values do not move content between tokens and are left out, as in the paper.
+starts with the weights of the bilinear resize that makes it. At the end, each row is divided by its sum. MLPs, norms
+and values do not move content between tokens and are left out, as in the paper.
 
 Letters: B batch, H heads, M tokens returned, N cells of the image (or tokens of a ViT), d width of a head.
 """

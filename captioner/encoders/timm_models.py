@@ -17,8 +17,8 @@ from captioner.grids import Grid
 class PooledEncoder(TokenEncoder):
     """Any timm ViT or CNN as a `TokenEncoder`.
 
-    It returns a ViT's prefix tokens (class, registers) and patches, or a CNN's feature map, row by row. The model always
-    computes its own map (`chooses_grid` is false); with a `grid`, the map is average-pooled to it.
+    It returns a ViT's prefix tokens (class, registers) and patches, or a CNN's feature map, row by row. The model
+    always computes its own map (`chooses_grid` is false); with a `grid`, the map is average-pooled to it.
 
     Args:
         model: the timm model.
@@ -95,8 +95,8 @@ class PooledEncoder(TokenEncoder):
         """Encode pixels (B, C, H, W) into tokens at their places; see `TokenMaps`.
 
         Attention is rolled out through the blocks of a model that attends between all its tokens, such as a ViT (see
-        `rollout.py`); a pooled token has the mean of its patches. In other models (CNNs, attention within windows), each
-        token has equal shares of the cells that it is pooled from.
+        `rollout.py`); a pooled token has the mean of its patches. In other models (CNNs, attention within windows),
+        each token has equal shares of the cells that it is pooled from.
         """
         recorder = None
         if attention:

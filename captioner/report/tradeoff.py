@@ -1,4 +1,4 @@
-"""A plot of what a score costs: one line per encoder, as an SVG file."""
+"""Plot scores over their costs, with one line per encoder, as an SVG file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from captioner.report.svg import COLOURS, drawing
 
 @dataclass
 class Point:
-    """One way to encode an image: its cost and its score with the ends of an interval."""
+    """One way to encode images: its cost, and its score with a confidence interval."""
 
     series: str
     name: str
@@ -20,10 +20,10 @@ class Point:
 
 
 def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
-    """Draw scores over costs, the costs on a logarithmic axis; points of a series are joined.
+    """Plot scores over costs, with costs on a logarithmic axis; a line joins the points of a series.
 
     Args:
-        points: what to draw; those of one series have one colour.
+        points: the points; those of one series have one colour.
         cost: label of the horizontal axis.
         score: label of the vertical axis.
 
@@ -63,7 +63,7 @@ def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
 
 
 def _tick_steps(reach: float) -> tuple[float, ...]:
-    """Return the steps of a power of ten that get a label, so that an axis from 1 to `reach` has two to ten labels."""
+    """Return the multiples of powers of ten that get a label; an axis from 1 to `reach` then has two to ten labels."""
     if reach > 2000:
         return (1,)
     return (1, 2, 5) if reach > 5 else (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
