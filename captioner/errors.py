@@ -21,6 +21,11 @@ class SettingError(ValueError):
         self.settings = settings
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def check_positive(settings: Any, *names: str) -> None:
     """Refuse settings that are zero, negative or not finite; `None` is accepted.
 
@@ -40,4 +45,4 @@ def check_shares(settings: Any, *names: str) -> None:
     """
     for name in names:
         if not 0 <= (value := getattr(settings, name)) <= 1:
-            raise SettingError(f"{name} is a share between 0 and 1, not {value}", name)
+            raise SettingError(f"{name} must be a share between 0 and 1, not {value}", name)

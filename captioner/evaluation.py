@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
@@ -35,7 +35,7 @@ def caption_split(
     grid: Grid | None = None,
     workers: int = 0,
     images: Images | None = None,
-    **generation,
+    **generation: Any,
 ) -> list[dict]:
     """Caption every image of a table once; the processes share the images.
 
@@ -86,7 +86,7 @@ def caption_split(
     return [{"image_id": ids[row], "caption": captions[row]} for row in rows]
 
 
-def score_results(results: list[dict], table: "datasets.Dataset", **options) -> Scores:
+def score_results(results: list[dict], table: "datasets.Dataset", **options: Any) -> Scores:
     """Score COCO results against the captions of their table.
 
     Args:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from captioner.errors import first_line
+
 
 def hub_trouble(name: str, kind: Literal["model", "dataset"]) -> str | None:
     """Return why the hub cannot be reached for a repository, or None if it can.
@@ -20,12 +22,12 @@ def hub_trouble(name: str, kind: Literal["model", "dataset"]) -> str | None:
         (api.model_info if kind == "model" else api.dataset_info)(name, timeout=10)
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(
-            f"'{name}' is no file, no folder, and no {kind} on the hub (of a private one: hf auth login)"
+            f"'{name}' is no file, no folder, and no {kind} on the hub (if it is private, run `hf auth login`)"
         ) from None
     except HfHubHTTPError:
         return None  # the hub answers; its own error follows when a file is requested
     except (OSError, *HfHubHTTPError.__bases__) as error:  # the bases are errors of its HTTP client
-        return f"the hub does not answer ({str(error).partition(chr(10))[0]})"
+        return f"the hub does not answer ({first_line(error)})"
     return None
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging as transformers_logging
 
 from captioner.encoders.shipped import SHIPPED, WEIGHTS
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.grids import Grid, parse_grid
 from captioner.hub import hub_options
 from captioner.images import ImageError, ImageSource, each_image, is_single, name_source
@@ -26,9 +26,9 @@ COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that must be whole numbers above 0."""
 
 REFUSED = {
-    "num_return_sequences": "captioning gives one caption an image",
-    "return_dict_in_generate": "captioning gives captions",
-    "max_length": "max_new_tokens says how long a caption may be",
+    "num_return_sequences": "captioning returns one caption per image",
+    "return_dict_in_generate": "captioning returns captions",
+    "max_length": "max_new_tokens limits the length of a caption",
 }
 """Options of transformers' `generate` that captioning refuses, and why."""
 
@@ -243,7 +243,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
             options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             loaded, info = cast("tuple[CaptionerModel, dict]", CaptionerModel.from_pretrained(source, **options))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise SettingError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}", "model") from None
+        raise SettingError(f"'{source}' is not a captioner model: {first_line(error)}", "model") from None
     if missing := sorted(info["missing_keys"]):
         raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", "model")
     return Captioner(loaded, processor, device)

@@ -58,7 +58,7 @@ class CaptionerConfig(PretrainedConfig):
         fusion: str = "prefix",
         grid: Grid | None = None,
         blind: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         if fusion not in FUSIONS:
             raise SettingError(f"there is no fusion '{fusion}'; there are {', '.join(FUSIONS)}", "fusion")

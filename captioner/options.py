@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from captioner.errors import SettingError
+
 MENDS = {
     "learning_rate": "lower {}",
     "on_bad": "pass {} skip to leave it out",
@@ -85,8 +87,7 @@ def read_settings(prog: str, defaults: Any, args: Sequence[str]) -> Any:
         if not stop.code:  # tyro printed the help, or a script for completion in a shell
             print(box, end="")
             raise
-        fault = find_fault(stop)
-        if fault is not None and hasattr(fault, "settings"):
+        if fault := find_fault(stop):
             raise UsageError(f"{one_line(fault)}{mends(fault, defaults, args)}") from None
         raise UsageError(rephrase(box)) from None
     if unknown:
@@ -154,13 +155,13 @@ def mends(error: BaseException, defaults: Any, args: Sequence[str]) -> str:
     """Return the options that correct an error, as the end of its message; empty if there are none.
 
     Args:
-        error: an error; its attribute `settings`, if there is one, names the settings that correct it.
+        error: an error; a `SettingError` names the settings that correct it.
         defaults: see `read_settings`; `None` if the command line was not read.
         args: the options on the command line.
     """
     options, given = list_options(defaults) if defaults is not None else {}, given_options(args)
     phrases: dict[str, list[str]] = {}
-    for setting in getattr(error, "settings", ()):
+    for setting in error.settings if isinstance(error, SettingError) else ():
         names = [name for name in options if name == setting or name.endswith(f".{setting}")]
         if names:
             option = options[min(names, key=lambda name: name.count("."))]  # `grid` before `model.grid`
@@ -188,10 +189,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def find_fault(stop: BaseException) -> BaseException | None:
+def find_fault(stop: BaseException) -> SettingError | None:
     """Return the error of this package for which tyro exits; `None` if the error is tyro's own."""
     error: BaseException | None = stop
-    while error is not None and not hasattr(error, "settings"):
+    while error is not None and not isinstance(error, SettingError):
         error = error.__context__
     return error
 

@@ -4,6 +4,7 @@ Letters: B images, T tokens of a text, H W pixels.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -55,7 +56,9 @@ class CaptionerProcessor(ProcessorMixin):
         max_length: tokens above which a training text is cut, start token and prompt included.
     """
 
-    def __init__(self, tokenizer=None, image: dict | None = None, prompt: str = "", max_length: int = 40):
+    def __init__(
+        self, tokenizer: Any = None, image: dict | None = None, prompt: str = "", max_length: int = 40
+    ) -> None:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"  # texts are continued on the right
@@ -65,7 +68,9 @@ class CaptionerProcessor(ProcessorMixin):
         super().__init__(tokenizer)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "CaptionerProcessor":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "CaptionerProcessor":
         """Load a processor from a folder or the hub; see transformers for the options."""
         # The tokenizer's own files name its class. Without this, transformers would read the configuration of the
         # captioner, and warn that it does not know such models.
@@ -196,13 +201,13 @@ class CaptionerProcessor(ProcessorMixin):
         return [" ".join(text.split()) for text in texts]
 
     def post_process_image_text_to_text(
-        self, generated_outputs: torch.Tensor, skip_special_tokens: bool = True, **kwargs
+        self, generated_outputs: torch.Tensor, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """Decode texts (B, T), prompt included, without the space that many tokenizers put before the first word."""
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [text.lstrip() for text in texts]
 
-    def apply_chat_template(self, *args, **kwargs) -> str:
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         """Refuse a chat: a captioner continues a text about an image and follows no instructions.
 
         Raises:

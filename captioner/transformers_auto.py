@@ -51,12 +51,14 @@ class ImageToTextPipeline(Pipeline):
     _load_tokenizer = False
     _pipeline_calls_generate = False
 
-    def __init__(self, model: CaptionerModel, **kwargs):
+    def __init__(self, model: CaptionerModel, **kwargs: Any):
         if not isinstance(model, CaptionerModel):
             raise ValueError(f"image-to-text runs captioner models; for {type(model).__name__} use image-text-to-text")
         super().__init__(model, **kwargs)
 
-    def _sanitize_parameters(self, max_new_tokens: int | None = None, generate_kwargs: dict | None = None, **kwargs):
+    def _sanitize_parameters(
+        self, max_new_tokens: int | None = None, generate_kwargs: dict | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         generation = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             generation["max_new_tokens"] = max_new_tokens

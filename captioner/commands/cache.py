@@ -42,7 +42,7 @@ class CacheConfig:
     seed: int = 0
     """Seed of the random crops, and of an encoder without trained weights (as `captioner train --seed`)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "views", "batch_size")
         if not self.splits:
             raise SettingError("there is no split to encode", "splits")
@@ -51,7 +51,7 @@ class CacheConfig:
                 f"min_crop is a share of the image, above 0 and up to 1, not {self.min_crop}", "min_crop"
             )
         if self.captioner is not None and self.model != EncoderConfig():
-            raise SettingError("an encoder and a captioner are named, which has its own encoder", "captioner")
+            raise SettingError("an encoder is set beside a captioner, which has its own encoder", "captioner")
         for grid in self.grids:
             parse_grid(grid)
 

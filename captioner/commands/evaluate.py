@@ -39,7 +39,7 @@ class EvaluateConfig:
     spice: Path | None = None
     """Folder with SPICE's models; without it SPICE is left out."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "limit")
         parse_grid(self.grid)
 

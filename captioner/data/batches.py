@@ -4,7 +4,7 @@ Letters: B images, K captions of each, T text tokens, M image tokens, D their wi
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,7 +86,11 @@ def open_images(
     if cache is not None and (required or not cache.missing(table)):
         return cache.images(table)
     if cache is not None:
-        logger.warning("'%s' lacks images of the split '%s': they are encoded anew", cache.folder, table[0]["split"])
+        logger.warning(
+            "'%s' lacks images of the split '%s': all are encoded again from their files",
+            cache.folder,
+            table[0]["split"],
+        )
     return ImageFiles(table, processor)
 
 
@@ -142,7 +146,9 @@ class CaptionStream(SeededStream):
         view = int(random.integers(self.images.views))
         return {"row": number, "image": image, "captions": captions, "view": view}
 
-    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+    def loader(
+        self, start: int, stop: int, batch_size: int, workers: int, collate_fn: Callable | None = None
+    ) -> DataLoader:
         """Load the items from position `start` to `stop` in batches; cached images need no loading processes."""
         return super().loader(start, stop, batch_size, self.images.workers(workers), collate_fn)
 

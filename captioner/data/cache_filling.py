@@ -176,6 +176,6 @@ def check_room(folder: Path, job: Job, images: int) -> None:
     )
     if needed > free:
         raise OSError(
-            f"the disk of '{folder}' has not the room: the tokens take {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
-            "free; another disk, fewer grids or fewer views would do"
+            f"the disk of '{folder}' is too small: the tokens need {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            "free; use another disk, fewer grids or fewer views"
         )

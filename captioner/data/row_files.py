@@ -123,7 +123,7 @@ def parse_table(text: str, path: Path) -> Rows:
             or the separator is unclear.
     """
     if text.lstrip()[:1] in ("{", "["):
-        raise ValueError(f"'{path}' is no table: it begins as JSON does; let its name end in .json or .jsonl")
+        raise ValueError(f"'{path}' is JSON and no table; give it a name that ends in .json or .jsonl")
     separator, text, skipped = find_separator(text, path)
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
@@ -204,7 +204,7 @@ def describe_csv_error(error: csv.Error) -> str:
     if "unexpected end" in str(error):
         return "opens a quote that is never closed"
     if "expected after" in str(error):
-        return "goes on after a closing quote; a quote within quotes is written twice"
+        return "continues after a closing quote; a quote within quotes must be written twice"
     return f"cannot be read: {error}"
 
 

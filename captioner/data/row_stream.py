@@ -143,7 +143,9 @@ class RowStream(SeededStream):
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(super().__getitem__, positions))
 
-    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+    def loader(
+        self, start: int, stop: int, batch_size: int, workers: int, collate_fn: Callable | None = None
+    ) -> DataLoader:
         """Load the items from position `start` to `stop` in batches, in one loading process with `workers` threads.
 
         Each further loading process would read all rows and hold a buffer of its own.

@@ -21,7 +21,7 @@ from captioner.data.dataset_files import check_hub, dataset_records, is_hub_id, 
 from captioner.data.image_finder import ImageFinder
 from captioner.data.readers import read_captions
 from captioner.data.records import OnBad
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.images import MAX_BYTES, ImageError, ImageSource
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class StreamedRows:
         image, captions, image_id = find_columns(first_row(self.rows, self.name), Columns(*columns), self.name)
         self.columns = image, captions, image_id or columns[2]
         if (size or known) is None:
-            raise SettingError(f"{self.name}, does not say how many rows it has", "stream_rows")
+            raise SettingError(f"the number of rows of {self.name}, is unknown", "stream_rows")
         self.size: int = size or known or 0
         self.find = ImageFinder(Path(source) if Path(source).is_dir() else Path(), images)
 
@@ -165,7 +165,7 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
             builder = datasets.load_dataset_builder(**place)
             parts = builder.as_streaming_dataset()
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
-        raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot load '{source}' as a data set: {first_line(error)}") from None
     split = pick_split(parts, split, source)
     rows, known = parts[split], None
     if saved:

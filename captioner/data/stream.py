@@ -88,7 +88,9 @@ class SeededStream(Dataset):
         """Return the generator of random numbers of position i."""
         return np.random.default_rng((self.seed, 1, i))
 
-    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+    def loader(
+        self, start: int, stop: int, batch_size: int, workers: int, collate_fn: Callable | None = None
+    ) -> DataLoader:
         """Load the items from position `start` to `stop` in batches; read them through `raise_errors`."""
         return DataLoader(
             Positions(self, range(start, stop)),

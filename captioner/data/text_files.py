@@ -51,7 +51,9 @@ def decode_text(data: bytes, path: Path) -> str:
             try:
                 return data.decode(encoding)
             except UnicodeDecodeError as error:
-                raise ValueError(f"'{path}' begins as {encoding} and is not: {error}") from None
+                raise ValueError(
+                    f"'{path}' has the byte order mark of {encoding} and another encoding: {error}"
+                ) from None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -66,18 +68,12 @@ def decode_text(data: bytes, path: Path) -> str:
     raise ValueError(f"'{path}', line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8")
 
 
-def load_json(path: Path) -> Any:
-    """Parse a JSON file.
+def parse_json_text(text: str, path: Path) -> Any:
+    """Parse the text of a JSON file.
 
     Raises:
-        ValueError: the file is not JSON, or `read_text` refuses it.
-        OSError: the file cannot be read.
+        ValueError: the text is not JSON.
     """
-    return parse_json_text(read_text(path), path)
-
-
-def parse_json_text(text: str, path: Path) -> Any:
-    """Parse the text of a JSON file; see `load_json`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # json raises ValueError for numbers of thousands of digits, too

@@ -15,7 +15,7 @@ from timm.models import is_model_in_modules, model_entrypoint
 from captioner.encoders.base import TokenEncoder
 from captioner.encoders.shipped import SHIPPED, describe_shipped, load_shipped
 from captioner.encoders.timm_models import PooledEncoder
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.hub import hub_options
 
 logger = logging.getLogger(__name__)
@@ -182,17 +182,12 @@ def rebuild_encoder(description: Mapping[str, Any]) -> TokenEncoder:
     fields = description if isinstance(description, Mapping) else {}
     name, kwargs = fields.get("name"), fields.get("kwargs", {})
     if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
-        raise ValueError(f"a captioner's configuration describes no encoder by {description}")
+        raise ValueError(f"the encoder_config of a captioner is not valid: {description}")
     if elsewhere := [name] * name.startswith(EXPORTED) + loading_options(kwargs):
-        raise ValueError(f"a captioner's configuration may not ask for '{elsewhere[0]}' of its encoder")
+        raise ValueError(f"the encoder_config of a captioner may not hold '{elsewhere[0]}', which would load something")
     return create_encoder(name.split(".")[0], **kwargs, pretrained=False)
 
 
 def loading_options(kwargs: Mapping[str, Any]) -> list[str]:
     """Return the keyword arguments with which timm would load something."""
     return [key for key in kwargs if key.startswith(("pretrained", "checkpoint")) or key == "cache_dir"]
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its class if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

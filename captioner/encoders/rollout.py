@@ -38,7 +38,7 @@ class AttentionRecorder(TorchFunctionMode):
     alone, and changes no output.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.maps: list[torch.Tensor] = []
 

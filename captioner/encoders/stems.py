@@ -31,7 +31,7 @@ class NetworkStem(HybridEmbed):
         options: further keyword arguments of the network.
 
     Raises:
-        SettingError: timm has no such network, it cannot be cut there, or the options ask for weights.
+        SettingError: timm has no such network, it cannot be cut there, or the options would load weights.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class NetworkStem(HybridEmbed):
             )
         options = options or {}
         if not isinstance(options, dict) or (asked := [*loading_options(options), *({"out_indices"} & options.keys())]):
-            what = f"ask for '{asked[0]}'" if isinstance(options, dict) else f"be '{options}'"
-            raise SettingError(f"the options of a stem may not {what}", "encoder_options")
+            what = (
+                f"may not hold '{asked[0]}'" if isinstance(options, dict) else f"must be a dictionary, not '{options}'"
+            )
+            raise SettingError(f"the options of a stem {what}", "encoder_options")
         make = partial(timm.create_model, name, features_only=True, feature_cls="getter", in_chans=in_chans, **options)
         try:
             network = make()

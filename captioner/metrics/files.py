@@ -65,14 +65,18 @@ def read_references(
     """
     content = load_document(path)
     if isinstance(content, Rows):
-        raise ValueError(f"'{path}' comes last, where the annotations do, and these are COCO's or Karpathy's JSON")
+        raise ValueError(
+            f"'{path}' is a table, but annotations, which come last, are JSON of COCO or of Karpathy's splits"
+        )
     if isinstance(content, list):
-        raise ValueError(f"'{path}' is a list, as results are; annotations come last: RESULTS [RESULTS_B] ANNOTATIONS")
+        raise ValueError(f"'{path}' is a list, as results are, but the last file must hold the annotations")
     found, report = ReferenceSet(), ReadReport()
     if is_karpathy(content):
         records = list(select_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
     elif split is not None:
-        raise ValueError(f"'{path}' is not Karpathy's and has no splits to choose from, but '{split}' was asked for")
+        raise ValueError(
+            f"'{path}' has no splits, so '{split}' cannot be selected; only files of Karpathy's splits have them"
+        )
     else:
         records = list(read_coco(content, path, None, images_needed=False))
         if stray := [record.image_id for record in records if not record.listed]:
@@ -84,7 +88,8 @@ def read_references(
         if isinstance(record.image, str):
             found.files[record.image_id] = record.image
     if report.duplicate_ids:
-        raise ValueError(f"'{path}': {name_ids(report.duplicate_ids)} listed more than once, or with the id of another")
+        fact = f"{name_ids(report.duplicate_ids)} listed more than once, or with the id of another image"
+        raise ValueError(f"'{path}': {fact}")
     if report.unreadable_captions:
         odd = name_ids(dict.fromkeys(report.unreadable_captions))
         raise ValueError(f"'{path}': {odd} with a caption that is no text, or a list that cannot be read")
@@ -113,7 +118,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
     """
     if path.suffix.lower() == ".txt":
-        raise ValueError(f"'{path}': results end in .json, .jsonl or .csv; let the captioner write one of these")
+        raise ValueError(f"'{path}' is a .txt file; results must be a .json, .jsonl or .csv file")
     content = load_document(path)
     table = content if isinstance(content, Rows) else None
     rows: Any = content if table is None else table.rows

@@ -24,8 +24,8 @@ def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[lis
     if any(row["image_id"] in known for row in rows):
         return rows, None
     ways: dict[str, Callable[[ImageId], ImageId]] = {
-        "by number, which they write as text": _number,
-        "as text, which they write as numbers": str,
+        "as numbers; they are written as text": _number,
+        "as text; they are written as numbers": str,
         "by the names of image files": ImageNames(references.files).find,
     }
     for how, translate in ways.items():
@@ -104,7 +104,9 @@ def check_names(
         if image_id not in references.captions:
             unknown.append(written)
         elif (other := meant.setdefault(image_id, written)) != written:
-            raise ValueError(f"'{path}': '{other}' and '{written}' both mean image {image_id!r} of the annotations")
+            raise ValueError(
+                f"'{path}': '{other}' and '{written}' both stand for image {image_id!r} of the annotations"
+            )
     if partial or not unknown:
         return
     names = ImageNames(references.files)
@@ -113,7 +115,7 @@ def check_names(
             files = " or ".join(f"'{references.files[image_id]}'" for image_id in several[:2])
             raise ValueError(
                 f"'{path}': the image '{written}' may be {files} of the annotations; "
-                "the results must write more of the path"
+                "give more of its path in the results"
             )
 
 

@@ -40,7 +40,7 @@ class NGrams:
     call.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.words: dict[str, int] = {}
         empty = np.empty(0, np.int64)
         self.keys = [empty] * MAX_N  # sorted, one array per order

@@ -110,7 +110,7 @@ class Scores:
         """Return plain values for JSON: scores of the corpus and of each image, tokenizer, warnings."""
         images = [
             {"image_id": image_id, **{name: _plain(values[place]) for name, values in self.per_image.items()}}
-            for place, image_id in enumerate(map(_plain_id, self.image_ids))
+            for place, image_id in enumerate(map(python_id, self.image_ids))
         ]
         return {
             "corpus": {name: None if value is None else _plain(value) for name, value in self.corpus.items()},
@@ -157,7 +157,7 @@ def score(
         ValueError: an id is missing, extra or given twice, a caption is not text or is empty, or a metric is unknown.
     """
     if not 0 < java_timeout < math.inf:
-        raise SettingError(f"java_timeout is a positive number of seconds, not {java_timeout}", "java_timeout")
+        raise SettingError(f"java_timeout must be a positive number of seconds, not {java_timeout}", "java_timeout")
     unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
     if unknown:
         raise ValueError(f"no metric '{unknown[0]}'; choose from {', '.join((*METRICS, 'SPICE'))}")
@@ -234,14 +234,14 @@ def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
     if isinstance(predictions, Mapping):
         return predictions
     if not isinstance(predictions, Iterable):
-        raise ValueError(f"predictions are a mapping or COCO results, not {type(predictions).__name__}")
+        raise ValueError(f"predictions must be a mapping or COCO results, not {type(predictions).__name__}")
     rows = list(predictions)
     bad = [row for row in rows if not isinstance(row, Mapping) or not {"image_id", "caption"} <= set(row)]
     if bad:
         raise ValueError(f"{len(bad)} results lack 'image_id' or 'caption', such as {str(bad[0])[:80]}")
     odd = [row["image_id"] for row in rows if not _is_hashable(row["image_id"])]
     if odd:
-        raise ValueError(f"{name_ids(odd)} with an id that cannot be looked up; ids are numbers or text")
+        raise ValueError(f"{name_ids(odd)} with an id that is neither a number nor text")
     times = Counter(row["image_id"] for row in rows)
     twice = [image_id for image_id, number in times.items() if number > 1]
     if twice:
@@ -252,7 +252,7 @@ def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
 def _common_ids(captions: Mapping, references: References, partial: bool) -> tuple[list[Any], dict[str, int]]:
     """Return the ids that both sides have, and the numbers of `Scores.partial`."""
     if not isinstance(references, Mapping):
-        raise ValueError(f"references are a mapping of image ids to captions, not {type(references).__name__}")
+        raise ValueError(f"references must be a mapping of image ids to captions, not {type(references).__name__}")
     missing = [image_id for image_id in references if image_id not in captions]
     extra = [image_id for image_id in captions if image_id not in references]
     if (missing or extra) and not partial:
@@ -303,7 +303,9 @@ def _limits(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequ
     pairs = zip(scores.predictions, scores.references, strict=True)
     copied = sum(tokens in others for tokens, others in pairs)
     if copied > len(scores.predictions) / 2:
-        limits.append(f"predictions equal to one of their own references: {copied}; do the references hold them?")
+        limits.append(
+            f"predictions equal to one of their own references: {copied}; the references may contain the predictions"
+        )
     unscored = int(np.isnan(scores.per_image.get("SPICE", np.zeros(1))).sum())
     if unscored:
         limits.append(f"images that SPICE gave no score, left out of its mean: {unscored}")
@@ -340,8 +342,8 @@ def _is_group(captions: Any) -> bool:
     return isinstance(captions, Collection) and not isinstance(captions, str | bytes) and len(captions) > 0
 
 
-def _plain_id(image_id: Hashable) -> Hashable:
-    """Return a number of numpy as one of Python; other ids are unchanged."""
+def python_id(image_id: Hashable) -> Hashable:
+    """Return an id that is a number of numpy, or a tensor of one number, as one of Python; others are unchanged."""
     return image_id.item() if hasattr(image_id, "item") else image_id
 
 

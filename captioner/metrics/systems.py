@@ -82,7 +82,7 @@ def evaluate_systems(
     level: float = 0.95,
     seed: int = 0,
     partial: bool = False,
-    **options,
+    **options: Any,
 ) -> Evaluation:
     """Score one system, or compare two.
 
@@ -123,7 +123,7 @@ def evaluate_systems(
 
 
 def score_shared(
-    rows: Sequence[Mapping], references: Mapping[ImageId, list[str]], shared: Collection[ImageId], **options
+    rows: Sequence[Mapping], references: Mapping[ImageId, list[str]], shared: Collection[ImageId], **options: Any
 ) -> Scores:
     """Score the images that all systems share; the warnings count the images that this system lacks or adds itself."""
     if len(shared) == len(references):

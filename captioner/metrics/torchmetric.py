@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Hashable, Sequence
+from typing import Any
 
-from captioner.metrics.scores import Scores, score
+from captioner.metrics.scores import Scores, python_id, score
 
 
 class CaptionMetric:
@@ -24,7 +25,7 @@ class CaptionMetric:
         **options: further options of `score`.
     """
 
-    def __init__(self, metrics: Sequence[str] = ("BLEU", "ROUGE-L", "CIDEr"), **options):
+    def __init__(self, metrics: Sequence[str] = ("BLEU", "ROUGE-L", "CIDEr"), **options: Any):
         self.metrics = tuple(metrics)
         self.options = options
         self.reset()
@@ -50,8 +51,9 @@ class CaptionMetric:
             found = f"{len(image_ids)} image ids, {len(predictions)} predictions, {len(references)} lists of references"
             raise ValueError(f"{found}; give one of each for each image")
         for image_id, prediction, others in zip(image_ids, predictions, references, strict=True):
-            key = image_id.item() if hasattr(image_id, "item") else image_id
-            self._rows.setdefault(key, (prediction, others if isinstance(others, str) else list(others)))
+            self._rows.setdefault(
+                python_id(image_id), (prediction, others if isinstance(others, str) else list(others))
+            )
 
     def compute(self) -> Scores:
         """Score the captions of all processes. Every process must call this and gets the same result.

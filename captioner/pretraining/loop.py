@@ -19,7 +19,7 @@ from torch import nn
 from captioner.data.stream import draw_grid
 from captioner.encoders import TokenEncoder, create_encoder, describe_encoder
 from captioner.encoders.registry import has_weights
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.grids import Grid, write_grid
 from captioner.pretraining.batches import Batches
 from captioner.pretraining.config import PretrainConfig
@@ -156,7 +156,9 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             break
     log.close()
     if step < config.steps:
-        accelerator.print(f"stopped at step {step} of {config.steps}, saved in '{checkpoints}'; run again to go on")
+        accelerator.print(
+            f"stopped at step {step} of {config.steps}, saved in '{checkpoints}'; run it again to continue"
+        )
         accelerator.end_training()
         if signal:
             raise SystemExit(128 + signal)
@@ -212,9 +214,8 @@ def check_views(encoder: TokenEncoder, config: PretrainConfig) -> None:
         try:
             encoder.forward_maps(torch.zeros(1, 3, size, size), (1, 1) if encoder.chooses_grid else None)
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
             raise SettingError(
-                f"'{config.encoder}' does not take views of {size} px ({reason})",
+                f"'{config.encoder}' does not take views of {size} px ({first_line(error)})",
                 *("late_size", "early_size", "encoder_options"),
             ) from None
     if encoder.chooses_grid or config.probe_train:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from captioner.encoders.registry import create_timm
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.hub import hub_options
 from captioner.pretraining.config import TeacherConfig
 from captioner.pretraining.targets import Targets
@@ -50,7 +50,8 @@ class Teacher(nn.Module):
         mean, std = self.config.mean or mean, self.config.std or std
         if mean is None or std is None:
             logger.warning(
-                "'%s' does not say the mean and std of its input: taking 0.5; or give both", self.config.name
+                "the mean and std of the input of '%s' are unknown, so 0.5 is taken; set both if they differ",
+                self.config.name,
             )
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values or (0.5,) * 3, dtype=torch.float32).view(3, 1, 1))
@@ -159,7 +160,7 @@ class TransformersTeacher(Teacher):
             options = hub_options(config.name)
             model = AutoModel.from_pretrained(config.name, use_safetensors=True, **options)
         except (OSError, ValueError) as error:
-            raise ValueError(f"no teacher at '{config.name}': {str(error).splitlines()[0]}") from None
+            raise ValueError(f"no teacher at '{config.name}': {first_line(error)}") from None
         self.model = getattr(model, "vision_model", model)  # the image encoder of an image-text model
         try:
             prepares = AutoImageProcessor.from_pretrained(config.name, **options)

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, load
 from torch import nn
 
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.runs.digests import digest_file
 from captioner.runs.files import folder_whole, part_of, recover_folder, replace_folder
 
@@ -177,7 +177,7 @@ def resume(
         accelerator.wait_for_everyone()
         return progress
     if candidates:
-        raise SettingError(f"every checkpoint in '{folder}' is damaged; delete that folder to begin anew", "output")
+        raise SettingError(f"every checkpoint in '{folder}' is damaged; delete that folder to start again", "output")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     return None
@@ -211,7 +211,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
         if name not in absent and saved.get(name) != value:
             raise SettingError(
                 f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}; "
-                "a run goes on with the settings it began with",
+                "a resumed run must have the settings of its checkpoint",
                 "output",
             )
     try:
@@ -220,9 +220,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
         load(path / f"random_states_{accelerator.process_index}.pkl")  # accelerate ignores a missing or broken file
         accelerator.load_state(str(path), strict=strict)
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"'{path}' does not fit this model: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"'{path}' does not fit this model: {first_line(error)}") from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f"'{path}' holds more than tensors, refused: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"'{path}' holds more than tensors, refused: {first_line(error)}") from None
     return progress
 
 
@@ -262,7 +262,7 @@ def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
 def not_finite(what: str, step: int, checkpoints: Path) -> SettingError:
     """Return the error of a run with infinite numbers or NaN; it says how to continue."""
     return SettingError(
-        f"{what} at step {step}; with a lower learning rate, the run goes on from the last checkpoint in "
+        f"{what} at step {step}; with a lower learning rate, the run continues from the last checkpoint in "
         f"'{checkpoints}'",
         "learning_rate",
     )

@@ -13,6 +13,8 @@ from typing import IO, Literal
 
 from safetensors import SafetensorError
 
+from captioner.errors import first_line
+
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
 """Words in the RuntimeError that torch raises if a file cannot be written."""
 
@@ -107,7 +109,7 @@ def check_failed_write(error: Exception) -> None:
 
 def cannot_write(what: str, error: Exception, remark: str = "") -> OSError:
     """Return an error that names in one line what could not be written, and why."""
-    return OSError(f"cannot write {what} ({str(error).splitlines()[0]}); free some disk space and run again{remark}")
+    return OSError(f"cannot write {what} ({first_line(error)}); free some disk space and run again{remark}")
 
 
 def part_of(final: Path) -> Path:

@@ -31,7 +31,7 @@ class Interruption:
     SIGINT (Ctrl-C). Outside the main thread, where Python allows no signal handlers, signals act as usual.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._since = 0.0
         self._at_once = False

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -14,7 +15,7 @@ PATIENCE = timedelta(hours=2)
 """Time that processes wait for each other: the main process reads data and writes models while others wait."""
 
 
-def start_processes(*handlers: KwargsHandler, **settings) -> Accelerator:
+def start_processes(*handlers: KwargsHandler, **settings: Any) -> Accelerator:
     """Return the accelerator of a job; its processes wait for each other up to `PATIENCE`.
 
     Args:

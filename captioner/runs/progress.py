@@ -14,14 +14,14 @@ class MinuteLines(tqdm):
     printed = 0.0
     """Seconds since the start at which the last line was printed."""
 
-    def display(self, *args, **kwargs) -> None:
+    def display(self, *args: Any, **kwargs: Any) -> None:
         """Print the progress, if the last line is a minute old."""
         elapsed = self.format_dict["elapsed"]
         if elapsed - self.printed >= MINUTE:
             self.printed = elapsed
             print(self, file=sys.stderr, flush=True)
 
-    def clear(self, *args, **kwargs) -> None:
+    def clear(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: printed lines stay."""
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 
 from captioner.data.encoding import token_shapes
 from captioner.encoders import describe_encoder, frozen_encoder
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.fusion import FUSIONS
 from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
@@ -175,7 +175,7 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         text_config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no decoder at '{name}': {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no decoder at '{name}': {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of '{name}' has no end token, so captions could not end; "
@@ -210,7 +210,7 @@ def copy_weights(name: str, decoder: nn.Module) -> None:
             name, config=decoder.config, dtype=torch.float32, use_safetensors=True, **hub_options(name)
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no weights for decoder '{name}': {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no weights for decoder '{name}': {first_line(error)}") from None
     decoder.load_state_dict(pretrained.state_dict())
 
 

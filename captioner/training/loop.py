@@ -177,7 +177,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             saved = time.monotonic()
         if stop:
             log.close()
-            accelerator.print(f"stopped at step {step} of {total}, saved in '{checkpoints}'; run again to go on")
+            accelerator.print(f"stopped at step {step} of {total}, saved in '{checkpoints}'; run it again to continue")
             accelerator.end_training()
             raise SystemExit(128 + stop)
     log.close()

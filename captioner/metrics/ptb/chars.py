@@ -88,7 +88,7 @@ SPACES = "2000-200A 3000"
 class _Classes(dict):
     """Maps a code point to the character of its class, for `str.translate`; entries are added on first use."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         tables = ((LETTERS, LETTER), (MARKS, MARK), (DIGITS, DIGIT), (SYMBOLS, SYMBOL), (SPACES, SPACE))
         ranges = sorted(
             (int(entry.split("-")[0], 16), int(entry.split("-")[-1], 16), stand_in)
