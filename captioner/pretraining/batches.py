@@ -24,25 +24,25 @@ from captioner.runs.digests import digest_bytes, digest_text
 from captioner.runs.progress import progress_bar
 
 WORD_VIEWS = 4
-"""Views of a captioned image that the regression of words is fitted on, where a run draws new views every time."""
+"""Views of each captioned image on which the regression of words is fitted, where a run draws new views each time."""
 
 
 def run_at(teacher: Teacher, pixels: torch.Tensor, places: torch.Tensor) -> Targets:
-    """Run a teacher on the views (B, 3, S, S) at some places of the batch (b,)."""
+    """Run a teacher on some of the views (B, 3, S, S): those at the places (b,) in the batch."""
     return teacher(pixels[places.to(pixels.device)])
 
 
 class Batches:
-    """Views with their targets: teachers' outputs, class labels, caption words.
+    """Makes batches of views with their targets: teachers' outputs, class labels, caption words.
 
     Attributes:
         store: the images.
-        words: caption words of the first images in the store, if there are captions.
-        teacher_words: the regression that predicts the words of any view, where words come from teachers.
+        words: caption words of the captioned images, which are the first images in the store; None without captions.
+        teacher_words: the regression that predicts the words of any view; None unless words come from teachers.
         shapes: shapes of each teacher's outputs, without the batch.
 
     Raises:
-        ValueError: no image can be opened, or none with the classes or words to learn.
+        ValueError: no image can be opened, or no image has the classes or words to learn.
         OSError: the disk is full.
     """
 
@@ -64,7 +64,7 @@ class Batches:
             stamp = digest_text(f"{stamp_images(images)} {table['image_id'][:]}")
             sources.append(Source(name, [(image, None) for image in images], stamp))
         sources += [open_source(name) for name in config.images]
-        with accelerator.main_process_first():  # the others find them decoded
+        with accelerator.main_process_first():  # the other processes then find the images decoded
             self.store = store_images(sources, config.store_size, folder, config.workers).to(self.device)
         if config.label_weight > 0 and not self.store.classes:
             raise SettingError(
@@ -81,7 +81,7 @@ class Batches:
         self.shapes = [{k: tuple(v.shape[1:]) for k, v in targets.items()} for targets in outputs]
         self.target_stores: list[TargetStore] = []
         if config.views is not None:
-            with accelerator.main_process_first():  # one process lays the files out
+            with accelerator.main_process_first():  # one process creates the files
                 folders = [folder / f"teacher_{number + 1}" for number in range(len(teachers))]
                 self.target_stores = [self.open_targets(n, place, config.views) for n, place in enumerate(folders)]
         self.teacher_words = None
@@ -96,14 +96,20 @@ class Batches:
             self.mixup = Mixup(**options, label_smoothing=config.label_smoothing, num_classes=kinds)
 
     def open_targets(self, number: int, folder: Path, versions: int) -> TargetStore:
-        """Open the store of a teacher's outputs for the views."""
+        """Open the store of a teacher's outputs.
+
+        Args:
+            number: number of the teacher.
+            folder: folder of the store.
+            versions: distinct views of each image.
+        """
         config = self.config
         view = (config.seed, config.image_size, config.min_crop, self.store.stamp)
         stamp = f"{view} {self.teachers[number].stamp}"
         return TargetStore(folder, stamp, len(self.store), versions, self.shapes[number])
 
     def settings(self) -> dict:
-        """Return what a resumed run cannot change: images, words, teachers."""
+        """Return the settings that a resumed run cannot change: images, words, teachers."""
         settings = {"digest of the images": self.store.stamp, "teachers": len(self.teachers)}
         if self.words is not None:
             settings["digest of the captions' words"] = digest_bytes(self.words.targets.tobytes())
@@ -113,7 +119,7 @@ class Batches:
         return settings
 
     def batch(self, position: int) -> dict:
-        """Return B views from a position of the run on, with their targets, as `Student.forward` takes them."""
+        """Return the B views from a position of the run on, and their targets: the arguments of `Student.forward`."""
         config = self.config
         rows, versions = self.order.views(position, config.batch_size)
         index = torch.from_numpy(rows)
@@ -126,7 +132,7 @@ class Batches:
         return {"pixels": pixels, "targets": targets, "labels": labels, "words": words}
 
     def word_shares(self, rows: torch.Tensor, targets: list[Targets]) -> torch.Tensor | None:
-        """Return the share of captions with each word (B, V) for the images in these rows; NaN where it is unknown."""
+        """Return the share of captions that contain each word (B, V), for the images in these rows; NaN if unknown."""
         if self.words is None:
             return None
         captioned = len(self.word_targets)
@@ -136,7 +142,7 @@ class Batches:
         return words.masked_fill((rows >= captioned)[:, None], float("nan"))
 
     def captioned_views(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield this process's views of the captioned images: rows (B,), features (B, F), shares of words (B, V)."""
+        """Yield the views of captioned images of this process: rows (B,), features (B, F), shares of words (B, V)."""
         known = np.flatnonzero(self.store.usable[: len(self.word_targets)])
         count = self.config.views or WORD_VIEWS
         rows, versions = np.tile(known, count), np.repeat(np.arange(count), len(known))
@@ -156,13 +162,13 @@ class Batches:
         return self.accelerator.reduce(value.to(self.device)).cpu()
 
     def cut(self, rows: np.ndarray, versions: np.ndarray) -> torch.Tensor:
-        """Return pixels (B, 3, S, S) in [0, 1] of views."""
+        """Return the pixels (B, 3, S, S) of views, in [0, 1]."""
         config = self.config
         views = draw_views(config.seed, rows, versions, config.min_crop)
         return cut_views(self.store.batch(torch.from_numpy(rows), self.device), views, config.image_size)
 
     def teacher_targets(self, pixels: torch.Tensor, rows: np.ndarray, versions: np.ndarray) -> list[Targets]:
-        """Return the outputs of each teacher for views, from disk where they were computed before."""
+        """Return the outputs of each teacher for views; those that were computed before are read from disk."""
         found = []
         for number, teacher in enumerate(self.teachers):
             with self.accelerator.autocast():

@@ -1,9 +1,9 @@
-"""Words of captions as labels of images: as the captions have them, or as a regression predicts them from teachers.
+"""Words of captions as labels of images: from the captions themselves, or predicted from teachers by a regression.
 
-Words of captions teach an encoder what people write about. But an encoder soon knows the words of a few thousand images
-by heart, which helps with no other image. A ridge regression from the teachers' outputs to the words avoids that. It is
-a fixed function of the view and also holds for images without captions. The words of a captioned image are predicted by
-a fit on the captions of *other* images (cross-fitting).
+The words of captions teach an encoder what people write about. But an encoder soon memorises the words of a few
+thousand images, which does not help with other images. A ridge regression from the teachers' outputs to the words
+avoids this. It is a fixed function of the view, and also gives words for images without captions. The words of a
+captioned image are predicted by a fit on the captions of *other* images (cross-fitting).
 
 Letters: B views, F features, V words.
 """
@@ -18,16 +18,17 @@ import torch
 from captioner.pretraining.targets import Targets
 
 FOLDS = 5
-"""Parts of the captioned images; the words of each part are predicted by a fit on the others."""
+"""Parts of the captioned images; the words of each part are predicted by a fit on the other parts."""
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Penalties to choose from, in units of a feature's variance, per view that is fitted on."""
+"""Penalties from which the best is chosen, in units of a feature's variance, for each view of the fit."""
 
 
 def describe(targets: list[Targets]) -> torch.Tensor:
-    """Join the outputs of all teachers for views into features (B, F), the last of which is 1.
+    """Concatenate the outputs of all teachers for views into features (B, F); the last feature is 1.
 
-    Features of a teacher are its pooled feature (else the mean of its map, else the square roots of its class
-    probabilities) and, of class maps, the maximum and the square root of the mean of each class over the cells.
+    The features of a teacher are its pooled feature, or the mean of its map, or the square roots of its class
+    probabilities: the first that it has. Class maps add the maximum of each class over the cells, and the square root
+    of its mean.
     """
     parts = []
     for target in targets:
@@ -53,9 +54,9 @@ class TeacherWords:
         sum_processes: returns the sum of a tensor over the processes, where several share the examples.
 
     Attributes:
-        weights: (FOLDS + 1, F, V): those that predict each fold, fitted on the others; and their mean, for images
-            without captions.
-        explained: share of the words' variance that is predicted for images that a fit has not seen.
+        weights: (FOLDS + 1, F, V): the weights that predict each fold, fitted on the other folds; then their mean, for
+            images without captions.
+        explained: share of the words' variance that is explained on images outside the fit.
 
     Raises:
         ValueError: there are no examples.
@@ -86,17 +87,17 @@ class TeacherWords:
         self.explained = 1 - ((spread.sum() + error) / around_mean.sum()).item()
 
     def to(self, device: torch.device) -> "TeacherWords":
-        """Move to a device."""
+        """Move the weights to a device; returns self."""
         self.weights = self.weights.to(device)
         return self
 
     def predict(self, rows: torch.Tensor, features: torch.Tensor, captioned: int) -> torch.Tensor:
-        """Return the share of captions (B, V) that is expected to have each word.
+        """Predict the share of captions that contain each word, (B, V).
 
         Args:
             rows: image of each view, (B,).
             features: features of the views, (B, F).
-            captioned: number of images with captions; they have the first rows, and may have been fitted on.
+            captioned: number of images with captions, which have the first rows.
         """
         words = features.new_empty(len(rows), self.weights.shape[2])
         folds = torch.where(rows < captioned, rows % FOLDS, FOLDS)
@@ -106,16 +107,17 @@ class TeacherWords:
 
 
 def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
-    """Fit the regression without each fold in turn.
+    """Fit the regression once for each fold, on all other folds.
 
     Args:
-        squares: sums of x x^T over each fold's views (FOLDS, F, F), float64; the last feature is 1, and not penalised.
+        squares: sums of x x^T over each fold's views (FOLDS, F, F), float64. The last feature is 1; its weight gets no
+            penalty.
         products: sums of x y^T (FOLDS, F, V).
         ridge: penalty in units of a feature's variance, per view.
 
     Returns:
-        Weights (FOLDS + 1, F, V), the last their mean; and the squared error on the folds left out, minus that of a
-        prediction of 0.
+        Weights (FOLDS + 1, F, V), of which the last are the mean; and the squared error on the folds outside the fits,
+        minus the squared error of predicting 0.
     """
     counts, all_squares, all_products = squares[:, -1, -1], squares.sum(0), products.sum(0)
     mean = all_squares[-1] / counts.sum()
@@ -133,11 +135,11 @@ def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tu
 class CaptionWords:
     """For each image, the share of its captions in which each frequent word occurs.
 
-    Predicting them needs no decoder and teaches an encoder what people write about (Joulin et al., ECCV 2016).
+    An encoder that predicts these shares learns what people write about, without a decoder (Joulin et al., ECCV 2016).
 
     Attributes:
-        words: the vocabulary, most frequent first.
-        targets: float32 (images, words).
+        words: the V words, the most frequent first.
+        targets: share of captions with each word, float32 (images, V).
     """
 
     def __init__(self, captions: Sequence[list[str]], size: int):
@@ -153,5 +155,5 @@ class CaptionWords:
 
     @property
     def prior(self) -> np.ndarray:
-        """Mean target of each word, (words,)."""
+        """Mean target of each word, (V,)."""
         return self.targets.mean(0)
