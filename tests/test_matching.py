@@ -57,7 +57,10 @@ def test_names_that_may_be_several_images_are_told(write, nested, capsys):
     path = write("ours.json", named("1.jpg", "b/1.jpg", "2.jpg"))
     assert run("score", path, nested, *FAST) == 1
     error = capsys.readouterr().err
-    assert "the image '1.jpg' may be 'a/1.jpg' or 'b/1.jpg' of the annotations; the results must write more" in error
+    assert (
+        "the image '1.jpg' may be 'a/1.jpg' or 'b/1.jpg' of the annotations; give more of its path in the results"
+        in error
+    )
     assert run("score", path, nested, *FAST, "--partial") == 0
     assert "images scored: 2; without a prediction: 1; without references: 1" in capsys.readouterr().out
     path = write("ours.json", named("a/1.jpg", "x/2.jpg", "y/2.jpg"))

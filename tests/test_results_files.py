@@ -102,8 +102,8 @@ def test_references_that_are_left_out_are_told(write, capsys):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        (str, "by number"),
-        (lambda n: f"{n:012d}", "by number"),
+        (str, "as numbers"),
+        (lambda n: f"{n:012d}", "as numbers"),
         (lambda n: f"{n:012d}.jpg", "file"),
         (lambda n: f"x/{n:012d}.jpg", "file"),
     ],

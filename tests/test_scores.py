@@ -190,9 +190,9 @@ def fake_java(folder, monkeypatch, script):
     [
         ("exec sleep 60", "longer than 1 s"),
         ("echo boom >&2; exit 3", "exit code 3: boom"),
-        ("cat > /dev/null; echo 1 2 3", "answered 1 lines for 3"),
-        ("head -c 1000000 /dev/zero >&2; cat > /dev/null", "answered 0 lines"),
-        ("cat > /dev/null; yes 'x x x x x x x x x x x x x x x x x x x x x x x' | head -3", "no numbers"),
+        ("cat > /dev/null; echo 1 2 3", "returned 1 lines for 3"),
+        ("head -c 1000000 /dev/zero >&2; cat > /dev/null", "returned 0 lines"),
+        ("cat > /dev/null; yes 'x x x x x x x x x x x x x x x x x x x x x x x' | head -3", "not numbers"),
     ],
 )
 def test_a_java_that_hangs_or_fails_stops_nothing(tmp_path, monkeypatch, script, message):
@@ -233,7 +233,11 @@ def test_spice_reads_the_programs_answer(tmp_path, monkeypatch):
     assert scores["SPICE"] == 0.375
     assert scores.to_dict()["images"][2]["SPICE"] is None
     assert "images that SPICE gave no score, left out of its mean: 1" in scores.warnings
-    for answer, reason in (("no json", "no scores"), ('[{"image_id": 0}]', "no scores"), ("[]", "no caption a score")):
+    for answer, reason in (
+        ("no json", "not scores"),
+        ('[{"image_id": 0}]', "not scores"),
+        ("[]", "no caption a score"),
+    ):
         (tmp_path / "answer.json").write_text(answer)
         absent = score(PREDICTIONS, REFERENCES, metrics=("SPICE",), spice_models=tmp_path).absent["SPICE"]
         assert reason in absent

@@ -80,7 +80,7 @@ def caption_files(config: CaptionConfig) -> int:
         tell(f"all {len(found.images)} images are captioned in '{escape_name(str(config.output))}'")
         return len(found.problems)
     grid = parse_grid(config.grid)
-    from captioner.inference import load  # takes seconds: what is wrong with the inputs is said before
+    from captioner.inference import load  # takes seconds, so errors in the inputs come first
 
     captioner = load(config.model, config.device)
     options = {"num_beams": config.num_beams, "max_new_tokens": config.max_new_tokens}

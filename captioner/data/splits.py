@@ -41,7 +41,7 @@ def find_split(names: Iterable[str], split: str) -> str | None:
 
 
 def select_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad = "skip") -> Iterator[Record]:
-    """Yield the records of a split, and report how many name none.
+    """Yield the records of a split; a warning states the number of records without a split.
 
     If no record has a split, all of them belong to `train`, so that no model is validated on its training images. The
     split `all` has them, too.

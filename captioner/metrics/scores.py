@@ -78,11 +78,7 @@ class Scores:
         return {name: float(values[place]) for name, values in self.per_image.items()}
 
     def explain(self, image_id: Hashable) -> list[NGramMatch]:
-        """Return which references contain each n-gram of an image's caption, which explains its scores.
-
-        Raises:
-            ValueError: the image was not scored.
-        """
+        """Return which references contain each n-gram of an image's caption; raises ValueError as `image` does."""
         place = self._place(image_id)
         return matched_ngrams(self.predictions[place], self.references[place])
 

@@ -100,7 +100,7 @@ class Student(nn.Module):
     ):
         super().__init__()
         self.encoder, self.config = encoder, config
-        self.encode = torch.compile(encoder.forward_maps) if config.compile else encoder.forward_maps
+        self.forward_maps = torch.compile(encoder.forward_maps) if config.compile else encoder.forward_maps
         cfg, dim = encoder.default_cfg, encoder.embed_dim
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1))
@@ -165,6 +165,10 @@ class Student(nn.Module):
             parts["words"] = loss / known.sum().clamp(min=1)
             total = total + self.config.word_weight * parts["words"]
         return {"loss": total, **parts}
+
+    def encode(self, pixels: torch.Tensor, grid: Grid | None) -> TokenMaps:
+        """Encode normalised pixels (B, 3, S, S) into tokens at their places."""
+        return self.forward_maps(pixels, grid)
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -205,7 +205,7 @@ def _utf16(text: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """Undo `_utf16`."""
+    """Return the text from which `_utf16` made this one."""
     if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
