@@ -13,11 +13,11 @@ from captioner.options import UsageError, mends, one_line, read_settings
 
 COMMANDS = {
     "caption": "caption images: files, folders, patterns, standard input",
-    "cache": "encode images once, for train and evaluate to read their tokens",
+    "cache": "encode images once and store their tokens, which train and evaluate then read",
     "train": "train a caption decoder on a frozen encoder",
-    "evaluate": "caption a split on every process and score the captions",
-    "pretrain": "make an encoder: distil it from teachers, train it on labels",
-    "score": "score any system's captions against references, or compare two",
+    "evaluate": "caption a split and score the captions",
+    "pretrain": "train an encoder on outputs of teachers, class labels and words of captions",
+    "score": "score the captions of any system against references, or compare two systems",
 }
 
 USAGE = """usage: captioner COMMAND [options]
@@ -27,9 +27,9 @@ Image captioning when cost per image matters.
 commands:
 {commands}
 
-`captioner COMMAND --help` shows a command's options; `captioner --version` the version.
+`captioner COMMAND --help` shows the options of a command, and `captioner --version` the version.
 cache, train, evaluate and pretrain also run on many GPUs: `accelerate launch -m captioner COMMAND ...`.
-Set CAPTIONER_DEBUG=1 to see where an error comes from.
+Set CAPTIONER_DEBUG=1 in the environment to see where an error comes from.
 """
 
 RECIPES = """usage: captioner {command} RECIPE [options]
@@ -39,7 +39,7 @@ RECIPES = """usage: captioner {command} RECIPE [options]
 recipes:
 {recipes}
 
-`captioner {command} RECIPE --help` shows the options, and what the recipe sets them to.
+`captioner {command} RECIPE --help` shows the options, with the values of the recipe.
 """
 
 
@@ -64,7 +64,7 @@ def pick_defaults(command: str, settings: Any, args: Sequence[str]) -> tuple[str
         lines = "\n".join(
             f"  {name:<28} {(make.__doc__ or '').partition(chr(10))[0]}" for name, make in settings.items()
         )
-        print(RECIPES.format(command=command, what=COMMANDS[command], recipes=lines), end="")
+        print(RECIPES.format(command=command, what=COMMANDS[command].capitalize(), recipes=lines), end="")
         sys.exit(0)
     names = ", ".join(settings)
     if not args or args[0].startswith("-"):

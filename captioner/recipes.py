@@ -13,7 +13,7 @@ from captioner.training.config import ModelConfig, ScstConfig, TrainConfig
 
 
 def debug() -> TrainConfig:
-    """Run every part of training once, on a tiny model: one or two minutes on a CPU for Flickr8k.
+    """Smallest run that uses every part; a minute or two for Flickr8k on a CPU.
 
     captioner train debug --data.root DIR
     """
@@ -32,30 +32,28 @@ def debug() -> TrainConfig:
 
 
 def flickr8k() -> TrainConfig:
-    """Train the default decoder on Flickr8k with an encoder from `pretrain`: 17 CPU minutes with cached tokens.
+    """Train a small decoder from scratch on some thousand images; from cached tokens 17 minutes on two CPU cores.
 
     captioner train flickr8k --data.root flickr8k --model.encoder local-dir:runs/pretrain
 
-    With the shipped encoder and `--grids`, as in the model card: test CIDEr 0.508 at 5x5, beam 3.
+    With the shipped encoder and the `--grids` of the model card: test CIDEr 0.508 at 5x5, beam 3.
     """
     return TrainConfig(
         output=Path("runs/flickr8k"),
         model=ModelConfig(layers=3, width=256, heads=4, vocab_size=4000),
         epochs=10,
         learning_rate=1e-3,
-        label_smoothing=0.0,  # with smoothing, the distribution that SCST samples from is too flat
+        label_smoothing=0.0,  # with smoothing, the probabilities that SCST samples from are too flat
         save_dtype="float16",
     )
 
 
 def flickr8k_scst() -> TrainConfig:
-    """Continue from `flickr8k` with CIDEr-D as the reward: 9 CPU minutes with cached tokens.
-
-    The best model is in `runs/flickr8k/scst/best`.
+    """Continue `flickr8k` with CIDEr-D as the reward, into `runs/flickr8k/scst/best`; from cached tokens 9 minutes.
 
     captioner train flickr8k_scst --data.root flickr8k
 
-    From the model of `flickr8k`, with the same `--grids`: test CIDEr 0.539 at 5x5, beam 3.
+    From that model and with the same `--grids`: test CIDEr 0.539 at 5x5, beam 3.
     """
     return replace(
         flickr8k(),
@@ -70,7 +68,7 @@ def flickr8k_scst() -> TrainConfig:
 
 
 def coco_small() -> TrainConfig:
-    """Train a small decoder from scratch on COCO, Karpathy split, with `restval` joined to train. Not run yet.
+    """Train a small decoder from scratch on COCO, `restval` joined to the training split. Not run yet.
 
     accelerate launch --multi_gpu --num_processes 8 train.py coco_small --data.root coco \\
         --model.encoder local-dir:runs/pretrain
@@ -86,7 +84,7 @@ def coco_small() -> TrainConfig:
 
 
 def coco_gpt2() -> TrainConfig:
-    """Train all weights of GPT-2 on COCO, with `A photo of` as the prompt. Not run yet.
+    """Train all of GPT-2 on COCO, with `A photo of` as the prompt. Not run yet.
 
     accelerate launch --multi_gpu --num_processes 8 train.py coco_gpt2 --data.root coco \\
         --model.encoder local-dir:runs/pretrain
@@ -101,7 +99,7 @@ def coco_gpt2() -> TrainConfig:
 
 
 def coco_smollm_lora() -> TrainConfig:
-    """Train low-rank updates (LoRA) of SmolLM2-360M on COCO; activations are recomputed to save memory. Not run yet.
+    """Train low-rank updates (LoRA) of SmolLM2-360M on COCO, with recomputed activations to save memory. Not run yet.
 
     pip install "captioner[lora]"
     accelerate launch --multi_gpu --num_processes 8 train.py coco_smollm_lora --data.root coco \\
@@ -121,7 +119,7 @@ def coco_smollm_lora() -> TrainConfig:
 
 
 def coco_scst() -> TrainConfig:
-    """Continue from a COCO captioner with CIDEr-D as the reward; `--init-from` names its folder. Not run yet.
+    """Continue one of the three above, which `init_from` names, with CIDEr-D as the reward. Not run yet.
 
     accelerate launch --multi_gpu --num_processes 8 train.py coco_scst --data.root coco \\
         --init-from runs/coco_small/best --output runs/coco_small
@@ -174,15 +172,15 @@ COCO_TEACHER = TeacherConfig(
     map_classes="5:85",
     map_objectness=4,
 )
-"""YOLOX, a detector of COCO's 80 classes. One of them is people, for whom ImageNet has no class."""
+"""YOLOX, a detector of COCO's 80 classes. It finds people, for whom ImageNet has no class."""
 
 
 STEM = {"stem": IMAGENET_TEACHER.name, "stem_options": IMAGENET_TEACHER.options}
-"""The first stages of the classifier as the encoder's stem: a small set of images is too few to train a stem on."""
+"""The first stages of the classifier as the encoder's stem: few images are not enough to train a stem from scratch."""
 
 
 def lookupvit_small_distill() -> PretrainConfig:
-    """Distil LookupViT-S from an ImageNet classifier and a COCO detector, on one large GPU. Not run yet.
+    """Distil LookupViT-S from an ImageNet classifier and a COCO detector on one large GPU. Not run yet.
 
     captioner pretrain lookupvit_small_distill --images 'pretrain/*_train*.parquet' ... --captions flickr8k \\
         --teachers.0.checkpoint mobilenetv2.safetensors --teachers.1.name yolox_nano.onnx
@@ -217,7 +215,7 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
         teachers=(IMAGENET_TEACHER, replace(COCO_TEACHER, image_size=320)),
         captions_repeat=2,
         word_weight=0.2,
-        words_from="teachers",  # the encoder memorises the own words of an image, and SCST then gains nothing
+        words_from="teachers",  # an encoder learns an image's own words by heart, and rewards then add nothing
         grids=(3, 5, 5, 5, 7, 10),
         early_size=112,
         early_share=0.75,

@@ -20,27 +20,30 @@ class CacheConfig:
     """Encode images once and store their tokens on disk, where training and evaluation read them (`--data.tokens`)."""
 
     output: Path = Path("runs/tokens")
-    """Folder of the cache. One that exists is filled further: finished images are not encoded again."""
+    """Folder of the cache. If it exists, only images that it lacks are encoded."""
     data: SourceConfig = field(default_factory=SourceConfig)
     splits: tuple[str, ...] = ("train", "val")
-    """Splits to encode; others may be added to the same folder later."""
+    """Splits to encode. Others can be added to the same folder later."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     captioner: str | None = None
-    """Folder or hub id of a captioner, whose encoder, preprocessing and grid are taken in place of `--model`."""
+    """Folder or hub id of a captioner, or `shipped`. Its encoder, preprocessing and grid are used, in place of those of
+    `--model.*`."""
     grids: tuple[str, ...] = ()
-    """Compressed grids such as `3x3 5x5`; without any, the model's own."""
+    """Compressed grids such as `3x3 5x5`. Without any, the model's own is used."""
     views: int = 1
-    """Views of each image: the image, its mirror image, then random crops, each mirrored or not. Training draws one."""
+    """Views of each image: first the image, then its mirror image, then random crops, each mirrored or not. A training
+    step draws one of them."""
     min_crop: float = 0.6
-    """Least share of the image in a random crop."""
+    """Smallest share of the image's area in a random crop."""
     dtype: Literal["float16", "bfloat16"] = "float16"
-    """Half precision of the tokens on disk."""
+    """Half-precision format in which tokens are stored."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the encoder's forward."""
+    """Precision in which the encoder computes."""
     batch_size: int = 32
-    """Images per forward and process."""
+    """Images per batch and process."""
     seed: int = 0
-    """Seed of the random crops, and of an encoder without trained weights (as `captioner train --seed`)."""
+    """Seed of the random crops, and of an encoder that has no trained weights; `captioner train` must then have the
+    same."""
 
     def __post_init__(self) -> None:
         check_positive(self, "views", "batch_size")

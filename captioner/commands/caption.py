@@ -19,28 +19,31 @@ from captioner.runs.progress import progress_bar
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """Caption images."""
+    """Caption images: files, folders, patterns, or what standard input holds."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = ()
-    """Images, folders (searched through, hidden ones left out), glob patterns; `-` reads an image or a list of paths
-    from standard input: one a line, or each ended by a zero byte as `find -print0` does."""
+    """Images, folders (searched with their subfolders; hidden ones are left out) and glob patterns. `-` stands for
+    standard input: one image, or a list of paths, each ended by a newline, or by a zero byte as `find -print0` writes
+    them."""
     output: Path | None = None
-    """File to write, format by ending: .jsonl, .csv or .txt; without it, `path<TAB>caption` lines are printed."""
+    """File to write; its ending gives the format: .jsonl, .csv or .txt. Without it, lines of `path<TAB>caption` are
+    printed."""
     resume: bool = False
-    """Go on with an output file that exists: images captioned in it are left out, those that failed are tried again.
-    Give the model, grid and beams it was begun with: the file does not say."""
+    """Continue an output file that exists: images with a caption in it are left out, and images that failed are tried
+    again. Give the same model, grid and beams as before; the file does not record them."""
     overwrite: bool = False
     """Replace an output file that exists."""
     model: str | None = None
-    """Folder or hub id of the captioner; `None` for the shipped one."""
+    """Folder or hub id of the captioner; `None` or `shipped` for the one that comes with this package."""
     device: str | None = None
-    """Where to run, such as cuda, cuda:1, mps or cpu; `None` picks the best there is."""
+    """Device to run on, such as cuda, cuda:1, mps or cpu; `None` for the best one here."""
     grid: str | None = None
-    """Compressed grid such as 3x3 or 10x10: fewer tokens are cheaper; `None` for the model's own."""
+    """Compressed grid such as 3x3 or 10x10. A smaller grid has fewer tokens and is cheaper. `None` for the model's
+    own."""
     batch_size: int = 16
     """Images per batch."""
     num_beams: int | None = None
-    """Beams of the search; `None` for the model's own."""
+    """Beams of the search, of which 1 is greedy and cheapest; `None` for the model's own."""
     max_new_tokens: int | None = None
     """Longest caption in tokens; `None` for the model's own."""
 

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Caption a split with every process, write the captions, then score them."""
+    """Caption a split on every process, write the captions, and score them."""
 
     model: str | None = None
-    """Folder or hub id of the captioner; `None` for the shipped one."""
+    """Folder or hub id of the captioner; `None` or `shipped` for the one that comes with this package."""
     data: TokenSourceConfig = field(default_factory=TokenSourceConfig)
     split: str = "test"
     """Split to caption."""
     output: Path = Path("runs/evaluate")
-    """Folder of `results.json` (COCO results format) and `scores.json`, which the same evaluation replaces."""
+    """Folder of `results.json` (COCO's results format) and `scores.json`. Only the same evaluation may replace them."""
     overwrite: bool = False
-    """Replace the results of another evaluation in `output`, too."""
+    """Replace the results of an evaluation with other settings, too."""
     batch_size: int = 32
     """Images per batch and process."""
     grid: str | None = None
@@ -35,9 +35,9 @@ class EvaluateConfig:
     max_new_tokens: int = 24
     """Longest caption in tokens."""
     limit: int | None = None
-    """Caption only the first images, so many of them."""
+    """Number of images to caption, from the first on; `None` for all."""
     spice: Path | None = None
-    """Folder with SPICE's models; without it SPICE is left out."""
+    """Folder with SPICE's models. Without it, SPICE is not computed."""
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "limit")

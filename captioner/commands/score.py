@@ -23,41 +23,41 @@ from captioner.runs.files import open_whole
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Score captions of any system against references; of two systems, say whether they differ."""
+    """Score the captions of any system against references, or compare two systems."""
 
     files: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS [RESULTS_B] ANNOTATIONS")
     ] = ()
-    """One or two results files (COCO results, a table, or what `captioner caption` wrote), then COCO or Karpathy
-    annotations."""
+    """One or two results files (COCO results, a table, or the output of `captioner caption`), then the annotations
+    (COCO's or Karpathy's JSON)."""
     split: str | None = None
-    """Split of Karpathy annotations; `None` for test."""
+    """Split of Karpathy's annotations; `None` for `test`."""
     output: Path | None = None
-    """File for the scores, format by ending: .json (everything) or .csv (a row per image)."""
+    """File for the scores; its ending gives the format: .json (everything) or .csv (one row per image)."""
     report: Path | None = None
-    """HTML page of scores, distributions and captions beside their images; one file that needs nothing else."""
+    """HTML page to write, all in one file: scores, distributions, and captions beside their images."""
     images: Path | None = None
-    """Folder of the report's images, where they are not beside the annotations."""
+    """Folder of the images for the report, if they are not beside the annotations."""
     overwrite: bool = False
     """Replace files that exist."""
     partial: bool = False
-    """Score the images that both results and annotations have, and say how many others there are."""
+    """Score only the images that both results and annotations have, and print how many are left out."""
     allow_empty: bool = False
-    """Give an empty caption zeros instead of refusing it."""
+    """Score an empty caption as zero instead of refusing it."""
     metrics: tuple[Literal["BLEU", "METEOR", "ROUGE-L", "CIDEr"], ...] = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
-    """Scores to compute; METEOR needs Java and is left out with a note where it is missing. For SPICE see --spice."""
+    """Scores to compute. METEOR needs Java; without Java it is left out with a note. For SPICE see `--spice`."""
     spice: Path | None = None
-    """Folder with SPICE's models, to compute SPICE as well."""
+    """Folder with SPICE's models. Without it, SPICE is not computed."""
     train: Path | None = None
-    """Annotations of the training set, to print which share of the captions occurs in it word for word."""
+    """Annotations of the training set. The share of the captions that occur in it word for word is then printed."""
     samples: int = 1000
-    """Bootstrap samples behind the intervals, and swaps behind the p-values."""
+    """Number of bootstrap samples for the intervals, and of random swaps for the p-values."""
     level: float = 0.95
-    """Share of samples inside an interval."""
+    """Confidence level of the intervals."""
     seed: int = 0
-    """Seed of the samples."""
+    """Seed of the bootstrap samples and the swaps."""
     java_timeout: float = 1800.0
-    """Seconds METEOR and SPICE may take, each."""
+    """Longest time in seconds that METEOR and SPICE may take, each."""
 
 
 SETTINGS = ScoreConfig

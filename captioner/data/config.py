@@ -12,25 +12,25 @@ from captioner.errors import SettingError, check_positive
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where captioned images are."""
+    """The captioned images."""
 
     root: str | None = None
-    """Annotation file (COCO, Karpathy, CSV, JSONL), a folder with one or with caption files beside its images, a saved
-    `datasets` set, or a hub id."""
+    """Annotation file (COCO, Karpathy, CSV, TSV, JSON Lines); folder that holds one, or has caption files beside its
+    images; saved `datasets` set; or hub id of a data set."""
     images: Path | None = None
-    """Folder of the images, where it is not beside the annotations."""
+    """Folder of the images, if they are not beside the annotations."""
     restval: bool = False
     """Join Karpathy's `restval` images to the training split."""
     on_bad: Literal["skip", "refuse"] = "skip"
-    """Leave out what cannot be used and sum it up in one line, or refuse the data."""
+    """`skip` leaves out what cannot be used and counts it in one line; `refuse` stops."""
     image_column: str = "image"
-    """Image column of CSV, JSONL and `datasets` sources; other usual names are found by themselves."""
+    """Column of images in CSV, JSON Lines and `datasets` sets. Without this option, other usual names are found too."""
     caption_column: str = "captions"
-    """Caption column of those."""
+    """Column of captions there, each a text or a list of texts."""
     id_column: str = "image_id"
-    """Image id column of those; the names of the images are their ids where there is none."""
+    """Column of image ids there. Where there is none, the names of the images are their ids."""
     workers: int = 2
-    """Image loading processes per process; of streaming, threads of one such process."""
+    """Processes that load images, for each process of the run; with streaming, threads of one such process."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -39,29 +39,29 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class TokenSourceConfig(SourceConfig):
-    """Where captioned images are, and their cached tokens, for jobs that read these in place of the images."""
+    """The captioned images, and a cache of their tokens."""
 
     tokens: Path | None = None
-    """Folder that `captioner cache` wrote: the image tokens are read there, no image is opened or encoded."""
+    """Folder that `captioner cache` wrote. Image tokens are read from it, and no image is opened or encoded."""
 
 
 @dataclass(frozen=True)
 class DataConfig(TokenSourceConfig):
-    """What a decoder is trained on."""
+    """The captioned images to train on, and a cache of their tokens."""
 
     streaming: bool = False
-    """Train from a hub id, a saved `datasets` set or a folder of parquet files row by row, never held whole. A row is
-    then one image, and validation reads the first `evaluate_images` rows of its split."""
+    """Read a hub id, a saved `datasets` set or a folder of parquet files row by row; it is never held whole. Each row
+    is one image, and validation takes the first `evaluate_images` rows of its split."""
     stream_buffer: int = 10_000
-    """Rows of the shuffle buffer of streaming, held in memory with their encoded images by each process."""
+    """Rows in the shuffle buffer of streaming. Each process holds them in memory, with their encoded images."""
     stream_rows: int | None = None
-    """Rows of an epoch of streaming. It is needed where the set does not say how many it has; fewer may be given."""
+    """Rows in an epoch of streaming. Needed if the set does not state their number; it may be a smaller one."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "val"
     """Split to choose the best checkpoint by."""
     captions_per_image: int = 5
-    """Captions of an image in one step; they share its encoding."""
+    """Captions of each image in one step; they share one encoding of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,32 +52,34 @@ class TeacherConfig:
     name: str = "resnet18"
     """timm name, hub id or folder of a transformers vision model, or path of an ONNX file."""
     kind: Literal["timm", "transformers", "onnx"] = "timm"
-    """Which of the three `name` is."""
+    """What `name` stands for: a timm model, a transformers model, or an ONNX file."""
     checkpoint: Path | None = None
-    """timm: local safetensors weights; without them timm's pretrained ones are taken from the hub."""
+    """timm: safetensors file of weights. Without it, timm's pretrained weights come from the hub."""
     num_classes: int | None = None
-    """Classes of the teacher's classifier; `None` for what it has."""
+    """timm: classes of the teacher's classifier; `None` for the model's own."""
     options: Options = field(default_factory=dict)
     """timm: further keyword arguments of `timm.create_model`, such as `pad_type=same`."""
 
     image_size: int | None = None
-    """Side in pixels to which the view is resized for the teacher; `None` for the view's own."""
+    """Side in pixels to which a view is resized for the teacher; `None` leaves it as it is."""
     mean: tuple[float, float, float] | None = None
-    """Mean of the teacher's input, for pixels in [0, 1]; `None` for what timm or transformers has, else 0.5."""
+    """Mean of the teacher's input, for pixels in [0, 1]; `None` for that of the timm or transformers model, and 0.5
+    where there is none."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of the teacher's input, likewise; 1/255 each makes an input of 0 to 255."""
+    """Standard deviation of the teacher's input, likewise. 1/255 for each channel makes an input of 0 to 255."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """Order of the teacher's colour channels."""
 
     nodes: Options = field(default_factory=dict)
-    """ONNX: which output is the class `logits` (B, K), the `pooled` feature (B, C), the `grid` feature (B, C, h, w);
-    written `logits=NAME`."""
+    """ONNX: names of the outputs that hold the class `logits` (B, K), the `pooled` feature (B, C) and the `grid`
+    feature (B, C, h, w), written `logits=NAME`."""
     maps: tuple[str, ...] = ()
-    """ONNX: outputs (B, C, h, w) that hold class probabilities per cell; several scales are merged by their maximum."""
+    """ONNX: names of outputs (B, C, h, w) that hold class probabilities for each cell. Several scales are merged by
+    their maximum."""
     map_classes: str = ":"
-    """Channels of `maps` that are classes, FIRST:END, such as `5:85`."""
+    """Channels of `maps` that stand for classes, written FIRST:END, such as `5:85`; `:` for all."""
     map_objectness: int | None = None
-    """Channel of `maps` that every class probability is multiplied with, as in detectors."""
+    """Channel of `maps` by which every class probability is multiplied, as detectors have it; `None` for none."""
     map_size: int = 10
     """Side of the grid of cells to which `maps` are resized."""
 
@@ -90,7 +92,7 @@ class TeacherConfig:
     map_weight: float = 0.3
     """Weight of the loss on class maps (binary cross-entropy summed over classes)."""
     temperature: float = 2.0
-    """Softens both class distributions before they are compared."""
+    """Temperature that softens both class distributions before they are compared."""
 
     def __post_init__(self) -> None:
         first, colon, end = self.map_classes.partition(":")
@@ -126,68 +128,70 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Make an encoder, from labels, from teachers and from the words of captions, over several compressed grids."""
+    """Train an encoder on class labels, outputs of teachers and words of captions, at several compressed grids."""
 
     output: Path = Path("runs/pretrain")
     """Folder of the checkpoints, the log and the exported encoder."""
     encoder: str = "lookupvit_small_patch16_224"
-    """timm name of the student, or `local-dir:FOLDER` to go on from an exported encoder."""
+    """Encoder to train, the student: a timm name, or `local-dir:FOLDER` to continue with an exported encoder."""
     encoder_options: Options = field(default_factory=dict)
-    """Further keyword arguments of the encoder: `depth=6 drop_path_rate=0.1`. They replace all that a recipe has."""
+    """Keyword arguments of the encoder, such as `depth=6 drop_path_rate=0.1`. They replace all those of the recipe."""
     init_from: str | None = None
-    """Start from the weights of a timm ViT of the same width (`local-dir:FOLDER` and `hf-hub:NAME` too). An encoder
-    whose stem is a timm network (`encoder_options` with `stem=mobilenetv2_100`) starts from the weights of that
-    network. Without `init_from`, it takes them from the teacher that is the same network."""
+    """timm ViT of the same width to start from (`local-dir:FOLDER` and `hf-hub:NAME`, too). An encoder whose stem is a
+    timm network (`stem=mobilenetv2_100` among its options) starts from that network. With `None`, such a stem takes its
+    weights from the teacher that is the same network."""
     train_stem: float = 0.0
-    """Share of the steps, the last ones, in which a stem that is a timm network is trained with the rest. Before them,
-    only its last, linear layer is trained. Any other stem is trained in every step."""
+    """Share of the steps, at the end of the run, in which a stem that is a timm network is trained with the rest.
+    Before them, only its last, linear layer is trained. Any other stem is trained in every step."""
     grids: tuple[int, ...] = (3, 5, 7, 10)
-    """Compressed grids. Each step draws one, so that one set of weights serves all; a repeated one comes more often."""
+    """Sides of the compressed grids. Each step draws one, so that one set of weights serves all; a repeated one is
+    drawn more often."""
     image_size: int = 224
-    """Side in pixels of the augmented view that student and teachers share."""
+    """Side in pixels of the augmented view of an image, which student and teachers share."""
     early_size: int = 160
-    """Side in pixels of the student's view in the first steps: small views are cheaper, and teach most of it."""
+    """Side in pixels of the student's view in the first steps. Small views are cheaper, and teach most of it."""
     early_share: float = 0.0
-    """Share of the steps that take `early_size`."""
+    """Share of the steps that use `early_size`."""
     late_size: int | None = None
-    """Side in pixels of the student's view in the steps after those, and of a captioner's images later; `None` for
-    `image_size`."""
+    """Side in pixels of the student's view in the other steps, and of the images of captioners with this encoder;
+    `None` for `image_size`."""
 
     images: tuple[str, ...] = ()
-    """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, by path or glob."""
+    """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, as paths or glob patterns."""
     captions: str | None = None
-    """Captioned images, as `captioner train` reads them: the images are used, and the words are labels."""
+    """Captioned images, in any form that `captioner train --data.root` reads: more images, and words to learn."""
     captions_repeat: int = 1
-    """How often each captioned image is drawn in an epoch."""
+    """Number of times that each captioned image is drawn in an epoch."""
     captions_split: str = "train"
-    """Split of the captioned images; never train on `val` or `test`."""
+    """Split of the captioned images. Never train on `val` or `test`."""
     store: Path | None = None
-    """Folder of decoded images and teacher outputs, which runs may share; `None` for `output/store`."""
+    """Folder of decoded images and teachers' outputs, which several runs may share; `None` for `output/store`."""
     store_size: int = 256
-    """Side in pixels of a decoded image, which takes 3 bytes of disk for each pixel."""
+    """Side in pixels of a decoded image. It takes 3 bytes of disk for each pixel."""
     views: int | None = None
-    """Distinct views of an image, whose teacher outputs stay on disk; `None` draws a new view every time."""
+    """Number of fixed views of each image, for which the teachers' outputs are stored on disk; `None` draws a new view
+    every time."""
     min_crop: float = 0.35
-    """Least share of the image in a random crop."""
+    """Smallest share of the image's area in a random crop."""
 
     teachers: tuple[TeacherConfig, ...] = ()
     """Networks to distil from; without any, the encoder learns from labels alone."""
     label_weight: float = 0.0
-    """Weight of the cross-entropy on class labels, for images that have them."""
+    """Weight of the cross-entropy on class labels. Images without a label have none."""
     label_smoothing: float = 0.1
-    """Share of the label's probability spread over all classes."""
+    """Share of the label's probability that is spread over all classes."""
     mixup: float = 0.0
-    """Alpha of mixup, which mixes views and their class labels; teachers then see the mixed view, too."""
+    """Alpha of mixup, which mixes pairs of views and their class labels. Teachers see the mixed views."""
     cutmix: float = 0.0
-    """Alpha of cutmix, which does so by rectangles."""
+    """Alpha of CutMix, which mixes pairs by rectangles."""
     num_words: int = 1000
-    """Most frequent caption words to predict; used with `captions`."""
+    """Number of words to predict: the most frequent ones of the captions."""
     word_weight: float = 0.03
     """Weight of the loss on caption words (binary cross-entropy, summed over words)."""
     words_from: Literal["captions", "teachers"] = "captions"
-    """Where words come from. `captions`: the image's own captions; where images are few, the encoder soon knows these
-    by heart. `teachers`: a regression from the teachers' outputs, fitted on the captions of other images; it gives
-    words for every image."""
+    """Where an image's words come from. `captions`: from its own captions, which an encoder learns by heart where
+    images are few. `teachers`: from a regression on the teachers' outputs, fitted on the captions of other images;
+    every image then has words."""
 
     steps: int = 10_000
     """Optimiser steps in all."""
@@ -198,13 +202,14 @@ class PretrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decay of matrices and embeddings; norms and biases are left undecayed."""
+    """Weight decay of matrices and embeddings. Norms and biases have none."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
+    """Share of the steps in which the learning rate rises linearly. After them it falls as a cosine."""
     clip: float = 1.0
     """Largest gradient norm."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then probed and exported; 0 for none."""
+    """Decay of an exponential moving average of the weights, which is then probed and exported in their place; 0 for
+    none."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of student and teachers; `auto` takes bf16 on GPUs that have it."""
     compile: bool = False
@@ -215,20 +220,23 @@ class PretrainConfig:
     """Seed of weights, data order, views and grids."""
 
     probe_train: str | None = None
-    """Labelled images (as `images`) on which, at the end, a linear probe is fitted for each grid."""
+    """Labelled images, in the forms that `images` takes. At the end of the run a linear probe is fitted on them for
+    each grid."""
     probe_val: str | None = None
     """Labelled images on which the accuracy of the probe, of nearest neighbours and of the label head is measured."""
     probe_images: int = 10_000
-    """Most images that the probe is fitted on."""
+    """Largest number of images that the probe is fitted on."""
     log_every: int = 50
     """Steps between log lines."""
     save_minutes: float = 5.0
     """Minutes between checkpoints."""
     resume: str = "auto"
-    """`auto` goes on from the newest whole checkpoint in `output`, if there is one. `never` begins anew, and refuses an
-    `output` with an encoder, a log or checkpoints. Anything else is the folder of a checkpoint to go on from."""
+    """`auto` continues from the newest undamaged checkpoint in `output`, if there is one. `never` starts anew, and
+    refuses an `output` that holds an encoder, a log or checkpoints. Anything else is the folder of a checkpoint to
+    continue from."""
     max_minutes: float | None = None
-    """Stop with a checkpoint after this many minutes; another run then goes on. `None` runs to the end."""
+    """Stop with a checkpoint after this many minutes; the same command then continues the run. `None` runs to the
+    end."""
 
     @property
     def student_size(self) -> int:

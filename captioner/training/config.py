@@ -16,15 +16,15 @@ SCRATCH = ("layers", "width", "heads", "dropout", "vocab_size")
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Which encoder, and how an image is prepared for it."""
+    """The encoder, and how an image is prepared for it."""
 
     encoder: str = "lookupvit_small_patch16_224"
-    """timm name, `local-dir:FOLDER` of an encoder exported by `pretrain`, `hf-hub:OWNER/NAME`, or `shipped` for the
-    encoder of the captioner that comes with this package."""
+    """timm name, `local-dir:FOLDER` of an encoder that `captioner pretrain` exported, `hf-hub:OWNER/NAME`, or `shipped`
+    for the encoder of the captioner that comes with this package."""
     image_size: int | None = None
-    """Side of the image in pixels; `None` for the encoder's own."""
+    """Side of the square image in pixels; `None` for the encoder's own."""
     crop_mode: Literal["squash", "center", "border"] = "squash"
-    """How an image becomes a square: squashed whole, its centre cropped, or padded."""
+    """How an image becomes a square: `squash` resizes all of it, `center` crops its centre, `border` pads it."""
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size")
@@ -32,38 +32,40 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(EncoderConfig):
-    """Which encoder and decoder, and how they are joined."""
+    """The encoder and the decoder, and how they are joined."""
 
     grid: str | None = None
     """Compressed grid such as `5x5`; `None` for the encoder's own (LookupViT: 5x5; other models: all their tokens)."""
     fusion: Literal["prefix", "cross_attention"] = "prefix"
-    """Image tokens before the text, or attended to by every decoder layer."""
+    """`prefix` puts the image tokens before the text; with `cross_attention`, every decoder layer attends to them."""
     decoder: str | None = None
-    """Hub id or folder of a causal language model; `None` trains a small GPT-2 with its own tokenizer from scratch."""
+    """Hub id or folder of a causal language model. `None` trains a small GPT-2 from scratch, with a tokenizer of its
+    own."""
     tune: Literal["full", "projector", "lora"] = "full"
-    """Train decoder and projector, the projector alone, or the projector and low-rank updates of the decoder (LoRA)."""
+    """What is trained: `full` means projector and decoder, `projector` the projector alone, and `lora` the projector
+    and low-rank updates of the decoder."""
     lora_rank: int = 16
-    """Rank of LoRA's updates, put on every linear layer of the decoder but its head."""
+    """Rank of LoRA's updates. Every linear layer of the decoder has one, except its head."""
     lora_alpha: float = 32.0
-    """Scale of LoRA's updates, times their rank."""
+    """LoRA's updates are multiplied by this number, divided by their rank."""
     lora_dropout: float = 0.05
-    """Dropout before LoRA's updates."""
+    """Dropout on the input of LoRA's updates."""
     layers: int = 3
-    """Layers of the decoder from scratch."""
+    """Layers of a decoder from scratch."""
     width: int = 384
-    """Width of the decoder from scratch."""
+    """Width of a decoder from scratch."""
     heads: int = 6
-    """Attention heads of the decoder from scratch."""
+    """Attention heads of a decoder from scratch."""
     dropout: float = 0.1
-    """Dropout of the decoder from scratch."""
+    """Dropout of a decoder from scratch."""
     vocab_size: int = 6000
-    """Byte-level BPE vocabulary of the decoder from scratch."""
+    """Size of the vocabulary (byte-level BPE) of a decoder from scratch."""
     prompt: str = ""
     """Text that every caption continues, such as `A photo of`."""
     max_length: int = 40
-    """Text tokens above which a caption is cut."""
+    """Tokens of a training caption, with start token and prompt, above which it is cut."""
     blind: bool = False
-    """Zero the image tokens: the image-blind baseline, which shows what the decoder writes without an image."""
+    """Zero the image tokens: this trains the image-blind baseline, which writes captions without seeing the image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,16 +81,17 @@ class ModelConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class ScstConfig:
-    """Self-critical training: sampled captions, rewarded by how much better than a baseline they score."""
+    """Self-critical training: captions are rewarded by how much better than a baseline they score."""
 
     samples: int = 5
-    """Captions sampled for each image."""
+    """Captions generated for each image."""
     search: Literal["sample", "beam"] = "sample"
-    """How they are found: drawn from the model's probabilities, or as the beams of one search."""
+    """How they are generated: `sample` draws them from the model's probabilities, `beam` takes the beams of one
+    search."""
     baseline: Literal["mean", "greedy"] = "mean"
-    """What a sample is compared with: the mean of the image's other samples, or its greedy caption."""
+    """What a caption is compared with: the `mean` of the image's other captions, or its `greedy` caption."""
     bleu_weight: float = 0.0
-    """Weight of BLEU-4 (0 to 1) in the reward, beside CIDEr-D (0 to 10) at weight 1."""
+    """Weight of BLEU-4 (0 to 1) in the reward. CIDEr-D (0 to 10) has the weight 1."""
 
     def __post_init__(self) -> None:
         least = 2 if self.baseline == "mean" else 1
@@ -103,70 +106,73 @@ class TrainConfig:
     """Train a caption decoder on a frozen encoder."""
 
     output: Path = Path("runs/train")
-    """Folder of checkpoints, log, samples and the best model (`output/best`); stage scst uses `output/scst`."""
+    """Folder of the checkpoints, the log, the samples and the best model (`output/best`). Stage scst writes into
+    `output/scst`."""
     stage: Literal["xe", "scst"] = "xe"
-    """Cross-entropy, or self-critical training from a captioner that cross-entropy made."""
+    """`xe` trains by cross-entropy; `scst` continues a trained captioner with self-critical training."""
     init_from: str | None = None
-    """Folder or hub id of the captioner to start from, or `shipped` for the one that comes with this package. It has
-    its own model settings, which hold in place of `model`'s, except `tune` and LoRA's. `None` starts stage xe from
-    scratch, and stage scst from `output/best`."""
+    """Captioner to start from: a folder, a hub id, or `shipped` for the one that comes with this package. It has its
+    own model settings, so that only `tune` and LoRA's can be set beside it. With `None`, stage xe starts from scratch,
+    and stage scst from `output/best`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scst: ScstConfig = field(default_factory=ScstConfig)
 
     grids: tuple[str, ...] = ()
-    """Compressed grids such as `3x3 5x5 5x5 10x10`. Each step draws one of them, so that one decoder serves all. The
-    model's own grid, at which it is validated, must be among them, and a token cache must hold them. Without any,
-    every step uses the model's own."""
+    """Compressed grids such as `3x3 5x5 5x5 10x10`. Each step draws one of them, so that one decoder serves all; a
+    repeated one is drawn more often. The model's own grid, at which it is validated, must be among them, and a token
+    cache must hold them all. Without any, every step uses the model's own."""
     epochs: float = 12.0
     """Passes over the training images."""
     batch_size: int = 32
-    """Images per forward and process."""
+    """Images per forward pass and process."""
     accumulation: int = 1
-    """Forwards per optimiser step; the loss is weighted by tokens, so how a step is split does not matter."""
+    """Forward passes per optimiser step. All tokens of a step have the same weight, however it is divided."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
-    """Decay of matrices and embeddings; norms and biases are left undecayed."""
+    """Weight decay of matrices and embeddings. Norms and biases have none."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
+    """Share of the steps in which the learning rate rises linearly. After them it falls as a cosine."""
     clip: float = 1.0
     """Largest gradient norm."""
     label_smoothing: float = 0.1
-    """Share of the probability spread over the vocabulary."""
+    """Share of the probability that is spread over the vocabulary."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward; `auto` takes bf16 on GPUs that have it."""
+    """Precision of the forward pass; `auto` takes bf16 on GPUs that have it."""
     gradient_checkpointing: bool = False
-    """Recompute the decoder's activations in the backward pass, to save memory."""
+    """Recompute the decoder's activations in the backward pass: this takes less memory and more time."""
     seed: int = 0
     """Seed of weights, data order and dropout."""
 
     evaluate_every: float = 1.0
     """Epochs between validations (loss, CIDEr, sample captions)."""
     evaluate_images: int | None = None
-    """Validation images used; `None` for all."""
+    """Number of validation images that are used; `None` for all."""
     num_beams: int = 3
-    """Beams of the captions generated in validation, and of the saved model."""
+    """Beams of the search in validation, and of the saved model."""
     max_new_tokens: int = 24
-    """Longest generated caption in tokens, in validation and of the saved model."""
+    """Longest generated caption in tokens, in validation and for the saved model."""
     patience: int | None = 5
-    """Validations without a better CIDEr after which training stops; `None` never stops early."""
+    """Training stops after this many validations without a better CIDEr; `None` never stops early."""
 
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the weights in `output/best`; half precision halves the file."""
+    """Precision of the weights in `output/best`. Half precision halves the size of the file."""
     log_every: int = 20
     """Optimiser steps between log lines."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to, such as `tensorboard` or `wandb`."""
     save_minutes: float = 10.0
-    """Minutes between checkpoints; one is also written before and after each validation, and after a signal to stop."""
+    """Minutes between checkpoints. One is also written before and after each validation, and when a signal stops the
+    run."""
     save_steps: int | None = None
-    """Optimiser steps between checkpoints, in addition."""
+    """Optimiser steps between further checkpoints; `None` for none."""
     keep_checkpoints: int = 2
-    """Number of newest checkpoints that stay; the best model is saved apart from them."""
+    """Number of newest checkpoints that stay on disk. The best model is saved apart from them."""
     resume: str = "auto"
-    """`auto` goes on from the newest whole checkpoint in `output`, if there is one. `never` begins anew, and refuses an
-    `output` with a model, a log or checkpoints. Anything else is the folder of a checkpoint to go on from."""
+    """`auto` continues from the newest undamaged checkpoint in `output`, if there is one. `never` starts anew, and
+    refuses an `output` that holds a model, a log or checkpoints. Anything else is the folder of a checkpoint to
+    continue from."""
 
     def __post_init__(self) -> None:
         check_positive(self, "epochs", "batch_size", "accumulation", "learning_rate", "clip", "evaluate_every")
