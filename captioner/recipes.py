@@ -1,7 +1,7 @@
-"""Recipes: one short function each, returning a config; every setting can be overridden on the command line.
+"""Recipes: each is a short function that returns the settings of a run. Options on the command line replace them.
 
-`captioner train flickr8k --data.root DIR --epochs 20` runs `flickr8k()` with two settings changed. A recipe's
-docstring gives its command, how long it takes, and the score it measured.
+`captioner train flickr8k --data.root DIR --epochs 20` runs `flickr8k()` with two settings changed. The docstring of a
+recipe gives its command, how long it takes, and the score that it reached.
 """
 
 from dataclasses import replace
@@ -137,7 +137,7 @@ def coco_scst() -> TrainConfig:
 
 
 def pretrain_debug() -> PretrainConfig:
-    """Smallest pretraining run; under a minute on a CPU.
+    """Run every part of pretraining once, on a tiny encoder: less than a minute on a CPU.
 
     captioner pretrain debug --images DIR
     """
@@ -159,7 +159,7 @@ def pretrain_debug() -> PretrainConfig:
 IMAGENET_TEACHER = TeacherConfig(
     "mobilenetv2_100", num_classes=1001, options={"pad_type": "same"}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
-"""MobileNetV2 with a background class and an input of -1 to 1, as TensorFlow's are."""
+"""MobileNetV2 as TensorFlow trains it: with a background class, and an input from -1 to 1."""
 
 COCO_TEACHER = TeacherConfig(
     "yolox_nano.onnx",
@@ -203,7 +203,7 @@ def lookupvit_small_distill() -> PretrainConfig:
 
 
 def lookupvit_tiny_distill_cpu() -> PretrainConfig:
-    """Distil a shallow LookupViT-Ti from an ImageNet classifier and a COCO detector on two CPU cores, in 100 minutes.
+    """Distil a shallow LookupViT-Ti from an ImageNet classifier and a COCO detector: 100 minutes on two CPU cores.
 
     captioner pretrain lookupvit_tiny_distill_cpu --images pretrain/imagenette_2500.parquet ... --captions flickr8k \\
         --teachers.0.checkpoint mobilenetv2.safetensors --teachers.1.name yolox_nano.onnx
