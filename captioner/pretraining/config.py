@@ -159,7 +159,7 @@ class PretrainConfig:
     images: tuple[str, ...] = ()
     """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, as paths or glob patterns."""
     captions: str | None = None
-    """Captioned images, in any form that `captioner train --data.root` reads: more images, and words to learn."""
+    """Captioned images, in any form that `captioner train` reads: more images, and words to learn."""
     captions_repeat: int = 1
     """Number of times that each captioned image is drawn in an epoch."""
     captions_split: str = "train"
