@@ -126,7 +126,7 @@ def test_counts_and_grids_may_be_numpy_s(model, image):
         ({"num_beams": 2.0}, "num_beams must be a whole number"),
         ({"num_beams": True}, "num_beams must be a whole number"),
         ({"max_new_tokens": np.int64(-1)}, "max_new_tokens must be a whole number"),
-        ({"max_length": 4}, "max_new_tokens says how long"),
+        ({"max_length": 4}, "max_new_tokens limits the length"),
         ({"num_return_sequences": 2}, "leave num_return_sequences out"),
         ({"grid": "5x"}, "ROWSxCOLUMNS"),
     ],
