@@ -41,3 +41,8 @@ def check_shares(settings: Any, *names: str) -> None:
     for name in names:
         if not 0 <= (value := getattr(settings, name)) <= 1:
             raise SettingError(f"{name} is a share between 0 and 1, not {value}", name)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the error's kind where it has no text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

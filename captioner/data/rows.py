@@ -21,7 +21,7 @@ from captioner.data.dataset_files import check_hub, dataset_records, is_hub_id, 
 from captioner.data.image_finder import ImageFinder
 from captioner.data.readers import read_captions
 from captioner.data.records import OnBad
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.images import MAX_BYTES, ImageError, ImageSource
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
             builder = datasets.load_dataset_builder(**place)
             parts = builder.as_streaming_dataset()
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
-        raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot load '{source}' as a data set: {first_line(error)}") from None
     split = pick_split(parts, split, source)
     rows, known = parts[split], None
     if saved:

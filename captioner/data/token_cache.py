@@ -62,10 +62,15 @@ def grid_name(encoder: TokenEncoder, grid: Grid | None) -> str:
 
 
 def image_names(table: "Dataset") -> list[str]:
-    """Name the images of a caption table by image id and file name, without touching the images."""
-    columns = table.select_columns(["image_id", "image"]).with_format("arrow")[:]
+    """Name the images of a caption table by image id and file name, without touching the images.
+
+    Encoded images may have no file name. They are named by their split in its place, since where there are no ids
+    either, the rows of each split are numbered from 0.
+    """
+    columns = table.select_columns(["image_id", "image", "split"]).with_format("arrow")[:]
     paths = struct_field(columns["image"], "path").to_pylist()
-    return [f"{i} {Path(path or '').name}" for i, path in zip(columns["image_id"].to_pylist(), paths, strict=True)]
+    ids, splits = columns["image_id"].to_pylist(), columns["split"].to_pylist()
+    return [f"{i} {Path(path).name if path else split}" for i, path, split in zip(ids, paths, splits, strict=True)]
 
 
 def image_size(image: dict) -> int:

@@ -15,7 +15,7 @@ from timm.models import is_model_in_modules, model_entrypoint
 from captioner.encoders.base import TokenEncoder
 from captioner.encoders.shipped import SHIPPED, describe_shipped, load_shipped
 from captioner.encoders.timm_models import PooledEncoder
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.hub import hub_options
 
 logger = logging.getLogger(__name__)
@@ -188,8 +188,3 @@ def rebuild_encoder(description: Mapping[str, Any]) -> TokenEncoder:
 def loading_options(kwargs: Mapping[str, Any]) -> list[str]:
     """Return those of timm's keyword arguments that make it load something."""
     return [key for key in kwargs if key.startswith(("pretrained", "checkpoint")) or key == "cache_dir"]
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its kind if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

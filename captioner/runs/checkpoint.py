@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, load
 from torch import nn
 
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.runs.digests import digest_file
 from captioner.runs.files import folder_whole, part_of, recover_folder, replace_folder
 
@@ -217,9 +217,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
         load(path / f"random_states_{accelerator.process_index}.pkl")  # accelerate would go on without
         accelerator.load_state(str(path), strict=strict)
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"'{path}' does not fit this model: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"'{path}' does not fit this model: {first_line(error)}") from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f"'{path}' holds more than tensors, refused: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"'{path}' holds more than tensors, refused: {first_line(error)}") from None
     return progress
 
 

@@ -13,6 +13,8 @@ from typing import IO, Literal
 
 from safetensors import SafetensorError
 
+from captioner.errors import first_line
+
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
 """Words in the RuntimeError that torch raises where a file cannot be written."""
 
@@ -107,7 +109,7 @@ def check_failed_write(error: Exception) -> None:
 
 def cannot_write(what: str, error: Exception, remark: str = "") -> OSError:
     """Return the error that says in one line what could not be written, and why."""
-    return OSError(f"cannot write {what} ({str(error).splitlines()[0]}); free some disk space and run again{remark}")
+    return OSError(f"cannot write {what} ({first_line(error)}); free some disk space and run again{remark}")
 
 
 def part_of(final: Path) -> Path:
@@ -123,7 +125,7 @@ def share_weights(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Have the disk hold a file: a power cut then cannot leave it empty under its final name."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows syncs no file that is open for reading alone
         os.fsync(file.fileno())
 
 
