@@ -21,6 +21,7 @@ from captioner.hub import hub_options
 from captioner.images import ImageError, ImageSource, each_image, is_single, name_source
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
+from captioner.transformers_versions import LOADING_ERRORS
 
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that must be whole numbers above 0."""
@@ -237,16 +238,37 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     except ValueError as error:
         raise SettingError(f"no captioner model at '{source}': {error}", "model") from None
     downloaded = local or isinstance(try_to_load_from_cache(source, "config.json"), str)
+    options["trust_remote_code"] = False  # transformers would ask whether to run code that lies beside the weights
     try:
         with silence_transformers(bars=not downloaded):
             processor = CaptionerProcessor.from_pretrained(source, **options)
-            options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            options |= {"use_safetensors": True, "dtype": torch.float32}
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_weights` names them
             loaded, info = cast("tuple[CaptionerModel, dict]", CaptionerModel.from_pretrained(source, **options))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise SettingError(f"'{source}' is not a captioner model: {first_line(error)}", "model") from None
+    check_weights(source, info)
+    return Captioner(loaded, processor, device)
+
+
+def check_weights(source: str, info: dict[str, Any]) -> None:
+    """Refuse a captioner whose weights are not those that its configuration describes.
+
+    Args:
+        source: its folder or hub id.
+        info: what transformers says of loading it.
+
+    Raises:
+        SettingError: weights are missing, of another shape, or more than there is a place for.
+    """
     if missing := sorted(info["missing_keys"]):
         raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", "model")
-    return Captioner(loaded, processor, device)
+    if wrong := sorted(str(name) for name, *_ in info["mismatched_keys"]):
+        fact = f"{len(wrong)} weights of '{source}' have other shapes than its configuration says, such as {wrong[0]}"
+        raise SettingError(fact, "model")
+    if unknown := sorted(info["unexpected_keys"]):
+        fact = f"the configuration of '{source}' has no place for {len(unknown)} of its weights, such as {unknown[0]}"
+        raise SettingError(fact, "model")
 
 
 def caption(

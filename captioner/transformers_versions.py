@@ -2,7 +2,15 @@
 
 import inspect
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
+
+LOADING_ERRORS = (
+    *(AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What `from_pretrained` raises for files that are damaged or hold something else; it has no error of its own."""
 
 
 def cache_name(decoder: PreTrainedModel) -> str | None:

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import sys
@@ -138,13 +139,38 @@ def test_splits_are_added_to_a_cache(cache_config, noise, saved_model, tmp_path,
     assert caught.value.settings == ("output",)
 
 
-def test_two_images_of_one_name_are_refused(cache_config, saved_model, tmp_path):
+def test_images_without_ids_and_names_are_told_apart(cache_config, saved_model, tmp_path):
+    """The rows of each split are numbered from 0, and the images have as many bytes."""
+    splits = {}
+    for split, shade in (("train", 200), ("val", 10)):
+        rows = [{"image": Image.new("RGB", (9, 9), (shade, 40 * n, 0)), "captions": ["a"]} for n in range(3)]
+        for row in rows:
+            file = io.BytesIO()
+            row["image"].save(file, "BMP")
+            row["image"] = {"bytes": file.getvalue(), "path": None}
+        splits[split] = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    loaded = captioner.load(saved_model, "cpu")
+    for folder, parts in (("at_once", [("train", "val")]), ("one_by_one", [("train",), ("val",)])):
+        for part in parts:
+            fill_cache(cache_config(tmp_path / folder, saved_model, tmp_path / "set", splits=part))
+        for split in splits:
+            table = read_captions(tmp_path / "set", split)
+            images = open_cache(tmp_path / folder, loaded.model, loaded.processor).images(table)
+            tokens = images.batch([images.open(n) for n in range(3)])["image_tokens"]
+            pixels = torch.stack([loaded.processor.pixels(row["image"]) for row in table])
+            assert torch.allclose(tokens.float(), loaded.model.encode(pixels), atol=5e-3)
+
+
+@pytest.mark.parametrize(("ending", "side"), [("png", 30), ("bmp", 9)])
+def test_two_images_of_one_name_are_refused(cache_config, saved_model, tmp_path, ending, side):
+    """Two uncompressed images of one size have as many bytes, too."""
     for split, colour in (("train", "red"), ("val", "blue")):
         (tmp_path / f"{split}2017").mkdir()
-        Image.new("RGB", (30 if split == "val" else 9, 9), colour).save(tmp_path / f"{split}2017" / "1.png")
-        content = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+        Image.new("RGB", (side if split == "val" else 9, 9), colour).save(tmp_path / f"{split}2017" / f"1.{ending}")
+        content = {"images": [{"id": 1, "file_name": f"1.{ending}"}], "annotations": [{"image_id": 1, "caption": "a"}]}
         (tmp_path / f"captions_{split}2017.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="different images under one id and name, '1 1.png'"):
+    with pytest.raises(ValueError, match=f"different images under one id and name, '1 1.{ending}'"):
         fill_cache(cache_config(tmp_path / "tokens", saved_model, tmp_path))
 
 

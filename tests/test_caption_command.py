@@ -12,7 +12,7 @@ from PIL import Image
 
 from captioner import cli
 from captioner.data import caption_output
-from captioner.data.caption_output import Writer, find_format
+from captioner.data.caption_output import Writer, find_format, open_output, read_output
 
 NAMES = [
     *("plain.jpg", "tab\there.jpg", "line\nfeed.jpg", "form\x0cfeed.jpg", "return\r.jpg", "next\x85line.jpg"),
@@ -148,6 +148,14 @@ def test_images_that_failed_are_tried_again(saved_model, images, tmp_path, endin
     assert [sum(name in line for line in lines) for name in ("a.jpg", "b.png", "c.webp")] == [1, 2, 1]
     assert "b.png" in lines[-1]
     assert "not an image" not in lines[-1]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_a_caption_without_words_is_a_caption(tmp_path, ending):
+    path = tmp_path / f"out.{ending}"
+    with open_output(path) as output:
+        output.write({"path": "a.jpg", "caption": "", "logprob": -1.0, "error": None})
+    assert read_output(path) == ({"a.jpg"}, set())
 
 
 def test_a_file_of_another_kind_is_not_gone_on_with(images, tmp_path, capsys):

@@ -189,11 +189,21 @@ def test_a_decoder_that_cannot_serve_is_named(make_decoder, special, vocab_size,
         build_captioner(model_config(folder, **kwargs), [])
 
 
+def test_a_decoder_from_scratch_has_room_for_the_tokens_of_large_images():
+    config = ModelConfig(encoder="vit_tiny_patch16_224", image_size=384, layers=1, width=16, heads=1, vocab_size=300)
+    model, _ = build_captioner(config, ["a dog"])
+    assert model.config.text_config.max_position_embeddings == 1 + 24 * 24 + config.max_length
+
+
 def test_a_decoder_that_is_not_there_is_named(tmp_path, make_decoder):
     with pytest.raises(ValueError, match="no decoder at '.*nobody'"):
         build_captioner(model_config(str(tmp_path / "nobody")), [])
     folder = make_decoder()
-    (Path(folder) / "model.safetensors").unlink()
+    weights = Path(folder) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])  # a download that was cut
+    with pytest.raises(ValueError, match="no weights for decoder"):
+        build_captioner(model_config(folder), [])
+    weights.unlink()
     with pytest.raises(ValueError, match="no weights for decoder"):
         build_captioner(model_config(folder), [])
 

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from captioner.encoders import TokenEncoder, create_encoder, own_encoders, rebuild_encoder
+from captioner.errors import SettingError
 
 STOCK = {
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
@@ -114,6 +115,20 @@ def test_a_grid_larger_than_the_map_is_refused(name):
         with pytest.raises(ValueError, match=rf"grid {rows + 1}x1 is not within the \w+ \w+ {rows}x{columns}") as error:
             encode(pixels, (rows + 1, 1))
         assert "grid" in error.value.settings
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("vit_tiny_patch16_224", (65, 64)), ("swin_tiny_patch4_window7_224", (30, 30)), (own_encoders()[0], (64, 65))],
+)
+def test_an_image_size_that_is_not_taken_is_refused(name, size):
+    encoder = shared_encoder(name)
+    if name.startswith("swin"):
+        encoder = create_encoder(name, **OPTIONS[name] | {"strict_img_size": True})
+    for encode in (encoder.forward_tokens, encoder.forward_maps, lambda x: encoder.largest_grid(x.shape[-2:])):
+        with pytest.raises(SettingError, match=rf"{size[0]}x{size[1]} px") as error:
+            encode(torch.zeros(1, 3, *size))
+        assert "image_size" in error.value.settings
 
 
 @every_encoder

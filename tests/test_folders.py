@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 import unicodedata
 
 import pytest
@@ -104,6 +106,20 @@ def test_caption_files_beside_images(folder, caplog):
     assert "1 missing images (lost.txt); 2 images without captions (bare.jpg, empty.jpg)" in caplog.text
     with pytest.raises(SettingError, match=r"lost\.txt"):
         read_captions(root, "train", on_bad="refuse")
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are Unicode there")
+def test_names_that_are_not_utf_8_are_counted(folder, caplog):
+    """No Arrow table holds them; older archives made on Windows unpack to such names."""
+    root = folder(**{"a.txt": "a cat", "a.jpg": None, "b.txt": "a dog", "b.jpg": None})
+    for ending in ("txt", "jpg"):
+        (root / f"b.{ending}").rename(root / os.fsdecode(b"caf\xe9." + ending.encode()))
+    assert read(root, "train") == {"a.jpg": ["a cat"]}
+    assert r"unusable: 1 images named not in utf 8 (caf\xe9.jpg)" in caplog.text
+    (root / "a.jpg").unlink()
+    (root / "a.txt").unlink()
+    with pytest.raises(ValueError, match="no captioned images; unusable: 1 images named not in utf 8"):
+        read_captions(root, "train")
 
 
 def test_caption_files_in_folders(folder):

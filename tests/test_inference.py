@@ -1,6 +1,7 @@
 """Captioning in Python: `captioner.load`, `Captioner.stream` and calling a captioner."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import captioner
 from captioner import CaptionerModel, ImageError
+from captioner.errors import SettingError
 
 
 @pytest.fixture
@@ -188,3 +190,35 @@ def test_what_is_no_captioner_is_said_in_one_line(saved_model, tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             captioner.load(source, "cpu")
         assert "\n" not in str(caught.value)
+
+
+def test_a_captioner_of_damaged_or_foreign_files_is_said_in_one_line(saved_model):
+    names = ("config.json", "model.safetensors", "tokenizer_config.json", "processor_config.json")
+    whole = {name: (saved_model / name).read_bytes() for name in names}
+    config, tokenizer = json.loads(whole["config.json"]), json.loads(whole["tokenizer_config.json"])
+    encoder = config["encoder_config"]
+    shallow = {**encoder, "kwargs": {**encoder["kwargs"], "depth": 1}}
+    wide = {**encoder, "kwargs": {**encoder["kwargs"], "embed_dim": 64}}
+    code = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Slow", "theirs.Fast"]}}
+    cases = [
+        ("model.safetensors", whole["model.safetensors"][:-100], "is not a captioner model"),
+        ("model.safetensors", b"", "is not a captioner model"),
+        ("config.json", {**config, "text_config": [1]}, "is not a captioner model"),
+        ("config.json", {**config, "text_config": {**config["text_config"], "n_layer": "x"}}, "Validation error"),
+        ("config.json", {**config, "encoder_config": shallow}, r"has no place for \d+ of its weights, such as encoder"),
+        (
+            "config.json",
+            {**config, "encoder_config": wide},
+            r"\d+ weights of .* have other shapes",
+        ),
+        ("processor_config.json", [], "is not a captioner model"),
+        ("tokenizer_config.json", {**tokenizer, **code}, "contains custom code"),
+    ]
+    for name, content, message in cases:
+        (saved_model / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        with pytest.raises(SettingError, match=message) as caught:
+            captioner.load(saved_model, "cpu")
+        assert "\n" not in str(caught.value)
+        assert caught.value.settings == ("model",)
+        (saved_model / name).write_bytes(whole[name])
+    captioner.load(saved_model, "cpu")

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 
-from captioner.encoders import create_encoder, describe_encoder, frozen_encoder, rebuild_encoder
+from captioner.encoders import create_encoder, describe_encoder, frozen_encoder, rebuild_encoder, registry
+from captioner.errors import SettingError
 
 
 @pytest.mark.parametrize(
@@ -147,3 +149,18 @@ def test_a_name_with_a_tag_means_its_pretrained_weights():
         create_encoder("vit_tiny_patch16_224.augreg_in21k")  # tests run without the hub
     with pytest.raises(ValueError, match=r"no weights of the encoder 'vit_tiny_patch16_224.nobody'"):
         create_encoder("vit_tiny_patch16_224.nobody")
+
+
+def test_weights_of_the_hub_that_are_a_pickle_are_refused(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+
+    def download(repository, name):
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(registry, "hf_hub_download", download)
+    monkeypatch.setattr(registry, "hub_options", lambda name: {})
+    monkeypatch.setattr(registry.timm, "create_model", None)
+    with pytest.raises(SettingError, match="no weights of the encoder 'hf-hub:a/b': it has no model.safetensors"):
+        create_encoder("hf-hub:a/b")

@@ -89,9 +89,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(captioned, tmp_path):
         ({}, ("3x3", "15x15"), "15x15"),
         ({"max_length": 500}, ("3x3", "7x7"), "room for 512 tokens; those of the grid 7x7 and text need 550"),
         ({}, ("3x3", "five"), "grid 'five' is not of the form ROWSxCOLUMNS"),
+        ({"encoder": "vit_tiny_patch16_224", "image_size": 65, "grid": None}, (), "does not take images of 65x65 px"),
+        ({"image_size": 65}, (), "image of 65x65 px is not a multiple of the patch"),
+        ({"image_size": 32}, (), "grid 3x3 is not within the lookup grid 2x2"),
     ],
 )
-def test_grids_that_do_not_fit_are_refused_before_training(captioned, tmp_path, model, grids, message):
+def test_grids_and_sizes_that_do_not_fit_are_refused_before_training(captioned, tmp_path, model, grids, message):
     config = debug(captioned, tmp_path)
     with pytest.raises(ValueError, match=message):
         train(replace(config, model=replace(config.model, **model), grids=grids))

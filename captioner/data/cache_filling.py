@@ -114,7 +114,7 @@ def join_tables(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
     for number, name in enumerate(image_names(table)):
         if first.setdefault(name, number) != number:
             one, other = table[first[name]]["image"], table[number]["image"]
-            if image_size(one) != image_size(other):
+            if one != other and (image_size(one) != image_size(other) or read_bytes(one) != read_bytes(other)):
                 raise SettingError(
                     f"the splits hold different images under one id and name, '{name}' ('{one['path']}' and "
                     f"'{other['path']}'); a cache of each split in a folder of its own can hold them",
@@ -122,6 +122,16 @@ def join_tables(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
                     "output",
                 )
     return table.select(sorted(first.values())) if len(first) < len(table) else table
+
+
+def read_bytes(image: dict) -> bytes | None:
+    """Return an encoded image, or None where there is no such file."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError:
+        return None
 
 
 def prepare_folder(folder: Path, manifest: dict) -> None:

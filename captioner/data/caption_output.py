@@ -58,7 +58,7 @@ def read_csv_rows(text: str) -> Iterator[tuple[str, bool]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if reader.fieldnames not in (None, list(COLUMNS)):
         raise ValueError
-    return ((unescape_name(row["path"]), bool(row["caption"])) for row in reader)
+    return ((unescape_name(row["path"]), row["error"] == "") for row in reader)
 
 
 def read_json_rows(text: str) -> Iterator[tuple[str, bool]]:

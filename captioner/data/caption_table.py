@@ -46,7 +46,10 @@ def build_table(
         image = record.image
         if isinstance(image, str):
             path = find(image, record.split, record.beside)
-            return {"path": str(path), "bytes": None} if path else None
+            if path is None:
+                return None
+            str(path).encode()  # raises for a path that is not UTF-8, which Arrow could not hold
+            return {"path": str(path), "bytes": None}
         return image if images is not None else None  # without a column of images, only a name can be an image
 
     report = ReadReport()
@@ -62,7 +65,7 @@ def build_table(
         logger.warning("%s: %s", name, report)
     if not report.images:
         others = report.duplicate_ids or report.images_without_captions or report.images_in_several_splits
-        if report.missing_images and not others:
+        if report.missing_images and not (others or report.images_named_not_in_utf_8):
             count, example = len(report.missing_images), report.missing_images[0]
             raise FileNotFoundError(
                 f"{name}: none of the {count} images was found, such as '{example}'; name the folder of the images"

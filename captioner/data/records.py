@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from captioner.data.captions import ImageId, read_captions_of
 from captioner.data.image_finder import portable_name
+from captioner.images.names import escape_name
 
 OnBad = Literal["skip", "refuse"]
 
@@ -42,6 +43,8 @@ class ReadReport:
     images: int = 0
     captions: int = 0
     missing_images: list[ImageId] = field(default_factory=list)
+    images_named_not_in_utf_8: list[ImageId] = field(default_factory=list)
+    """Images whose path has bytes that are no UTF-8; no table can hold such a path."""
     duplicate_ids: list[ImageId] = field(default_factory=list)
     """Images that occur twice, and all images that share their id with a different image."""
     empty_captions: list[ImageId] = field(default_factory=list)
@@ -76,7 +79,8 @@ def usable_records(
     Args:
         records: the records.
         report: counts the records that are left out, and those that are not.
-        locate: finds the image of a record, or None if there is none; without it, images are not needed.
+        locate: finds the image of a record, or None if there is none; without it, images are not needed. It raises
+            UnicodeEncodeError for a path that is not UTF-8.
 
     Yields:
         Each usable record, with its image as `locate` returned it and its captions.
@@ -102,7 +106,11 @@ def usable_records(
         texts, empty, unreadable = read_captions_of(record.captions)
         report.empty_captions += [image_id] * empty
         report.unreadable_captions += [image_id] * unreadable
-        image = None if locate is None else locate(record)
+        try:
+            image = None if locate is None else locate(record)
+        except UnicodeEncodeError:
+            report.images_named_not_in_utf_8.append(escape_name(str(record.image)))
+            continue
         if record.several_splits:
             report.images_in_several_splits.append(image_id)
         elif image is None and locate is not None:

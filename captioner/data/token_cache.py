@@ -64,10 +64,15 @@ def grid_name(encoder: TokenEncoder, grid: Grid | None) -> str:
 
 
 def image_names(table: "Dataset") -> list[str]:
-    """Return the names of a table's images in the cache: image id and file name. No image is read."""
-    columns = table.select_columns(["image_id", "image"]).with_format("arrow")[:]
+    """Return the names of a table's images in the cache: image id and file name. No image is read.
+
+    Encoded images may have no file name; the split then stands in its place. Without ids, too, the rows of each split
+    are numbered from 0.
+    """
+    columns = table.select_columns(["image_id", "image", "split"]).with_format("arrow")[:]
     paths = struct_field(columns["image"], "path").to_pylist()
-    return [f"{i} {Path(path or '').name}" for i, path in zip(columns["image_id"].to_pylist(), paths, strict=True)]
+    ids, splits = columns["image_id"].to_pylist(), columns["split"].to_pylist()
+    return [f"{i} {Path(path).name if path else split}" for i, path, split in zip(ids, paths, splits, strict=True)]
 
 
 def image_size(image: dict) -> int:

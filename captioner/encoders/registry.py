@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.layers import to_2tuple
 from timm.models import is_model_in_modules, model_entrypoint
@@ -129,22 +130,40 @@ def exported_config(name: str) -> dict[str, Any]:
         ValueError: there is no such encoder, or its weights are not safetensors.
     """
     kind, _, place = name.partition(":")
-    folder = Path(place)
     try:
         if kind == "hf-hub":
             hub_options(place)  # raises an error if there is no such repository
             config = json.loads(Path(hf_hub_download(place, "config.json")).read_text())
         else:
-            config = json.loads((folder / "config.json").read_text())
+            config = json.loads((Path(place) / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise SettingError(f"no encoder at '{name}': {first_line(error)}", "encoder") from None
-    if kind == "local-dir" and not (folder / "model.safetensors").is_file():
-        raise SettingError(f"no weights of the encoder '{name}': it has no model.safetensors", "encoder")
+    if reason := lacks_safetensors(kind, place):  # timm would take a pickle in their place
+        raise SettingError(f"no weights of the encoder '{name}': {reason}", "encoder")
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise SettingError(
             f"the config.json of '{name}' describes no timm model; `captioner pretrain` exports one", "encoder"
         )
     return config
+
+
+def lacks_safetensors(kind: str, place: str) -> str | None:
+    """Say why there are no safetensors weights in a folder (`local-dir`) or a repository (`hf-hub`); None if there are.
+
+    Those of a repository are downloaded, as timm would do next.
+    """
+    absent = "it has no model.safetensors"
+    if kind == "local-dir":
+        return None if (Path(place) / "model.safetensors").is_file() else absent
+    try:
+        hf_hub_download(place, "model.safetensors")
+    except LocalEntryNotFoundError as error:  # the hub does not answer
+        return first_line(error)
+    except EntryNotFoundError:
+        return absent
+    except OSError as error:
+        return first_line(error)
+    return None
 
 
 def describe_encoder(name: str, **kwargs: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch import nn
 from captioner.encoders.base import TokenEncoder, TokenMaps, image_size
 from captioner.encoders.maps import pool_tokens
 from captioner.encoders.rollout import AttentionRecorder, roll_out
-from captioner.grids import Grid
+from captioner.errors import SettingError, first_line
+from captioner.grids import Grid, write_grid
 
 
 class PooledEncoder(TokenEncoder):
@@ -52,9 +53,18 @@ class PooledEncoder(TokenEncoder):
         """Return the wrapped model's own features, tokens (B, N, D) or a map; the grid changes nothing.
 
         Raises:
+            SettingError: the model does not take images of this size.
             ValueError: the model returns several maps.
         """
-        x = self.model.forward_features(x)
+        size = image_size(x)
+        try:
+            x = self.model.forward_features(x)
+        except AssertionError as error:  # by which timm's models refuse a size, with a sentence that gives theirs
+            raise SettingError(
+                f"a {type(self.model).__name__} does not take images of {write_grid(size)} px: "
+                f"{first_line(error).rstrip('.')}",
+                *("image_size", "encoder_options"),
+            ) from None
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"a {type(self.model).__name__} has several feature maps, an encoder needs one")
         return x

@@ -22,6 +22,7 @@ from captioner.hub import hub_options
 from captioner.pretraining.config import TeacherConfig
 from captioner.pretraining.targets import Targets
 from captioner.runs.digests import digest_file, digest_tensors, digest_text
+from captioner.transformers_versions import LOADING_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -158,12 +159,12 @@ class TransformersTeacher(Teacher):
 
         try:
             options = hub_options(config.name)
-            model = AutoModel.from_pretrained(config.name, use_safetensors=True, **options)
-        except (OSError, ValueError) as error:
+            model = AutoModel.from_pretrained(config.name, use_safetensors=True, trust_remote_code=False, **options)
+        except LOADING_ERRORS as error:
             raise ValueError(f"no teacher at '{config.name}': {first_line(error)}") from None
         self.model = getattr(model, "vision_model", model)  # the image encoder of an image-text model
         try:
-            prepares = AutoImageProcessor.from_pretrained(config.name, **options)
+            prepares = AutoImageProcessor.from_pretrained(config.name, trust_remote_code=False, **options)
         except (OSError, ValueError):  # the model has no image processor
             return self.set_range()
         if not getattr(prepares, "do_normalize", True):

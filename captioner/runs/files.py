@@ -125,7 +125,7 @@ def share_weights(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Write a file from the system's buffers to the disk, so that a power failure cannot leave it empty."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows syncs no file that is open for reading alone
         os.fsync(file.fileno())
 
 

@@ -1,6 +1,6 @@
 """The model to train: built from an encoder and a decoder, or loaded as a trained captioner."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from captioner.data.encoding import token_shapes
-from captioner.encoders import describe_encoder, frozen_encoder
+from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
 from captioner.errors import SettingError, first_line
 from captioner.fusion import FUSIONS
 from captioner.generation import check_room
@@ -27,7 +27,7 @@ from captioner.modeling import CaptionerConfig, CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.training.config import ModelConfig, TrainConfig
 from captioner.training.lora import tune
-from captioner.transformers_versions import checkpoint_activations
+from captioner.transformers_versions import LOADING_ERRORS, checkpoint_activations
 
 
 def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tuple[CaptionerModel, CaptionerProcessor]:
@@ -65,7 +65,8 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )
-    prefix_tokens, prompt_tokens = model.encoder.num_tokens(model.config.grid), len(processor.prompt_ids())
+    prefix_tokens = count_tokens(model.encoder, model.config.grid, processor.image["input_size"])
+    prompt_tokens = len(processor.prompt_ids())
     check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # so that no epoch is trained in vain
     return model, processor
 
@@ -98,6 +99,15 @@ def training_grids(config: TrainConfig, model: CaptionerModel, processor: Captio
     return grids
 
 
+def count_tokens(encoder: TokenEncoder, grid: Grid | None, input_size: Sequence[int]) -> int:
+    """Count the tokens of an image of the size that the run takes, which may be another than the encoder's own.
+
+    Raises:
+        ValueError: the encoder does not take images of this size, or the grid is larger than its map.
+    """
+    return token_shapes(encoder, input_size, {"own": grid})["own"][0]
+
+
 def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:
     """Build a captioner.
 
@@ -109,7 +119,9 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         ValueError: an encoder or decoder cannot be found, or they do not fit together.
     """
     encoder, grid = frozen_encoder(config.encoder), parse_grid(config.grid)
-    positions = FUSIONS[config.fusion].positions(encoder.num_tokens(grid), config.max_length)
+    image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
+    tokens = count_tokens(encoder, grid, image["input_size"])
+    positions = FUSIONS[config.fusion].positions(tokens, config.max_length)
     tokenizer: PreTrainedTokenizerBase
     text_config: PretrainedConfig
     if config.decoder is None:
@@ -119,7 +131,6 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         text_config = new_decoder(config, tokenizer, positions=max(512, positions))
     else:
         tokenizer, text_config = hub_decoder(config.decoder, positions)
-    image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
     processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
     if len(processor.prompt_ids()) >= config.max_length - 1:
         raise SettingError(f"the prompt leaves no room for captions of {config.max_length} tokens", "max_length")
@@ -171,10 +182,10 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
         ValueError: there is no such model, it has no end token, or it has too few positions.
     """
     try:
-        options = hub_options(name)
+        options = hub_options(name) | {"trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         text_config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"no decoder at '{name}': {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -209,7 +220,7 @@ def copy_weights(name: str, decoder: nn.Module) -> None:
         pretrained = AutoModelForCausalLM.from_pretrained(
             name, config=decoder.config, dtype=torch.float32, use_safetensors=True, **hub_options(name)
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"no weights for decoder '{name}': {first_line(error)}") from None
     decoder.load_state_dict(pretrained.state_dict())
 
