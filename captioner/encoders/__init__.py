@@ -9,12 +9,16 @@ from captioner.encoders.registry import (
     own_encoders,
     rebuild_encoder,
 )
+from captioner.encoders.stvit import STViT
+from captioner.encoders.stvit_swin import STViTSwin
 from captioner.encoders.timm_models import PooledEncoder
 
 __all__ = [
     "LookupViT",
     "PooledEncoder",
     "PretrainedPart",
+    "STViT",
+    "STViTSwin",
     "TokenEncoder",
     "TokenMaps",
     "create_encoder",
