@@ -175,6 +175,11 @@ class STViTSwin(SemanticEncoder):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
+        if len(depths) != 4 or len(num_heads) != 4:
+            raise SettingError(
+                f"depths {tuple(depths)} and num_heads {tuple(num_heads)} must each have 4 numbers, one for each stage",
+                "encoder_options",
+            )
         grid = parse_grid(grid)
         dims = [embed_dim * 2**i for i in range(4)]
         super().__init__(embed_dim=dims[-1], num_prefix_tokens=0, stride=8 * patch_size, grid=grid)
