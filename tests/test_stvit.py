@@ -219,7 +219,7 @@ def test_bf16_autocast_stays_close(name):
 
 
 @pytest.mark.slow
-@every_kind
+@pytest.mark.parametrize("name", ["stvit_small_patch16_224", "stvitr_swin_tiny_patch4_window7_224"])
 def test_compiles_without_breaks(name):
     depth = {"depths": (1, 1, 4, 1)} if "swin" in name else {"depth": 5}
     model, pixels = make(name, **depth).float(), torch.randn(2, 3, 64, 64)
