@@ -52,6 +52,8 @@ def images(name: str, wide: bool = False) -> torch.Tensor:
 
 def test_the_suite_has_every_encoder_of_this_package():
     assert {f"lookupvit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} <= set(own_encoders())
+    assert {f"{kind}_small_patch16_224" for kind in ("stvit", "stvitr")} <= set(own_encoders())
+    assert {f"{kind}_swin_tiny_patch4_window7_224" for kind in ("stvit", "stvitr")} <= set(own_encoders())
     assert own_encoders() == [name for name in OPTIONS if name not in STOCK]
 
 

@@ -67,7 +67,7 @@ def test_pretraining_caching_training_and_captioning(name, captioned, teacher, t
         (["--image-size", "96"], "96x96 px has 6x6 cells in stage 3, fewer than a window of 7x7"),
         (["--image-size", "120"], "120x120 px is not a multiple of the stride, 32x32 px"),
         (["--image-size", "128", "--grids", "5"], "grid 5x5 is larger than the feature map 4x4 of 128 px views"),
-        (["--encoder-options", "depths=(1,1,2,1)"], "0 layers for semantic tokens are too few"),
+        (["--encoder-options", "depths=(1,1,2,1)"], "semantic tokens need at least 2 layers, not 0"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_the_run(options, reason, captioned, teacher, tmp_path, capsys):

@@ -2,19 +2,20 @@
 
 Letters: B batch, P prefix tokens (class token), N = h * w image tokens, M = r * c semantic tokens, W windows,
 D width, G learned global centres (M, D). With CA(Q, S) a cross-attention whose queries are Q and whose keys and values
-are S, norms before each branch and LayerScale after it (section 3.2 of the paper):
+are S, norms before each branch and LayerScale after it (section 3 of the paper):
 
     C0 = pool(X) to r x c                                 average (global form) or maximum (local form)
     C1 = C0 + CA(C0, [C0; X])         then an MLP         within a window and its neighbourhood in the local form
     C2 = C1 + G + CA(C1 + G, [C1; X]) then an MLP         over the whole map in both forms
     S  = ordinary ViT blocks on C2                        M tokens instead of N
-    X  = X + CA(X, S)                 then an MLP         recovery, in STViT-R alone (section 3.4)
+    X  = X + CA(X, S)                 then an MLP         recovery, in STViT-R alone
 
 The class token, where there is one, is a further centre: it attends with C0 and C1, but is neither pooled nor guided.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class CrossBlock(nn.Module):
 
 
 class SemanticUnit(nn.Module):
-    """Generates semantic tokens from image tokens, refines them, and recovers the image tokens if asked to.
+    """Generates semantic tokens from image tokens, refines them, and recovers the image tokens if `recover` is true.
 
     Args:
         dim: width D.
@@ -97,9 +98,9 @@ class SemanticUnit(nn.Module):
         super().__init__()
         least = 3 if recover else 2
         if len(drop_path) < least:
+            recovery = " and one recovers the image tokens" if recover else ""
             raise SettingError(
-                f"{len(drop_path)} layers for semantic tokens are too few: two generate them"
-                f"{' and one recovers the image tokens' if recover else ''}",
+                f"semantic tokens need at least {least} layers, not {len(drop_path)}: two generate them{recovery}",
                 "encoder_options",
             )
         self.num_prefix, self.window, self.overlap = num_prefix, window, overlap
@@ -153,10 +154,8 @@ class SemanticUnit(nn.Module):
 
 def semantic_block(dim: int, num_heads: int, mlp_ratio: float, init_values: float, drop_path: float) -> Block:
     """Build an ordinary ViT block with LayerScale, to run on semantic tokens."""
-    return Block(
-        *(dim, num_heads, mlp_ratio),
-        **{"qkv_bias": True, "init_values": init_values, "drop_path": drop_path, "norm_layer": LayerNorm},
-    )
+    options: dict[str, Any] = {"init_values": init_values, "drop_path": drop_path, "norm_layer": LayerNorm}
+    return Block(dim, num_heads, mlp_ratio, qkv_bias=True, **options)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -168,13 +167,25 @@ def init_linear(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def check_least(least: int, **options: int) -> None:
+    """Refuse numbers below the least that makes sense.
+
+    Raises:
+        SettingError: naming the first of them.
+    """
+    for name, value in options.items():
+        if value < least:
+            raise SettingError(f"{name} is {value}, which is less than {least}", "encoder_options")
+
+
 def split_layers(layers: int, unit: int | None) -> int:
-    """Return how many units of `unit` layers make up `layers`; `None` stands for a single one.
+    """Return how many units of `unit` layers make up `layers`; `None` stands for one unit of all of them.
 
     Raises:
         SettingError: the layers do not divide into units.
     """
-    unit = layers if unit is None else unit
+    if unit is None:
+        return 1
     if layers < 1 or unit < 1 or layers % unit:
         raise SettingError(f"{layers} layers do not divide into semantic units of {unit} layers", "encoder_options")
     return layers // unit

@@ -4,9 +4,10 @@ Letters: B batch, C channels, H W pixels, N = h * w patches, M = r * c semantic 
 
 The first layers are those of a ViT. Then semantic tokens are generated (`semantic.py`), and all later layers run on
 them and the class token alone. STViT-R recovers the patches from them, and generates and recovers every few layers.
-Section 3.2 (STViT) and 3.4 (STViT-R) of arXiv 2303.08685.
+See section 3 of arXiv 2303.08685.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from captioner.encoders.maps import resize_tokens
-from captioner.encoders.semantic import LayerNorm, SemanticUnit, init_linear, split_layers
+from captioner.encoders.semantic import LayerNorm, SemanticUnit, check_least, init_linear, split_layers
 from captioner.encoders.semantic_encoder import DEFAULT_CFG, SemanticEncoder
+from captioner.encoders.semantic_init import init_from_deit
 from captioner.encoders.traced import Traced, refine
 from captioner.grids import Grid, parse_grid
 
@@ -84,25 +86,31 @@ class STViT(SemanticEncoder):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
+        check_least(0, image_layers=image_layers)
+        check_least(1, patch_size=patch_size)
         grid = parse_grid(grid)
         super().__init__(embed_dim=embed_dim, num_prefix_tokens=1, stride=patch_size, grid=grid)
         self.recovers = self.has_dense_tokens = unit_layers is not None
-        self.patch_embed = PatchEmbed(
-            *(img_size, patch_size, in_chans, embed_dim),
-            **{"output_fmt": "NHWC", "flatten": False, "strict_img_size": False},
-        )
+        formats: dict[str, Any] = {"output_fmt": "NHWC", "flatten": False, "strict_img_size": False}
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, **formats)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, *self.patch_embed.grid_size, embed_dim))
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         images = [ImageLayer(embed_dim, num_heads, mlp_ratio, rate) for rate in rates[:image_layers]]
-        count = split_layers(depth - image_layers, unit_layers)
-        length = (depth - image_layers) // count
+        later = rates[image_layers:]
+        length = len(later) // split_layers(len(later), unit_layers)
         units = [
             SemanticUnit(
-                *(embed_dim, num_heads, rates[image_layers + i * length :][:length], grid),
-                **{"num_prefix": 1, "recover": self.recovers, "mlp_ratio": mlp_ratio, "init_values": init_values},
+                embed_dim,
+                num_heads,
+                drop_path=later[start : start + length],
+                grid=grid,
+                num_prefix=1,
+                recover=self.recovers,
+                mlp_ratio=mlp_ratio,
+                init_values=init_values,
             )
-            for i in range(count)
+            for start in range(0, max(len(later), 1), max(length, 1))
         ]
         self.stages = nn.ModuleList([*images, *units])
         self.feature_info = [
@@ -129,6 +137,19 @@ class STViT(SemanticEncoder):
         if rows is not None:  # the class token has seen no cell yet
             rows = torch.cat([torch.zeros_like(rows[:, 0, :1]), rows.flatten(1, 2)], 1)
         return Traced(tokens, rows), size
+
+    def init_from(
+        self,
+        source: str | nn.Module,
+        mean: Sequence[float] | torch.Tensor | None = None,
+        std: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Start from a ViT or DeiT, see `init_from_deit`.
+
+        Raises:
+            SettingError: the weights cannot be had or do not fit.
+        """
+        init_from_deit(self, source, mean, std)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that an optimiser leaves undecayed, beside vectors."""

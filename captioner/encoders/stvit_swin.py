@@ -9,122 +9,24 @@ with 3 x 3 centres each make 36 semantic tokens. STViT-R recovers the map of sta
 
 Stage 4 merges 2 x 2 tokens into one, as Swin does: a grid of r x c tokens comes from 2r x 2c semantic tokens. It runs
 on semantic tokens with global attention (STViT), or on the recovered map with that of Swin (STViT-R).
-Section 3.3 (local form) and 3.4 (STViT-R) of arXiv 2303.08685.
+See section 3 of arXiv 2303.08685.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging, SwinTransformerStage, window_partition, window_reverse
 from torch import nn
 
-from captioner.encoders.maps import pool_tokens
-from captioner.encoders.rollout import AttentionRecorder, mix
-from captioner.encoders.semantic import SemanticUnit, init_linear, semantic_block, split_layers
+from captioner.encoders.semantic import SemanticUnit, check_least, init_linear, split_layers
 from captioner.encoders.semantic_encoder import DEFAULT_CFG, SemanticEncoder
-from captioner.encoders.traced import Traced, refine
+from captioner.encoders.semantic_init import init_from_swin
+from captioner.encoders.swin_stages import MergedStage, SemanticStage, SwinStage
+from captioner.encoders.traced import Traced
 from captioner.errors import SettingError
 from captioner.grids import Grid, parse_grid, write_grid
-
-
-class SwinStage(nn.Module):
-    """Swin's own stage: patch merging, where `merge` is true, then blocks of attention within shifted windows.
-
-    Args:
-        dim: width D after the stage.
-        num_heads: attention heads.
-        drop_path: rate of stochastic depth of each block.
-        window: side of a window in cells.
-        size: the stage's map for images of the encoder's own size; a smaller map than a window is one window.
-        merge: whether 2 x 2 tokens of half the width are merged into one first.
-        mlp_ratio: hidden width of the MLPs, in units of D.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        drop_path: Sequence[float],
-        window: int,
-        size: Grid,
-        merge: bool,
-        mlp_ratio: float,
-    ):
-        super().__init__()
-        before = tuple(2 * side for side in size) if merge else size
-        self.stage = SwinTransformerStage(
-            *(dim // 2 if merge else dim, dim, before, len(drop_path), merge, num_heads),
-            **{"window_size": window, "dynamic_mask": True, "mlp_ratio": mlp_ratio, "drop_path": list(drop_path)},
-        )
-
-    def init_weights(self) -> None:
-        """Initialise as Swin does."""
-        init_linear(self)
-
-    def forward(self, x: Traced, size: Grid, grid: Grid) -> tuple[Traced, Grid]:
-        """Turn tokens (B, h*w, D/2) into (B, h*w/4, D), or without merging into (B, h*w, D)."""
-        x = x.apply(lambda t: t.unflatten(1, size))
-        x = merge_patches(self.stage.downsample, x)
-        for block in self.stage.blocks:
-            x = run_swin_block(block, x)
-        size = (x.tokens.shape[1], x.tokens.shape[2])
-        return x.apply(lambda t: t.flatten(1, 2)), size
-
-
-class SemanticStage(nn.Module):
-    """Stage 3: Swin's patch merging and blocks on image tokens, then semantic tokens, once or several times.
-
-    Args:
-        parts: a `SwinStage`, a `SemanticUnit`, and so on.
-    """
-
-    def __init__(self, parts: Sequence[nn.Module]):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def init_weights(self) -> None:
-        """Initialise every part."""
-        for part in self.parts:
-            part.init_weights()
-
-    def forward(self, x: Traced, size: Grid, grid: Grid) -> tuple[Traced, Grid]:
-        """Turn tokens (B, h*w, D/2) into semantic tokens (B, 2r*2c, D), or into image tokens again (B, h*w/4, D)."""
-        for part in self.parts:
-            x, size = part(x, size, (2 * grid[0], 2 * grid[1]))
-        return x, size
-
-
-class MergedStage(nn.Module):
-    """Stage 4 on semantic tokens: patch merging, then ViT blocks.
-
-    Args:
-        dim: width D after the stage.
-        num_heads: attention heads.
-        drop_path: rate of stochastic depth of each block.
-        mlp_ratio: hidden width of the MLPs, in units of D.
-        init_values: the factor by which LayerScale multiplies each branch at first.
-    """
-
-    def __init__(self, dim: int, num_heads: int, drop_path: Sequence[float], mlp_ratio: float, init_values: float):
-        super().__init__()
-        self.downsample = PatchMerging(dim // 2)
-        self.blocks = nn.ModuleList(semantic_block(dim, num_heads, mlp_ratio, init_values, rate) for rate in drop_path)
-
-    def init_weights(self) -> None:
-        """Initialise as ViT does."""
-        init_linear(self)
-
-    def forward(self, x: Traced, size: Grid, grid: Grid) -> tuple[Traced, Grid]:
-        """Turn semantic tokens (B, 2r*2c, D/2) into the tokens of the grid (B, r*c, D)."""
-        x = merge_patches(self.downsample, x.apply(lambda t: t.unflatten(1, size)))
-        x = x.apply(lambda t: t.flatten(1, 2))
-        for block in self.blocks:
-            x = refine(block, x)
-        return x, grid
 
 
 class STViTSwin(SemanticEncoder):
@@ -143,7 +45,7 @@ class STViTSwin(SemanticEncoder):
         overlap: cells by which the neighbourhood of a window is longer than the window, on each axis.
         mlp_ratio: hidden width of the MLPs, in units of the width.
         image_layers: Swin's layers in stage 3 before each generation of semantic tokens.
-        unit_layers: layers of stage 3 from one of these to the recovery of the image tokens (STViT-R), all included;
+        unit_layers: layers of stage 3 from the first of these to the recovery of the image tokens (STViT-R), all included;
             `None` never recovers them (STViT).
         grid: grid of tokens used when a call names none; the global centres are stored at twice its sides.
         init_values: the factor by which LayerScale multiplies each branch of the semantic layers at first.
@@ -180,6 +82,8 @@ class STViTSwin(SemanticEncoder):
                 f"depths {tuple(depths)} and num_heads {tuple(num_heads)} must each have 4 numbers, one for each stage",
                 "encoder_options",
             )
+        check_least(0, image_layers=image_layers, overlap=overlap)
+        check_least(1, window_size=window_size, patch_size=patch_size)
         grid = parse_grid(grid)
         dims = [embed_dim * 2**i for i in range(4)]
         super().__init__(embed_dim=dims[-1], num_prefix_tokens=0, stride=8 * patch_size, grid=grid)
@@ -188,32 +92,35 @@ class STViTSwin(SemanticEncoder):
         rows, columns = self.largest_grid(to_2tuple(img_size))
         sizes = [(rows * 2**i, columns * 2**i) for i in (3, 2, 1, 0)]
         total = sum(depths)
-        rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
-        rates = [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(4)]
+        grown = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+        rates = [grown[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(4)]
 
         def swin(i: int, rates: Sequence[float], merge: bool) -> SwinStage:
             return SwinStage(dims[i], num_heads[i], rates, window_size, sizes[i], merge, mlp_ratio)
 
-        count = split_layers(depths[2], unit_layers)
-        length = depths[2] // count
+        length = depths[2] // split_layers(depths[2], unit_layers)
         parts: list[nn.Module] = []
-        for start in range(0, depths[2], length):
+        for start in range(0, max(depths[2], 1), max(length, 1)):
             parts.append(swin(2, rates[2][start : start + image_layers], merge=start == 0))
             parts.append(
                 SemanticUnit(
-                    *(dims[2], num_heads[2], rates[2][start + image_layers : start + length]),
-                    **{"grid": (2 * grid[0], 2 * grid[1]), "window": window_size, "overlap": overlap},
-                    **{"recover": self.recovers, "mlp_ratio": mlp_ratio, "init_values": init_values},
+                    dims[2],
+                    num_heads[2],
+                    drop_path=rates[2][start + image_layers : start + length],
+                    grid=(2 * grid[0], 2 * grid[1]),
+                    window=window_size,
+                    overlap=overlap,
+                    recover=self.recovers,
+                    mlp_ratio=mlp_ratio,
+                    init_values=init_values,
                 )
             )
         if self.recovers:
             last: nn.Module = swin(3, rates[3], merge=True)
         else:
             last = MergedStage(dims[3], num_heads[3], rates[3], mlp_ratio, init_values)
-        self.patch_embed = PatchEmbed(
-            *(img_size, patch_size, in_chans, embed_dim, nn.LayerNorm),
-            **{"output_fmt": "NHWC", "flatten": False, "strict_img_size": False},
-        )
+        formats: dict[str, Any] = {"output_fmt": "NHWC", "flatten": False, "strict_img_size": False}
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, nn.LayerNorm, **formats)
         stages = [swin(0, rates[0], merge=False), swin(1, rates[1], merge=True), SemanticStage(parts), last]
         self.stages = nn.ModuleList(stages)
         self.feature_info = [
@@ -230,7 +137,7 @@ class STViTSwin(SemanticEncoder):
         """Return the map of cells (h, w) of stage 4: no grid can be larger.
 
         Raises:
-            SettingError: the image is not a multiple of the stride, or has not a whole window in stage 3.
+            SettingError: the image is not a multiple of the stride, or has no whole window in stage 3.
         """
         cells = super().largest_grid(image_size)
         if 2 * min(cells) < self.window_size:
@@ -247,6 +154,19 @@ class STViTSwin(SemanticEncoder):
         x = Traced(tokens, self.cell_rows(pixel_values, size, 8, attention))
         return x.apply(lambda t: t.flatten(1, 2)), (tokens.shape[1], tokens.shape[2])
 
+    def init_from(
+        self,
+        source: str | nn.Module,
+        mean: Sequence[float] | torch.Tensor | None = None,
+        std: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Start from a Swin, see `init_from_swin`.
+
+        Raises:
+            SettingError: the weights cannot be had or do not fit.
+        """
+        init_from_swin(self, source, mean, std)
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that an optimiser leaves undecayed, beside vectors."""
         kinds = ("relative_position_bias_table", "centres")
@@ -257,32 +177,13 @@ class STViTSwin(SemanticEncoder):
         return {"stem": r"^patch_embed", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (9999,))]}
 
 
-def merge_patches(merging: nn.Module, x: Traced) -> Traced:
-    """Merge 2 x 2 tokens of a map (B, h, w, D) into one, (B, h/2, w/2, 2D); an `Identity` merges nothing."""
-    tokens = merging(x.tokens)
-    half = (tokens.shape[1], tokens.shape[2])
-    return Traced(tokens, None if x.rows is None else pool_tokens(x.rows, half))
-
-
-def run_swin_block(block: Any, x: Traced) -> Traced:
-    """Run a block of timm's Swin on a map (B, h, w, D); rows are shifted, cut into windows and mixed as tokens are."""
-    if x.rows is None:
-        return Traced(block(x.tokens))
-    with AttentionRecorder() as recorder:
-        tokens = block(x.tokens)
-    (height, width), (down, right) = x.rows.shape[1:3], block.shift_size
-    rows = x.rows.roll((-down, -right), (1, 2))
-    rows = F.pad(rows, (0, 0, 0, -width % block.window_size[1], 0, -height % block.window_size[0]))
-    padded = (rows.shape[1], rows.shape[2])
-    parts = window_partition(rows, block.window_size).flatten(1, 2)  # (B*W, T, X)
-    parts = mix(parts, recorder.maps[-1], parts).unflatten(1, block.window_size)
-    rows = window_reverse(parts, block.window_size, *padded)[:, :height, :width]
-    return Traced(tokens, rows.roll((down, right), (1, 2)))
-
-
-_NAMES = ("stvit_swin_tiny", "stvit_swin_small", "stvit_swin_base")
-_NAMES += ("stvitr_swin_tiny", "stvitr_swin_small", "stvitr_swin_base")
-default_cfgs = generate_default_cfgs({f"{name}_patch4_window7_224": dict(DEFAULT_CFG) for name in _NAMES})
+default_cfgs = generate_default_cfgs(
+    {
+        f"{kind}_swin_{size}_patch4_window7_224": dict(DEFAULT_CFG)
+        for kind in ("stvit", "stvitr")
+        for size in ("tiny", "small", "base")
+    }
+)
 
 _SMALL: dict[str, Any] = {"depths": (2, 2, 18, 2)}
 _BASE: dict[str, Any] = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
