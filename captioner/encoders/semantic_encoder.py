@@ -14,7 +14,7 @@ from torch import nn
 from captioner.encoders.base import TokenEncoder, TokenMaps, image_size
 from captioner.encoders.maps import pool_tokens
 from captioner.encoders.semantic import split_prefix
-from captioner.encoders.traced import Traced, join, own_cells
+from captioner.encoders.traced import Traced, join
 from captioner.errors import SettingError
 from captioner.grids import Grid, write_grid
 
@@ -50,20 +50,31 @@ class SemanticEncoder(TokenEncoder):
         raise NotImplementedError(f"{type(self).__name__} must implement embed(pixel_values, size, attention)")
 
     def run_stages(
-        self, pixel_values: torch.Tensor, grid: Grid | None, attention: bool = False
-    ) -> list[tuple[Traced, Grid]]:
-        """Return the tokens (B, P+T, D) after each stage, with the size of their map."""
+        self,
+        pixel_values: torch.Tensor,
+        grid: Grid | None,
+        attention: bool = False,
+        outputs: list[tuple[torch.Tensor, Grid]] | None = None,
+    ) -> tuple[Traced, Grid, Grid]:
+        """Return the tokens (B, P+T, D) after the last stage, the size of their map, and the grid.
+
+        Args:
+            pixel_values: pixels (B, C, H, W).
+            grid: rows and columns of tokens; `None` for the encoder's default.
+            attention: whether the tokens have rows.
+            outputs: a list that is given the tokens after each stage and the size of their map.
+        """
         size = self.largest_grid(image_size(pixel_values))
         grid = self.check_grid(grid or self.grid, size)
         x, side = self.embed(pixel_values, size, attention)
-        outputs = []
         for stage in self.stages:
             if self.grad_checkpointing and self.training:
                 x, side = checkpoint(stage, x, side, grid)
             else:
                 x, side = stage(x, side, grid)
-            outputs.append((x, side))
-        return outputs
+            if outputs is not None:
+                outputs.append((x.tokens, side))
+        return x, side, grid
 
     def finish(self, x: Traced, size: Grid, grid: Grid) -> tuple[Traced, torch.Tensor | None]:
         """Norm the last stage's tokens; return those of the grid (B, P+M, D), and the dense ones (B, h, w, D)."""
@@ -80,8 +91,7 @@ class SemanticEncoder(TokenEncoder):
         Raises:
             SettingError: the encoder does not take images of this size, or the grid is larger than the map of cells.
         """
-        last = self.run_stages(pixel_values, grid)[-1]
-        return self.finish(*last, self.resolve_grid(grid, image_size(pixel_values)))[0].tokens
+        return self.finish(*self.run_stages(pixel_values, grid))[0].tokens
 
     def forward_maps(self, pixel_values: torch.Tensor, grid: Grid | None = None, attention: bool = False) -> TokenMaps:
         """Encode pixels (B, C, H, W) into tokens at their places; see `TokenMaps`.
@@ -91,14 +101,10 @@ class SemanticEncoder(TokenEncoder):
         Raises:
             SettingError: as `forward_tokens`.
         """
-        size = self.largest_grid(image_size(pixel_values))
-        grid = self.check_grid(grid or self.grid, size)
-        x, dense = self.finish(*self.run_stages(pixel_values, grid, attention)[-1], grid)
-        return self.lay_out(x.tokens, grid)._replace(dense=dense, attention=x.attention(size))
-
-    def cell_rows(self, pixel_values: torch.Tensor, size: Grid, repeat: int, attention: bool) -> torch.Tensor | None:
-        """Return the rows of image tokens of which `repeat` lie along each side of a cell, if they are requested."""
-        return own_cells(pixel_values, size, repeat) if attention else None
+        x, size, grid = self.run_stages(pixel_values, grid, attention)
+        x, dense = self.finish(x, size, grid)
+        cells = x.attention(self.largest_grid(image_size(pixel_values)))
+        return self.lay_out(x.tokens, grid)._replace(dense=dense, attention=cells)
 
     def largest_grid(self, image_size: tuple[int, int]) -> Grid:
         """Return the map of cells (h, w) of an image of H x W pixels: no grid can be larger.
@@ -146,16 +152,17 @@ class SemanticEncoder(TokenEncoder):
             raise ValueError(f"output_fmt is '{output_fmt}'; a {type(self).__name__} has NCHW alone")
         self.check_recovers()
         chosen, _ = feature_take_indices(len(self.stages), indices)
-        outputs = self.run_stages(x, None)
+        outputs: list[tuple[torch.Tensor, Grid]] = []
+        last = self.run_stages(x, None, outputs=outputs)
         maps = []
         for number in chosen:
             tokens, size = outputs[number]
-            _, image = split_prefix(tokens, self.num_prefix_tokens)
-            last = norm and number == len(self.stages) - 1
-            maps.append((self.norm(image.tokens) if last else image.tokens).mT.unflatten(2, size))
+            image = tokens[:, self.num_prefix_tokens :]
+            normed = norm and number == len(self.stages) - 1
+            maps.append((self.norm(image) if normed else image).mT.unflatten(2, size))  # (B, D, h, w)
         if intermediates_only or stop_early:
             return maps
-        return self.finish(*outputs[-1], self.resolve_grid(None, image_size(x)))[0].tokens, maps
+        return self.finish(*last)[0].tokens, maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

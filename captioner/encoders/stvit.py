@@ -20,7 +20,7 @@ from captioner.encoders.maps import resize_tokens
 from captioner.encoders.semantic import LayerNorm, SemanticUnit, check_least, init_linear, split_layers
 from captioner.encoders.semantic_encoder import DEFAULT_CFG, SemanticEncoder
 from captioner.encoders.semantic_init import init_from_deit
-from captioner.encoders.traced import Traced, refine
+from captioner.encoders.traced import Traced, own_cells, refine
 from captioner.grids import Grid, parse_grid
 
 
@@ -133,8 +133,9 @@ class STViT(SemanticEncoder):
         """Make the class token and the patches (B, 1+N, D) from pixels (B, C, H, W)."""
         x = self.patch_embed(pixel_values) + resize_tokens(self.pos_embed, size)  # (B, h, w, D)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x.flatten(1, 2)], 1)
-        rows = self.cell_rows(pixel_values, size, 1, attention)
-        if rows is not None:  # the class token has seen no cell yet
+        rows = None
+        if attention:  # the class token has seen no cell yet
+            rows = own_cells(pixel_values, size)
             rows = torch.cat([torch.zeros_like(rows[:, 0, :1]), rows.flatten(1, 2)], 1)
         return Traced(tokens, rows), size
 

@@ -24,7 +24,7 @@ from captioner.encoders.semantic import SemanticUnit, check_least, init_linear, 
 from captioner.encoders.semantic_encoder import DEFAULT_CFG, SemanticEncoder
 from captioner.encoders.semantic_init import init_from_swin
 from captioner.encoders.swin_stages import MergedStage, SemanticStage, SwinStage
-from captioner.encoders.traced import Traced
+from captioner.encoders.traced import Traced, own_cells
 from captioner.errors import SettingError
 from captioner.grids import Grid, parse_grid, write_grid
 
@@ -45,8 +45,8 @@ class STViTSwin(SemanticEncoder):
         overlap: cells by which the neighbourhood of a window is longer than the window, on each axis.
         mlp_ratio: hidden width of the MLPs, in units of the width.
         image_layers: Swin's layers in stage 3 before each generation of semantic tokens.
-        unit_layers: layers of stage 3 from the first of these to the recovery of the image tokens (STViT-R), all included;
-            `None` never recovers them (STViT).
+        unit_layers: layers of stage 3 from the first of these to the recovery of the image tokens, both included
+            (STViT-R); `None` never recovers them (STViT).
         grid: grid of tokens used when a call names none; the global centres are stored at twice its sides.
         init_values: the factor by which LayerScale multiplies each branch of the semantic layers at first.
         drop_rate: dropout before the classifier.
@@ -151,7 +151,7 @@ class STViTSwin(SemanticEncoder):
     def embed(self, pixel_values: torch.Tensor, size: Grid, attention: bool) -> tuple[Traced, Grid]:
         """Make the tokens of patches (B, N, D) from pixels (B, C, H, W)."""
         tokens = self.patch_embed(pixel_values)  # (B, 8h, 8w, D)
-        x = Traced(tokens, self.cell_rows(pixel_values, size, 8, attention))
+        x = Traced(tokens, own_cells(pixel_values, size, repeat=8) if attention else None)
         return x.apply(lambda t: t.flatten(1, 2)), (tokens.shape[1], tokens.shape[2])
 
     def init_from(
