@@ -20,7 +20,6 @@ STOCK = {
     },
 }
 OWN = {
-    "lookupvit_": {"depth": 1},
     "stvit_": {"embed_dim": 48, "depth": 3, "image_layers": 1},
     "stvitr_": {"embed_dim": 48, "depth": 4, "image_layers": 1, "unit_layers": 3},
     "stvit_swin_": {"embed_dim": 24, "depths": (1, 2, 3, 1), "image_layers": 1, "window_size": 4},
@@ -29,8 +28,9 @@ OWN = {
 
 
 def small(name: str) -> dict:
-    """Return options that make one of our own encoders fast: those of the longest name it begins with."""
-    return {"img_size": 64, "grid": (2, 2), **OWN[max((start for start in OWN if name.startswith(start)), key=len)]}
+    """Return options that make one of our own encoders fast: a single block, or those of the longest name in `OWN`."""
+    start = max((start for start in OWN if name.startswith(start)), key=len, default="")
+    return {"img_size": 64, "grid": (2, 2), **OWN.get(start, {"depth": 1})}
 
 
 OPTIONS = {name: small(name) for name in own_encoders()} | STOCK
