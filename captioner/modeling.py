@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, can_return_tuple
 
-from captioner.encoders import rebuild_encoder
+from captioner.encoders import rebuild_encoder, unsaved_buffers
 from captioner.errors import SettingError
 from captioner.fusion import FUSIONS, Fusion
 from captioner.generation import check_room, merge_settings
@@ -126,12 +126,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         with torch.device("cpu"):  # timm computes at construction, which fails on transformers' meta device
             self.encoder = rebuild_encoder(config.encoder_config).freeze()
+        self.encoder_constants = unsaved_buffers(self.encoder)  # transformers' loading overwrites them
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.projector = Projector(self.encoder.embed_dim, self.fusion.width)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise the projector alone: encoder and decoder initialise themselves."""
+        """Initialise the projector and the encoder's unsaved buffers; all other parts initialise themselves."""
+        for name, value in self.encoder_constants.get(module, {}).items():
+            module.get_buffer(name).copy_(value)
         if isinstance(module, Projector):
             for layer in (module.fc1, module.fc2):
                 nn.init.trunc_normal_(layer.weight, std=0.02)

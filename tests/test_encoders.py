@@ -20,7 +20,21 @@ STOCK = {
         **{"img_size": 64, "window_size": 4, "depths": (1, 1), "num_heads": (3, 6), "strict_img_size": False}
     },
 }
-OPTIONS = {name: {"img_size": 64, "depth": 1, "grid": (2, 2)} for name in own_encoders()} | STOCK
+OWN = {
+    "stvit_": {"embed_dim": 48, "depth": 3, "image_layers": 1},
+    "stvitr_": {"embed_dim": 48, "depth": 4, "image_layers": 1, "unit_layers": 3},
+    "stvit_swin_": {"embed_dim": 24, "depths": (1, 2, 3, 1), "image_layers": 1, "window_size": 4},
+    "stvitr_swin_": {"embed_dim": 24, "depths": (1, 1, 8, 2), "image_layers": 1, "unit_layers": 4, "window_size": 4},
+}
+
+
+def small(name: str) -> dict:
+    """Return options that make one of our own encoders fast: a single block, or those of the longest name in `OWN`."""
+    start = max((start for start in OWN if name.startswith(start)), key=len, default="")
+    return {"img_size": 64, "grid": (2, 2), **OWN.get(start, {"depth": 1})}
+
+
+OPTIONS = {name: small(name) for name in own_encoders()} | STOCK
 every_encoder = pytest.mark.parametrize("name", OPTIONS)
 
 
@@ -39,6 +53,8 @@ def images(name: str, wide: bool = False) -> torch.Tensor:
 
 def test_the_suite_has_every_encoder_of_this_package():
     assert {f"lookupvit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} <= set(own_encoders())
+    assert {f"{kind}_small_patch16_224" for kind in ("stvit", "stvitr")} <= set(own_encoders())
+    assert {f"{kind}_swin_tiny_patch4_window7_224" for kind in ("stvit", "stvitr")} <= set(own_encoders())
     assert own_encoders() == [name for name in OPTIONS if name not in STOCK]
 
 
@@ -119,7 +135,11 @@ def test_a_grid_larger_than_the_map_is_refused(name):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("vit_tiny_patch16_224", (65, 64)), ("swin_tiny_patch4_window7_224", (30, 30)), (own_encoders()[0], (64, 65))],
+    [
+        ("vit_tiny_patch16_224", (65, 64)),
+        ("swin_tiny_patch4_window7_224", (30, 30)),
+        *((n, (64, 65)) for n in own_encoders()),
+    ],
 )
 def test_an_image_size_that_is_not_taken_is_refused(name, size):
     encoder = shared_encoder(name)

@@ -61,6 +61,26 @@ def test_save_and_load_is_bit_exact(name, fusion, make_model, processor, pixels,
     assert torch.equal(model.generate(pixels), loaded.generate(pixels))
 
 
+SWIN = {"img_size": 64, "depths": (1, 2, 4, 1)}
+WITH_CONSTANTS = [
+    ("swin_tiny_patch4_window7_224", {**SWIN, "window_size": 4}),  # an index of positions
+    ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 1}),  # rotary positions
+    ("stvit_swin_tiny_patch4_window7_224", {**SWIN, "embed_dim": 12, "window_size": 2, "grid": (2, 2)}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), WITH_CONSTANTS)
+def test_loading_keeps_what_an_encoder_computes_at_construction(name, options, tmp_path):
+    encoder = {"name": name, "kwargs": options}
+    model = CaptionerModel(CaptionerConfig(encoder_config=encoder, text_config=DECODERS["gpt2"]())).eval()
+    model.save_pretrained(tmp_path)
+    pixels = torch.rand(1, 3, options["img_size"], options["img_size"])
+    tokens = model.encode(pixels)
+    assert torch.equal(CaptionerModel.from_pretrained(tmp_path).encode(pixels), tokens)
+    low = CaptionerModel.from_pretrained(tmp_path, dtype=torch.bfloat16).encode(pixels)
+    torch.testing.assert_close(low.float(), tokens, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(("name", "fusion"), CASES)
 @pytest.mark.parametrize(
     "options",

@@ -262,3 +262,17 @@ class TokenEncoder(nn.Module):
 def image_size(pixel_values: torch.Tensor) -> tuple[int, int]:
     """Return height and width in pixels of images (B, C, H, W)."""
     return pixel_values.shape[-2], pixel_values.shape[-1]
+
+
+def unsaved_buffers(module: nn.Module) -> dict[nn.Module, dict[str, torch.Tensor]]:
+    """Copy the buffers that a module's state dict leaves out, such as an index of positions.
+
+    Returns:
+        For each part of the module that has any, its buffers by name.
+    """
+    saved, found = module.state_dict(), {}
+    for path, part in module.named_modules():
+        own = {f"{path}.{name}".lstrip("."): name for name, _ in part.named_buffers(recurse=False)}
+        if names := [name for full, name in own.items() if full not in saved]:
+            found[part] = {name: part.get_buffer(name).clone() for name in names}
+    return found
