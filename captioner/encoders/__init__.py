@@ -10,13 +10,21 @@ from captioner.encoders.registry import (
     rebuild_encoder,
 )
 from captioner.encoders.timm_models import PooledEncoder
+from captioner.encoders.tore import MidwayTokens, Rectangle
+from captioner.encoders.tore_networks import ToreLookupViT, ToreViT
+from captioner.encoders.tosa import ToSA
 
 __all__ = [
     "LookupViT",
+    "MidwayTokens",
     "PooledEncoder",
     "PretrainedPart",
+    "Rectangle",
+    "ToSA",
     "TokenEncoder",
     "TokenMaps",
+    "ToreLookupViT",
+    "ToreViT",
     "create_encoder",
     "describe_encoder",
     "frozen_encoder",

@@ -143,8 +143,8 @@ class Student(nn.Module):
         Returns:
             `loss`, the weighted sum, and its unweighted parts, all scalars.
         """
-        maps = self.encode((pixels - self.mean) / self.std, grid)
-        total, parts = pixels.new_zeros(()), {}
+        maps, own_losses = self.encode((pixels - self.mean) / self.std, grid)
+        total, parts = sum(own_losses.values(), pixels.new_zeros(())), dict(own_losses)
         for number, (heads, target) in enumerate(zip(self.teachers, targets, strict=True)):
             for name, loss in heads(maps, target).items():
                 total = total + heads.weights[name] * loss
@@ -163,9 +163,9 @@ class Student(nn.Module):
             total = total + self.config.word_weight * parts["words"]
         return {"loss": total, **parts}
 
-    def encode(self, pixels: torch.Tensor, grid: Grid | None) -> TokenMaps:
-        """Encode normalised pixels (B, 3, S, S) into tokens at their places."""
-        return self.encoder.forward_maps(pixels, grid)
+    def encode(self, pixels: torch.Tensor, grid: Grid | None) -> tuple[TokenMaps, dict[str, torch.Tensor]]:
+        """Encode normalised pixels (B, 3, S, S) into tokens at their places, and the encoder's own losses."""
+        return self.encoder.forward_with_losses(pixels, grid)
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
