@@ -267,15 +267,32 @@ def read_positions(positions: Any, batch: int) -> tuple[Place, ...]:
     Raises:
         ValueError: they are none of that.
     """
-    values = positions.tolist() if hasattr(positions, "tolist") else list(positions)
     try:
-        pairs = values if isinstance(values[0], Sequence) else [values]
-        places = tuple((index(row), index(column)) for row, column in pairs)
-    except (IndexError, TypeError, ValueError):
-        raise ValueError(f"positions are {positions}, not a row and a column, or one pair for each image") from None
+        values = positions.tolist() if hasattr(positions, "tolist") else list(positions)
+        places = (read_pair(values),) if len(values) == 2 and is_integer(values[0]) else tuple(map(read_pair, values))
+    except (TypeError, ValueError):
+        places = ()
+    if not places:
+        raise ValueError(f"positions are {positions}, not a row and a column, or one pair for each image")
     if len(places) not in (1, batch):
         raise ValueError(f"there are {len(places)} positions for a glimpse in each of {batch} images")
     return places
+
+
+def read_pair(values: Any) -> Place:
+    """Return two integers.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: they are not two.
+    """
+    row, column = values
+    return index(row), index(column)
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer of Python, numpy or torch."""
+    return not isinstance(value, Sequence) and hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
 def check_glimpses(glimpses: Sequence[MidwayTokens]) -> None:

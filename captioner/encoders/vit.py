@@ -238,7 +238,7 @@ class ViTEncoder(TokenEncoder):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Group parameters by depth, for timm's layer-wise learning rates."""
-        stem = r"^vit\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre)"
+        stem = r"^vit\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)"
         return {"stem": stem, "blocks": [(r"^vit\.blocks\.(\d+)", None), (r"^vit\.norm|^selectors", (99999,))]}
 
 
