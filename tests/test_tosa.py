@@ -10,8 +10,8 @@ from timm.layers import resample_abs_pos_embed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from captioner.encoders import create_encoder
-from captioner.encoders.tosa import TokenSelector, choose, run_with_scores
+from captioner.encoders import create_encoder, tosa
+from captioner.encoders.tosa import TokenSelector, choose, run_with_queries
 
 SMALL = {"img_size": 64, "embed_dim": 24, "depth": 5, "num_heads": 3, "num_classes": 5}
 VIT = {"img_size": 64, "embed_dim": 24, "num_heads": 3, "num_classes": 0, "dynamic_img_size": True}
@@ -32,12 +32,11 @@ def pixels(*size, batch=2, seed=1):
 
 
 def predict(maps, selector):
-    """Predict the next attention from the scores of each head, query by query, with a 1-D convolution over the keys."""
-    result = []
-    for query in torch.stack(maps, 1):  # (H, N)
-        hidden = F.conv1d(query, selector.expand.weight[:, :, 0], selector.expand.bias, padding=1).clamp(min=0)
-        result.append(F.conv1d(hidden, selector.reduce.weight[:, :, 0], selector.reduce.bias, padding=1))
-    return F.log_softmax(torch.stack(result, 1), -1)  # (H, N, N)
+    """Predict the next attention from the scores of each head, pair by pair of tokens."""
+    hidden = torch.einsum("oh,hqk->oqk", selector.expand.weight[..., 0], torch.stack(maps))
+    hidden = (hidden + selector.expand.bias[:, None, None]).clamp(min=0)
+    result = torch.einsum("oh,hqk->oqk", selector.reduce.weight[..., 0], hidden)
+    return F.log_softmax(result + selector.reduce.bias[:, None, None], -1)  # (H, N, N)
 
 
 def reference(model, image, ratio):
@@ -104,17 +103,16 @@ def test_tokens_that_do_not_attend_pass_unchanged_and_in_place():
     model, images = make(depth=2, ratio=0.5), pixels(64, 64)
     with torch.no_grad():
         x = model.embed(images, (4, 4))
-        after, scored = run_with_scores(model.vit.blocks[0], x)
-        torch.testing.assert_close(after, model.vit.blocks[0](x))
+        after, q, k = run_with_queries(model.vit.blocks[0], x)
+        assert torch.equal(after, model.vit.blocks[0](x))
         tokens, (_, places), _ = model.run_blocks(x, None)
-        predicted = model.selectors[0](scored)
+        importance = model.selectors[0](q @ k.mT).exp().mean((1, 2))
     assert places.shape == (2, round(0.5 * 17))
     assert (places[:, 0] == 0).all()  # the class token
     assert (places.diff(dim=1) > 0).all()
     bypass = torch.ones(2, 17, dtype=torch.bool).scatter(1, places, False)
     assert torch.equal(tokens[bypass], after[bypass])
     assert (tokens[~bypass] != after[~bypass]).any(-1).all()
-    importance = predicted.exp().mean((1, 2))
     importance[:, 0] = 1  # whatever it receives
     assert (importance[bypass].view(2, -1).amax(1) <= importance.gather(1, places).amin(1)).all()
 
@@ -123,8 +121,17 @@ def test_prefix_tokens_always_attend():
     model = make(reg_tokens=3, ratio=0.01)
     _, chosen, _ = model.run_blocks(model.embed(pixels(64, 64), (4, 4)), None)
     assert [places.tolist() for places in chosen[1::2]] == [[[0, 1, 2, 3]] * 2] * 2
-    least = torch.tensor([[0.0, 5, 1, 9]]).log_softmax(-1).expand(1, 1, 4, 4)
-    assert choose(least, 2, 1).tolist() == [[0, 3]]
+    assert choose(torch.tensor([[0.0, 5, 1, 9]]), 2, 1).tolist() == [[0, 3]]
+
+
+def test_importance_is_the_same_in_parts(monkeypatch):
+    model = make(depth=2)
+    _, q, k = run_with_queries(model.vit.blocks[0], model.embed(pixels(64, 64), (4, 4)))
+    whole = model.selectors[0](q @ k.mT).exp().mean((1, 2))
+    for cached in (1, 3 * 2 * 17 * 5, 2**18):
+        monkeypatch.setattr(tosa, "CACHED", cached)
+        torch.testing.assert_close(model.selectors[0].importance(q, k), whole)
+    torch.testing.assert_close(whole.sum(1), torch.ones_like(whole[:, 0]))
 
 
 def test_a_new_selector_predicts_that_attention_stays():
@@ -171,7 +178,7 @@ def test_flops_fall_with_the_ratio():
         flops = [count(model.forward_tokens, ratio=ratio) for ratio in (1.0, 0.9, 0.7, 0.5, 0.3)]
     assert flops[0] == vit
     shares = [f / vit for f in flops[1:]]
-    # half of the layers cost r and a little less; the selectors add 2 * 6 * 12 * 3 * 197^2 multiply-adds to each pair
+    # half of the layers cost r and a little less; a selector takes (2 * 6 * 12 + 384) * 197^2 multiply-adds
     assert shares == sorted(shares, reverse=True)
     assert shares == pytest.approx([0.97, 0.87, 0.77, 0.67], abs=0.015)
 

@@ -303,7 +303,7 @@ def check_glimpses(glimpses: Sequence[MidwayTokens]) -> None:
     """
     if not glimpses:
         raise ValueError("there are no glimpses to aggregate")
-    facts = {
+    facts: dict[str, list] = {
         "batches": [len(glimpse.tokens) for glimpse in glimpses],
         "iterators' blocks": [glimpse.blocks for glimpse in glimpses],
         "cells of the image": [write_grid(glimpse.size) for glimpse in glimpses],

@@ -6,7 +6,7 @@ Letters: B batch, N tokens (class token and patches), H heads, D width, L layers
 Layers alternate. An ordinary layer is a ViT's block on all tokens; its scores S = Q K^T / sqrt(d) (B, H, N, N) go to a
 selector, which predicts the attention of the next layer, a selective one:
 
-    prediction     P = softmax(conv(relu(conv(S))))      two 1-D convolutions along the keys, heads as channels
+    prediction     P = softmax(conv(relu(conv(S))))      two 1-D convolutions, heads as channels
     importance     I_j = mean over heads and queries of P_hij: the attention that token j receives
     selection      the r N most important tokens run through the next layer's block; prefix tokens are always among them
     bypass         the others stay as they are; all N tokens are put back in their places
@@ -15,8 +15,9 @@ The selector learns from the true attention A of the next layer, computed on all
 divergence KL(A || P). The choice of the tokens has no gradient, and the divergence reaches the selector alone: neither
 its input nor its target gets a gradient. So no weight has to balance it against the other losses.
 
-Kernels of 3 keys, 2 H hidden channels and the first weights are choices of this project. A new selector predicts that
-the next layer attends as this one does: relu(S) - relu(-S) = S.
+Kernels of 1, 2 H hidden channels and the first weights are choices of this project. A kernel of 1 mixes the heads of
+each pair of tokens alone, so it holds for every image size and is the cheapest. Selectors are what limits the gain on
+CPUs (`benchmarks/tosa.py`). A new one predicts that the next layer attends as this one does: relu(S) - relu(-S) = S.
 """
 
 from typing import Any
@@ -32,6 +33,10 @@ from captioner.encoders.vit import VIT_CFG, ViTEncoder
 from captioner.errors import SettingError
 from captioner.grids import Grid
 
+CACHED = 2**18
+"""Scores that a selector reads at once on CPUs, a few heads of a few queries: they stay in the cache, which halves the
+time for large images."""
+
 
 class TokenSelector(nn.Module):
     """Predicts the next layer's attention from a layer's scores.
@@ -42,21 +47,35 @@ class TokenSelector(nn.Module):
 
     def __init__(self, num_heads: int):
         super().__init__()
-        # a convolution of 1 x 3 over the map is the 1-D one along the keys, for each query
-        self.expand = nn.Conv2d(num_heads, 2 * num_heads, (1, 3), padding=(0, 1))
-        self.reduce = nn.Conv2d(2 * num_heads, num_heads, (1, 3), padding=(0, 1))
+        self.expand = nn.Conv1d(num_heads, 2 * num_heads, 1)
+        self.reduce = nn.Conv1d(2 * num_heads, num_heads, 1)
         with torch.no_grad():
-            for conv in (self.expand, self.reduce):
-                nn.init.zeros_(conv.weight)
-                nn.init.zeros_(conv.bias)
             unit = torch.eye(num_heads)
-            self.expand.weight[:, :, 0, 1] = torch.cat([unit, -unit])
-            self.reduce.weight[:, :, 0, 1] = torch.cat([unit, -unit], 1)
+            self.expand.weight[..., 0] = torch.cat([unit, -unit])
+            self.reduce.weight[..., 0] = torch.cat([unit, -unit], 1)
+            nn.init.zeros_(self.expand.bias)
+            nn.init.zeros_(self.reduce.bias)
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
-        """Predict the logarithm of the next layer's attention from scores, both (B, H, N, N)."""
-        x = self.reduce(F.relu(self.expand(scores)))
+        """Predict the logarithm of the next layer's attention from scores, both (B, H, Q, N), for any queries Q."""
+        x = self.reduce(F.relu(self.expand(scores.flatten(2)))).unflatten(2, scores.shape[2:])
         return x.log_softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @torch.no_grad()
+    def importance(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Return the predicted attention that each token receives (B, N), the mean over heads and queries.
+
+        Args:
+            q: scaled queries of the ordinary layer (B, H, N, d).
+            k: its keys (B, H, N, d).
+        """
+        batch, heads, count, _ = q.shape
+        queries = count
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            queries = max(1, CACHED // (batch * heads * count))
+        keys = k.mT.contiguous()
+        received = [self(part @ keys).exp_().sum((1, 2)) for part in q.split(queries, 2)]
+        return torch.stack(received).sum(0) / (heads * count)
 
 
 class ToSA(ViTEncoder):
@@ -143,18 +162,20 @@ class ToSA(ViTEncoder):
         picks = max(self.num_prefix_tokens, round(check_ratio(self.ratio if ratio is None else ratio) * count))
         chosen: list[torch.Tensor | None] = []
         losses: list[torch.Tensor] = []
-        predicted = torch.empty(0)
+        predicted = importance = torch.empty(0)
         for i, block in enumerate(self.vit.blocks):
             places, selective = None, i % 2 == 1
             if selective and learn:
                 losses.append(divergence(block, x, predicted))
             if selective and picks < count:
-                places = choose(predicted, picks, self.num_prefix_tokens)  # (B, r N)
+                places = choose(importance, picks, self.num_prefix_tokens)  # (B, r N)
                 index = places.unsqueeze(-1).expand(-1, -1, x.shape[-1])
                 x = x.scatter(1, index, self.run_layer(block, x.gather(1, index)).to(x.dtype))
             elif not selective and i + 1 < len(self.vit.blocks) and (learn or picks < count):
-                x, scores = self.run_layer(run_with_scores, block, x)
-                predicted = self.selectors[i // 2](scores.detach())  # (B, H, N, N)
+                x, q, k = self.run_layer(run_with_queries, block, x)
+                q, k, selector = q.detach(), k.detach(), self.selectors[i // 2]
+                predicted = selector(q @ k.mT) if learn else predicted  # (B, H, N, N)
+                importance = selector.importance(q, k) if picks < count else importance  # (B, N)
             else:
                 x = self.run_layer(block, x)
             chosen.append(places)
@@ -192,31 +213,30 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
-def attention_scores(attn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scores Q K^T / sqrt(d) (B, H, N, N) of timm's attention on tokens (B, N, D), and its values V."""
+def queries_and_keys(attn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the queries, keys and values (B, H, N, d) of timm's attention on tokens (B, N, D)."""
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, d)
     q, k, v = qkv.unbind(0)
-    return (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).mT, v
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
-def run_with_scores(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a ViT's block on tokens (B, N, D); returned with its scores (B, H, N, N), which timm's own forward hides."""
+def run_with_queries(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a ViT's block on tokens (B, N, D), as timm does; returned with its scaled queries and its keys."""
     attn = block.attn
-    scores, v = attention_scores(attn, block.norm1(x))
-    y = (attn.attn_drop(scores.softmax(-1)).to(v.dtype) @ v).transpose(1, 2).flatten(2)  # (B, N, D)
+    q, k, v = queries_and_keys(attn, block.norm1(x))
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
     x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(y)))))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), scores
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), q * attn.scale, k
 
 
-def choose(predicted: torch.Tensor, count: int, prefix: int) -> torch.Tensor:
+def choose(importance: torch.Tensor, count: int, prefix: int) -> torch.Tensor:
     """Return the places (B, count) of the most important tokens in their order, the prefix tokens among them.
 
     Args:
-        predicted: logarithm of the predicted attention (B, H, N, N).
+        importance: importance of each token (B, N).
         count: how many tokens.
         prefix: number of prefix tokens, which are always chosen.
     """
-    importance = predicted.detach().exp().mean((1, 2))  # (B, N)
     first = torch.full_like(importance[:, :prefix], torch.inf)
     importance = torch.cat([first, importance[:, prefix:]], 1)
     return importance.topk(count, sorted=False).indices.sort().values
@@ -230,8 +250,8 @@ def divergence(block: Any, x: torch.Tensor, predicted: torch.Tensor) -> torch.Te
         predicted: logarithm of P (B, H, N, N).
     """
     with torch.no_grad():
-        scores = attention_scores(block.attn, block.norm1(x))[0]
-        truth = scores.log_softmax(-1, dtype=predicted.dtype)
+        q, k, _ = queries_and_keys(block.attn, block.norm1(x))
+        truth = (q * block.attn.scale @ k.mT).log_softmax(-1, dtype=predicted.dtype)
     return F.kl_div(predicted, truth, log_target=True, reduction="none").sum(-1).mean()
 
 
