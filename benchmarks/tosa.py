@@ -3,7 +3,7 @@
     python benchmarks/tosa.py [--ratios 0.3 0.5 0.7 0.9] [--sizes 224 384] [--scale small] [--batch 16] [--repeats 5]
 
 One GFLOP is 10^9 multiplications and additions, counted by torch for one image through the whole encoder, patch
-embedding and selectors included. Every model is timed in turn, `repeats` times over, and its median taken, so that a
+embedding and selectors included. Every model is timed in turn, `repeats` times, and its median taken, so that a
 change of the machine's speed falls on all alike. Weights are random: they change neither FLOPs nor time.
 """
 
@@ -36,7 +36,7 @@ class Settings:
     batch: int = 16
     """Images per forward."""
     repeats: int = 5
-    """Timed rounds."""
+    """Times that each model is timed."""
     device: str = "cpu"
     """Where to run."""
 

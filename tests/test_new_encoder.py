@@ -123,7 +123,7 @@ def test_what_a_subclass_forgets_is_named(monkeypatch):
         Bare().reset_classifier(3, "token")
 
 
-KINDS = {"LookupViT", "PooledEncoder", "NetworkStem", "MHBC", "LookupBlock"}
+KINDS = {"LookupViT", "PooledEncoder", "NetworkStem", "MHBC", "LookupBlock", "ViTEncoder", "ToSA", "ToreViT"}
 
 
 def questions_about_encoders(source: str) -> list[str]:
