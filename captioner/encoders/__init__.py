@@ -12,15 +12,23 @@ from captioner.encoders.registry import (
 from captioner.encoders.stvit import STViT
 from captioner.encoders.stvit_swin import STViTSwin
 from captioner.encoders.timm_models import PooledEncoder
+from captioner.encoders.tore import MidwayTokens, Rectangle
+from captioner.encoders.tore_networks import ToreLookupViT, ToreViT
+from captioner.encoders.tosa import ToSA
 
 __all__ = [
     "LookupViT",
+    "MidwayTokens",
     "PooledEncoder",
     "PretrainedPart",
+    "Rectangle",
     "STViT",
     "STViTSwin",
+    "ToSA",
     "TokenEncoder",
     "TokenMaps",
+    "ToreLookupViT",
+    "ToreViT",
     "create_encoder",
     "describe_encoder",
     "frozen_encoder",

@@ -151,6 +151,24 @@ class TokenEncoder(nn.Module):
         maps = self.lay_out(tokens, grid)
         return maps._replace(attention=self.covered_cells(tokens, size, grid)) if attention else maps
 
+    def forward_with_losses(
+        self, pixel_values: torch.Tensor, grid: Grid | None = None
+    ) -> tuple[TokenMaps, dict[str, torch.Tensor]]:
+        """Encode pixels (B, C, H, W) in pretraining: the maps, and the encoder's own losses.
+
+        Args:
+            grid: rows and columns of tokens; `None` for the encoder's default.
+
+        Returns:
+            What `forward_maps` returns, and the encoder's own losses by name, scalars that pretraining adds to its
+            loss as they are. Here there are none; an encoder with parts that no other loss reaches overrides this
+            method, such as ToSA for its selectors.
+
+        Raises:
+            ValueError: as `forward_tokens`.
+        """
+        return self.forward_maps(pixel_values, grid), {}
+
     def lay_out(self, tokens: torch.Tensor, grid: Grid) -> TokenMaps:
         """Split tokens (B, M, D) into the summary and the tokens at their places in the grid."""
         places = tokens[:, self.num_prefix_tokens :].unflatten(1, grid)  # (B, r, c, D)
