@@ -45,6 +45,19 @@ class Source:
     items: Iterable[tuple[ImageSource, str | None]]
     stamp: str
 
+    def without(self, names: frozenset[str]) -> "Source":
+        """Return the source without the images whose files have one of these names."""
+        if not names:
+            return self
+        items = (item for item in self.items if file_name(item[0]) not in names)
+        return Source(self.name, items, digest_json([self.stamp, sorted(names)]))
+
+
+def file_name(image: ImageSource) -> str:
+    """Return the name of an image's file without folders; empty where it has none."""
+    path = image.get("path") if isinstance(image, Mapping) else image
+    return Path(path).name if isinstance(path, str | os.PathLike) else ""
+
 
 def open_source(name: str) -> Source:
     """Open a folder (images of a subfolder are a class), parquet files or WebDataset shards, by path or glob.
@@ -149,12 +162,14 @@ class ImageStore:
         labels: int64 (n,), -1 where an image has no class.
         classes: class names; sources that share a name share the class.
         ranges: rows of each source.
+        names: name of each image's file, empty where it has none.
         usable: rows whose image could be opened.
     """
 
     def __init__(self, folder: Path):
         meta = json.loads((folder / "images.json").read_text())
         self.stamp, self.side, self.classes = meta["content"], meta["side"], meta["classes"]
+        self.names: list[str] = meta["names"]
         self.ranges = [range(start, stop) for start, stop in meta["ranges"]]
         self.labels = torch.tensor(meta["labels"])
         broken = np.zeros(len(self.labels), bool)
@@ -191,7 +206,7 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         ValueError: no image can be opened.
         OSError: the disk is full.
     """
-    stamp = digest_json([(s.name, s.stamp, side) for s in sources])
+    stamp = digest_json([(s.name, s.stamp, side, "with names") for s in sources])
     meta, data = folder / "images.json", folder / "images.u8"
     known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {}
     if known.get("stamp") == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
@@ -202,6 +217,7 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
     content = new_digest()
     ranges: list[tuple[int, int]] = []
     labels: list[int] = []
+    names: list[str] = []
     broken: list[int] = []
     classes: dict[str, int] = {}
 
@@ -218,6 +234,7 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         for source in sources:
             start, items = len(labels), iter(source.items)
             while chunk := list(islice(items, CHUNK)):
+                names += [file_name(image) for image, _ in chunk]
                 for square, label in pool.map(decode, chunk):
                     if square.size == 0:
                         broken.append(len(labels))
@@ -236,5 +253,5 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
     found = {"side": side, "classes": list(classes), "ranges": ranges, "labels": labels, "broken": broken}
     content.update(json.dumps(found).encode())
     with open_whole(meta) as described:
-        json.dump({"stamp": stamp, "content": content.hexdigest(), **found}, described)
+        json.dump({"stamp": stamp, "content": content.hexdigest(), "names": names, **found}, described)
     return ImageStore(folder)

@@ -41,7 +41,7 @@ above which every step checks."""
 FIXED = (
     *("encoder", "encoder_options", "train_stem", "optimizer", "seed", "ema", "grids", "image_size", "early_size"),
     *("early_share", "late_size", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
-    *("label_weight", "label_smoothing", "word_weight", "words_from"),
+    *("label_weight", "label_smoothing", "word_weight", "words_from", "tag_weight", "tags_from"),
 )
 """Settings that a resumed run cannot change, besides images and teachers."""
 
@@ -61,7 +61,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def run(config: PretrainConfig, interruption: Interruption) -> Path:
     """Set up, then train: take a step, save when due, at the end export and probe; see `pretrain`."""
-    if not config.images and config.captions is None:
+    if not config.images and not config.captions:
         raise SettingError("there is nothing to train on", "images", "captions")
     accelerator = start_processes(
         DistributedDataParallelKwargs(find_unused_parameters=config.train_stem > 0),
@@ -82,8 +82,8 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             with accelerator.main_process_first():  # the others find them decoded
                 open_images(config)
         batches = Batches(config, accelerator, teachers)
-    words = batches.words.prior if batches.words else None
-    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
+    words, tags = (described.prior if described else None for described in (batches.words, batches.tags))
+    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words, tags)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each grid and size
         student.encode = torch.compile(student.encode)
