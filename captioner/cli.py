@@ -1,4 +1,4 @@
-"""The `captioner` command: a word for the job, then its settings. Each word is a file of `commands/`."""
+"""The `captioner` command: the name of a job, then its options. Each job is a file of `commands/`."""
 
 import os
 import signal
@@ -44,16 +44,16 @@ recipes:
 
 
 def pick_defaults(command: str, settings: Any, args: Sequence[str]) -> tuple[str, Any, list[str]]:
-    """Return what was typed before the options, the values that hold without options, and the options.
+    """Return the words before the options, the default settings, and the options.
 
     Args:
-        command: the word.
-        settings: a dataclass of settings, or recipes by name, of which the next word picks one.
-        args: what follows the word.
+        command: name of the command.
+        settings: a dataclass of settings; or recipes by name, of which the first argument names one.
+        args: the arguments after the command.
 
     Raises:
-        UsageError: no recipe is named, or one that does not exist.
-        SystemExit: the help of a command with recipes is printed.
+        UsageError: no recipe is named, or the named one does not exist.
+        SystemExit: the help of a command with recipes was printed.
     """
     if not isinstance(settings, dict):
         return f"captioner {command}", settings(), list(args)
@@ -100,21 +100,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog, defaults, options = pick_defaults(name, command.SETTINGS, args[1:])
         sys.exit(command.run(read_settings(prog, defaults, options)))
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":  # a launcher starts several processes, which all say the same
+        if os.environ.get("RANK", "0") == "0":  # a launcher starts several processes, which all have the same error
             print(f"captioner {name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not worth importing torch for
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # by name, because importing torch takes seconds
         if os.environ.get("CAPTIONER_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
         fact = SettingError("the memory of the GPU is full", "batch_size") if out_of_memory else error
         print(f"captioner {name}: {one_line(fact)}{mends(fact, defaults, options)}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code in (130, 143):  # saved and leaving: a signal that comes twice changes nothing
+        if stop.code in (130, 143):  # a signal stopped the run, which has saved: further signals are ignored
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         raise

@@ -1,4 +1,4 @@
-"""Faults in what a person gave, stated as facts; which option mends one is known to the command line alone.
+"""Errors in settings. The message states a fact; the command line alone adds the option that corrects it.
 
 Imports nothing heavy.
 """
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class SettingError(ValueError):
-    """A fault that another setting mends.
+    """An error that another value of a setting corrects.
 
     Args:
         fact: what is wrong, in one line that names the thing: `grid 9x9 is larger than the lookup grid 7x7`.
-        settings: names of the settings that mend it, as the code has them: `grid`, `on_bad`, or with the settings that
-            hold them, `data.tokens`. The command line adds what it calls them; others may ignore them.
+        settings: names of the settings that correct it, as in the code: `grid`, `on_bad`, or with the group that
+            contains them, `data.tokens`. The command line adds the names of their options; others may ignore them.
     """
 
     def __init__(self, fact: str, *settings: str):
@@ -21,11 +21,16 @@ class SettingError(ValueError):
         self.settings = settings
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def check_positive(settings: Any, *names: str) -> None:
-    """Refuse settings that are zero, negative or not finite; `None` passes.
+    """Refuse settings that are zero, negative or not finite; `None` is accepted.
 
     Raises:
-        SettingError: naming the first of them.
+        SettingError: a setting is not positive; the message names the first one.
     """
     for name in names:
         if (value := getattr(settings, name)) is not None and not 0 < value < math.inf:
@@ -36,8 +41,8 @@ def check_shares(settings: Any, *names: str) -> None:
     """Refuse settings that are not between 0 and 1.
 
     Raises:
-        SettingError: naming the first of them.
+        SettingError: a setting is not; the message names the first one.
     """
     for name in names:
         if not 0 <= (value := getattr(settings, name)) <= 1:
-            raise SettingError(f"{name} is a share between 0 and 1, not {value}", name)
+            raise SettingError(f"{name} must be a share between 0 and 1, not {value}", name)

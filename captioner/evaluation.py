@@ -1,10 +1,10 @@
-"""Caption a split with every process, write the captions, then score them."""
+"""Caption a split on all processes, write the captions, and score them."""
 
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
@@ -35,26 +35,26 @@ def caption_split(
     grid: Grid | None = None,
     workers: int = 0,
     images: Images | None = None,
-    **generation,
+    **generation: Any,
 ) -> list[dict]:
-    """Caption every image of a table once, shared out over the processes.
+    """Caption every image of a table once; the processes share the images.
 
-    The batches, and so the captions, are the same for any number of processes. An image that cannot be opened gets an
-    empty caption, which scores zero, and a warning.
+    The batches, and therefore the captions, are the same for any number of processes. An image that cannot be opened
+    gets an empty caption, which scores zero, and a warning.
 
     Args:
-        accelerator: shares out the batches.
+        accelerator: accelerator of the processes.
         model: the captioner model.
         processor: its processor.
         table: the images.
         batch_size: images per batch.
-        grid: compressed grid that the encoder is asked for; `None` for the model's own. Cached tokens have their own.
-        workers: processes that load images.
-        images: where the images of the table come from; its files if absent.
+        grid: compressed grid of the image tokens; `None` for the model's own. Cached tokens have their own.
+        workers: number of processes that load images.
+        images: source of the table's images; `None` for their files.
         generation: settings of transformers' `generate`.
 
     Returns:
-        COCO results in the order of the table, in every process: `[{"image_id": ..., "caption": ...}, ...]`.
+        COCO results in the order of the table, `[{"image_id": ..., "caption": ...}, ...]`; the same in every process.
     """
     rows = range(len(table))
     batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
@@ -86,14 +86,20 @@ def caption_split(
     return [{"image_id": ids[row], "caption": captions[row]} for row in rows]
 
 
-def score_results(results: list[dict], table: "datasets.Dataset", **options) -> Scores:
-    """Score COCO results against the captions of their table; see `captioner.metrics.score` for the options."""
+def score_results(results: list[dict], table: "datasets.Dataset", **options: Any) -> Scores:
+    """Score COCO results against the captions of their table.
+
+    Args:
+        results: the results, as `caption_split` returns them.
+        table: the caption table.
+        options: options of `captioner.metrics.score`.
+    """
     references = dict(zip(table["image_id"], table["captions"], strict=True))
     return score(results, references, allow_empty=True, **options)
 
 
 def write_results(results: Sequence[dict], path: Path) -> Path:
-    """Write COCO results JSON, whole or not at all."""
+    """Write COCO results as JSON, completely or not at all; returns the path."""
     with open_whole(path) as file:
         json.dump(list(results), file, ensure_ascii=False, indent=0)
     return path

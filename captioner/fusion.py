@@ -1,6 +1,6 @@
-"""How a text decoder is given the prefix: one class for each way, one registry.
+"""Fusion: the ways in which a text decoder reads the prefix. Each is a class in one registry.
 
-The prefix is what the decoder knows before the text: the projected image tokens.
+The prefix is the decoder's input before the text: the projected image tokens.
 
 Letters: B texts, P prefix tokens, E decoder width, T text tokens.
 """
@@ -16,9 +16,9 @@ from captioner.errors import SettingError
 
 
 class Fusion(ABC):
-    """One way to give a text decoder the prefix.
+    """One way in which a text decoder reads the prefix.
 
-    A new way is a subclass and an entry in `FUSIONS`; nothing else asks which one a model has.
+    A new way is a subclass and an entry in `FUSIONS`; no other code depends on which one a model has.
 
     Args:
         decoder: any causal language model of transformers.
@@ -33,16 +33,16 @@ class Fusion(ABC):
     @staticmethod
     @abstractmethod
     def configure(text_config: PretrainedConfig) -> None:
-        """Switch on what this fusion needs in the configuration of a decoder.
+        """Change the configuration of a decoder as this fusion needs it.
 
         Raises:
-            SettingError: the decoder does not have it.
+            SettingError: the decoder does not support the fusion.
         """
 
     @staticmethod
     @abstractmethod
     def positions(prefix_tokens: int, text_tokens: int) -> int:
-        """Count the decoder positions that a prefix and a text take."""
+        """Return the number of decoder positions that a prefix and a text take."""
 
     @property
     @abstractmethod
@@ -53,35 +53,38 @@ class Fusion(ABC):
     def arrange(
         self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Arrange a prefix (B, P, E) and a text for each (B, T) as the decoder's arguments.
+        """Return the decoder's arguments for prefixes and texts; its last T positions are those of the text.
 
-        The decoder then gives its logits for the text at its last T positions.
+        Args:
+            prefix: prefixes (B, P, E).
+            input_ids: a text for each prefix (B, T).
+            attention_mask: 1 for text, 0 for padding (B, T).
         """
 
 
 class PrefixFusion(Fusion):
-    """The prefix stands before the text; every causal language model can read it."""
+    """The prefix comes before the text, in one sequence; every causal language model supports it."""
 
     shares_prefix = True
 
     @staticmethod
     def configure(text_config: PretrainedConfig) -> None:
-        """Change nothing: no decoder lacks anything."""
+        """Do nothing: every decoder supports it."""
 
     @staticmethod
     def positions(prefix_tokens: int, text_tokens: int) -> int:
-        """Count the decoder positions: the prefix takes some of them."""
+        """Return the number of decoder positions: those of the prefix and those of the text."""
         return prefix_tokens + text_tokens
 
     @property
     def width(self) -> int:
-        """Width of the word embeddings; that of the layers may be another, as in OPT-350m."""
+        """Width E of the word embeddings; the width of the layers may differ, as in OPT-350m."""
         return cast(nn.Embedding, self.decoder.get_input_embeddings()).embedding_dim
 
     def arrange(
         self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Arrange the prefix and the words' embeddings as one sequence, (B, P+T, E)."""
+        """Return the prefix and the embeddings of the text as one sequence, (B, P+T, E)."""
         text = self.decoder.get_input_embeddings()(input_ids)  # (B, T, E)
         embeds = torch.cat([prefix.to(text.dtype), text], 1)  # (B, P+T, E)
         mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1)  # (B, P+T)
@@ -93,13 +96,13 @@ class PrefixFusion(Fusion):
 
 
 def padding_first(attention_mask: torch.Tensor, prefix_tokens: int) -> torch.Tensor:
-    """Return the order that moves the prefix between a text and the padding on its left, (B, P+T).
+    """Return the order of positions (B, P+T) that puts the prefix between a text and the padding on its left.
 
-    Padding between prefix and text would shorten how far a sliding window sees.
+    If padding stood between prefix and text, fewer tokens would be inside the window of sliding attention.
 
     Args:
-        attention_mask: of the texts (B, T).
-        prefix_tokens: tokens of the prefix, P, which stand before padding and text.
+        attention_mask: mask of the texts (B, T).
+        prefix_tokens: P, the tokens of the prefix, which come before padding and text.
     """
     padding = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
     places = torch.arange(prefix_tokens + attention_mask.shape[1], device=attention_mask.device)[None]  # (1, P+T)
@@ -127,20 +130,20 @@ class CrossAttentionFusion(Fusion):
 
     @staticmethod
     def positions(prefix_tokens: int, text_tokens: int) -> int:
-        """Count the decoder positions: only the text takes any."""
+        """Return the number of decoder positions: those of the text alone."""
         return text_tokens
 
     @property
     def width(self) -> int:
-        """Width of the decoder's layers."""
+        """Width E of the decoder's layers."""
         return self.decoder.config.hidden_size
 
     def arrange(
         self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Pass the prefix as what the layers attend to."""
+        """Return the prefix as the states that the layers attend to."""
         return {"input_ids": input_ids, "attention_mask": attention_mask, "encoder_hidden_states": prefix}
 
 
 FUSIONS: dict[str, type[Fusion]] = {"prefix": PrefixFusion, "cross_attention": CrossAttentionFusion}
-"""The ways to fuse, by the name that configurations use."""
+"""The fusions, by their names in configurations."""

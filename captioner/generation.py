@@ -14,11 +14,14 @@ def merge_settings(
     """Merge the settings of one call with those of the model.
 
     Args:
-        own: the model's settings.
-        given: settings that replace them, one by one.
-        kwargs: settings that replace both. A `max_length` here or in `given` counts the tokens of prompt and new text:
-            transformers would count those of the image, too.
+        own: settings of the model.
+        given: settings that replace single settings of the model.
+        kwargs: settings that replace both. A `max_length` here or in `given` counts the tokens of prompt and new text;
+            transformers would count the image tokens, too.
         prompt_length: tokens of the prompt.
+
+    Returns:
+        Keyword arguments of transformers' `generate`.
     """
     call = ({} if given is None else given.to_diff_dict()) | kwargs
     settings = own.to_diff_dict() | call
@@ -26,15 +29,15 @@ def merge_settings(
     if call.get("max_length") is not None and call.get("max_new_tokens") is None:
         settings["max_new_tokens"] = max(1, call["max_length"] - prompt_length)
     if settings.get("max_new_tokens") is not None:
-        settings.pop("max_length", None)  # transformers warns of both
+        settings.pop("max_length", None)  # transformers warns if both are set
     return settings
 
 
 def check_room(fusion: Fusion, prefix_tokens: int, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuse a text that is longer than the positions of the decoder.
+    """Refuse a text that needs more positions than the decoder has.
 
     Raises:
-        SettingError: it is.
+        SettingError: the text needs more.
     """
     room = getattr(fusion.decoder.config, "max_position_embeddings", None)
     needed = fusion.positions(prefix_tokens, prompt_tokens + new_tokens)

@@ -1,4 +1,4 @@
-"""Compressed grids as people write them: `5x5`, `5` or `(5, 5)`. Imports nothing heavy."""
+"""Compressed grids in the forms that users write: `5x5`, `5` or `(5, 5)`. Imports nothing heavy."""
 
 from collections.abc import Iterable
 from operator import index
@@ -17,10 +17,10 @@ def parse_grid(grid: str | int | Iterable[int]) -> Grid: ...
 
 
 def parse_grid(grid: str | int | Iterable[int] | None) -> Grid | None:
-    """Read a compressed grid: `"5x5"`, `"5"`, 5 and [5, 5] are (5, 5); `None`, which stands for a default, passes.
+    """Return a compressed grid as rows and columns: `"5x5"`, `"5"`, 5 and [5, 5] are (5, 5); `None` stays `None`.
 
     Raises:
-        ValueError: it is none of those.
+        ValueError: the grid has another form.
     """
     if grid is None:
         return None
@@ -38,5 +38,5 @@ def parse_grid(grid: str | int | Iterable[int] | None) -> Grid | None:
 
 
 def write_grid(grid: Iterable[int]) -> str:
-    """Write a grid, or another size of rows and columns, as `5x5`: the inverse of `parse_grid`."""
+    """Return a grid, or another size in rows and columns, as text such as `5x5`: the inverse of `parse_grid`."""
     return "x".join(map(str, grid))

@@ -1,4 +1,4 @@
-"""Captioning in a line: `captioner.load()`, `captioner.caption(...)`."""
+"""Caption images with one line of Python: `captioner.load()`, `captioner.caption(...)`."""
 
 import os
 import threading
@@ -15,36 +15,36 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging as transformers_logging
 
 from captioner.encoders.shipped import SHIPPED, WEIGHTS
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.grids import Grid, parse_grid
 from captioner.hub import hub_options
-from captioner.images import ImageError, ImageSource, is_single, name_source
+from captioner.images import ImageError, ImageSource, each_image, is_single, name_source
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
-"""Options of captioning that count something."""
+"""Options of captioning that must be whole numbers above 0."""
 
 REFUSED = {
-    "num_return_sequences": "captioning gives one caption an image",
-    "return_dict_in_generate": "captioning gives captions",
-    "max_length": "max_new_tokens says how long a caption may be",
+    "num_return_sequences": "captioning returns one caption per image",
+    "return_dict_in_generate": "captioning returns captions",
+    "max_length": "max_new_tokens limits the length of a caption",
 }
 """Options of transformers' `generate` that captioning refuses, and why."""
 
 
 @dataclass
 class Caption:
-    """One captioned image: its caption and log-probability, or the error that stood in the way."""
+    """The result for one image: its caption and log-probability, or an error."""
 
     path: str
     """The image's path, or `image in memory`."""
     caption: str | None = None
     logprob: float | None = None
-    """Log-probability of the caption under the model, a natural logarithm; `None` where it was not asked for."""
+    """Log-probability of the caption under the model, a natural logarithm; `None` if it was not requested."""
     error: str | None = None
     reason: str | None = None
-    """The error without the image's name, in a few words, by which errors can be counted."""
+    """The kind of error in a few words, without the image's name, so that errors can be counted by kind."""
 
     def as_dict(self) -> dict[str, str | float | None]:
         """Return path, caption, logprob and error, in this order."""
@@ -54,7 +54,7 @@ class Caption:
 class Captioner:
     """A model and its processor on a device, ready to caption; several threads may use one at the same time.
 
-    Images are opened in the thread that asks. The model captions one batch at a time.
+    Images are opened in the calling thread. The model captions one batch at a time.
 
     Args:
         model: the captioner model.
@@ -65,7 +65,7 @@ class Captioner:
     def __init__(self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None):
         self.device = pick_device(device)
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
-        self.model: CaptionerModel = model.to(self.device, dtype).eval()  # type: ignore[arg-type]
+        self.model: CaptionerModel = model.to(self.device, dtype).eval()
         self.processor = processor
         self._lock = threading.Lock()  # decoders and fast tokenizers may keep state while they run
 
@@ -77,14 +77,14 @@ class Captioner:
         logprob: bool = True,
         **generation: Any,
     ) -> Iterator[Caption]:
-        """Caption images one batch at a time, in order; an image that cannot be used yields its error.
+        """Caption images in order, one batch at a time; an image that cannot be used gives a result with an error.
 
         Args:
-            images: one image or an iterable of images, a generator too: whatever `open_image` opens. An array and an
-                open file are one image.
+            images: one image that `open_image` can open, or an iterable of them, such as a list or a generator. An
+                array and an open file are one image.
             batch_size: images per batch.
             grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
-            logprob: whether to compute log-probabilities, which takes one more pass of the decoder.
+            logprob: whether to compute log-probabilities, which needs one more pass of the decoder.
             generation: settings of transformers' `generate`, such as `num_beams`.
 
         Raises:
@@ -97,8 +97,7 @@ class Captioner:
             if name in REFUSED and value is not None:
                 raise ValueError(f"{REFUSED[name]}; leave {name} out")
         grid = parse_grid(grid)
-        sources = iter(cast("Iterable[ImageSource]", [images] if is_single(images) else images))
-        return self._stream(sources, options.pop("batch_size"), grid, logprob, options)
+        return self._stream(each_image(images), options.pop("batch_size"), grid, logprob, options)
 
     def _stream(
         self, sources: Iterator[ImageSource], batch_size: int, grid: Grid | None, logprob: bool, options: dict[str, Any]
@@ -122,14 +121,14 @@ class Captioner:
     def generate(
         self, pixel_values: torch.Tensor, grid: Grid | str | None = None, logprob: bool = True, **generation: Any
     ) -> tuple[list[str], list[float] | list[None]]:
-        """Caption pixels (B, 3, H, W).
+        """Caption pixels (B, 3, H, W); options as of `stream`.
 
         Returns:
             B captions and their log-probabilities, or `None` for each if `logprob` is false.
         """
         with self._lock:
             tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
-            prompts = self.processor.prompts(len(tokens), self.device)
+            prompts: dict[str, Any] = self.processor.prompts(len(tokens), self.device)
             sequences = self.model.generate(image_tokens=tokens, **prompts, **generation)
             captions = self.processor.captions(sequences)
             if not logprob:
@@ -147,7 +146,7 @@ class Captioner:
         """Caption one image, or several of them; see `stream` for the options.
 
         Returns:
-            The caption of one image; of several, in a list, a generator or another iterable, a list of captions.
+            The caption of one image; for a list, a generator or another iterable of images, a list of captions.
 
         Raises:
             ImageError: an image cannot be used.
@@ -161,10 +160,10 @@ class Captioner:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return an option that counts something as an int; numpy's integers are taken.
+    """Return a whole number above 0 as an int; integers of numpy are accepted.
 
     Raises:
-        SettingError: it is no whole number above 0.
+        SettingError: the value is not a whole number above 0.
     """
     try:
         count = 0 if isinstance(value, bool) else index(value)
@@ -176,7 +175,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """Return the device of that name, or the best there is: CUDA, then MPS, then the CPU.
+    """Return the device of a name; for `None`, the first that this machine has of CUDA, MPS and CPU.
 
     Raises:
         ValueError: there is no such device.
@@ -195,12 +194,13 @@ loading = threading.Lock()
 
 @contextmanager
 def silence_transformers(bars: bool) -> Iterator[None]:
-    """Have transformers neither warn nor draw a bar while a captioner is loaded: it warns of what is as it should be.
+    """Return a context for loading a captioner, in which transformers prints no warnings: all would be false alarms.
 
-    Its settings belong to the whole program, so that one thread loads at a time, and they are set back.
+    The settings of transformers belong to the whole program. So only one thread at a time is in this context, and the
+    settings are restored at its end.
 
     Args:
-        bars: whether bars stay, which show a download.
+        bars: whether transformers may draw progress bars, for a download.
     """
     with loading:
         verbosity = transformers_logging.get_verbosity()
@@ -224,7 +224,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
         device: a torch device such as `cuda:1`; `None` takes CUDA, then MPS, then the CPU.
 
     Raises:
-        ValueError: the folder or repository holds no captioner, its weights are not whole, or there is no such device.
+        ValueError: the folder or repository contains no captioner, a weight is missing, or there is no such device.
     """
     source = str(WEIGHTS if model in (None, SHIPPED) else model)
     local = os.path.exists(source)
@@ -243,7 +243,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
             options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             loaded, info = cast("tuple[CaptionerModel, dict]", CaptionerModel.from_pretrained(source, **options))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise SettingError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}", "model") from None
+        raise SettingError(f"'{source}' is not a captioner model: {first_line(error)}", "model") from None
     if missing := sorted(info["missing_keys"]):
         raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", "model")
     return Captioner(loaded, processor, device)

@@ -1,6 +1,7 @@
-"""Which tokens of a text are learned, where they are predicted, and the loss on them.
+"""Labels of texts: which tokens are learned, at which positions they are predicted, and the loss on them.
 
-The logits at a position predict the next token. A label is the token to learn at its own place, or `IGNORED`.
+The logits at a position predict the next token. The label at a position is the token there if it is learned, or
+`IGNORED`.
 
 Letters: B texts, K of them for an image, T0 tokens of the prompt, T tokens, N tokens that are learned, V vocabulary.
 """
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -100
-"""Label of tokens that are not learned, as everywhere in transformers."""
+"""Label of tokens that are not learned, as in transformers."""
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -18,7 +19,7 @@ def next_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 def count_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Count the tokens of labels (B, T) that are learned, as a tensor on their device."""
+    """Count the learned tokens of labels (B, T); returns a scalar tensor on their device."""
     return (next_labels(labels) != IGNORED).sum()
 
 
@@ -61,7 +62,7 @@ def label_generated(
     end: int | list[int] | None,
     prompt_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Label generated texts: every token after the prompt is learned, up to and with the end token.
+    """Label generated texts: every token after the prompt is learned, up to the end token, which is learned, too.
 
     Args:
         sequences: texts (B*K, T), prompt included; what follows an end token is padding.

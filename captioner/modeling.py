@@ -1,11 +1,11 @@
-"""The captioner: a frozen encoder, a projector, a causal language model; readable top to bottom.
+"""The captioner: a frozen encoder, a projector and a causal language model.
 
 Letters: B images, K captions of each, M image tokens, D encoder width, E decoder width, P prefix tokens, T text tokens,
-T0 of them in the prompt, V vocabulary, N text positions at which logits are wanted.
+T0 of them in the prompt, V vocabulary, N text positions whose logits are computed.
 
     pixel_values (B, 3, H, W) -> encoder (frozen) -> image_tokens (B, M, D) -> projector -> prefix (B, P, E) -> decoder
 
-How the decoder is given the prefix is in `fusion.py`; how its logits are computed, in `text_decoder.py`.
+`fusion.py` has the ways in which the decoder reads the prefix; `text_decoder.py` computes the logits.
 """
 
 from dataclasses import dataclass
@@ -37,15 +37,15 @@ class CaptionerConfig(PretrainedConfig):
     """Configuration of a `CaptionerModel`.
 
     Args:
-        encoder_config: `{"name": timm name, "kwargs": {...}}`, handed to `create_encoder`.
+        encoder_config: `{"name": timm name, "kwargs": {...}}`, the arguments of `create_encoder`.
         text_config: configuration of any causal language model, as an object or a dict with `model_type`.
-        fusion: how the decoder is given the image, a key of `FUSIONS`.
-        grid: compressed grid (rows, columns) that the encoder is asked for; `None` for the encoder's own default.
-        blind: whether the image tokens are zeroed. Such a model is the image-blind baseline: its scores show what the
-            captions of a training set alone teach.
+        fusion: how the decoder reads the image, a key of `FUSIONS`.
+        grid: compressed grid (rows, columns) of the image tokens; `None` for the encoder's default.
+        blind: whether the image tokens are zeroed. Such a model is the image-blind baseline: its scores show how much
+            the captions of a training set teach without images.
 
     Raises:
-        SettingError: the fusion is not known, or the decoder cannot do it.
+        SettingError: there is no such fusion, or the decoder does not support it.
     """
 
     model_type = "captioner"
@@ -58,7 +58,7 @@ class CaptionerConfig(PretrainedConfig):
         fusion: str = "prefix",
         grid: Grid | None = None,
         blind: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         if fusion not in FUSIONS:
             raise SettingError(f"there is no fusion '{fusion}'; there are {', '.join(FUSIONS)}", "fusion")
@@ -68,7 +68,8 @@ class CaptionerConfig(PretrainedConfig):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         FUSIONS[fusion].configure(text_config)
-        self.text_config, self.fusion, self.blind = text_config, fusion, blind
+        self.text_config: PretrainedConfig = text_config
+        self.fusion, self.blind = fusion, blind
         self.grid = parse_grid(grid)
         super().__init__(**kwargs)
 
@@ -84,7 +85,7 @@ class CaptionerConfig(PretrainedConfig):
 
 
 class Projector(nn.Module):
-    """Map image tokens (B, M, D) to the decoder's width (B, M, E): a layer norm, then a two-layer perceptron."""
+    """Maps image tokens (B, M, D) to the decoder's width (B, M, E): a layer norm, then a two-layer perceptron."""
 
     def __init__(self, encoder_dim: int, decoder_dim: int):
         super().__init__()
@@ -99,7 +100,7 @@ class Projector(nn.Module):
 
 @dataclass
 class CaptionerOutput(ModelOutput):
-    """What a forward pass returns: the `loss` over the labels, if there are labels, and the `logits` (B*K, T, V)."""
+    """The output of a forward pass: the `loss` if there are labels, and the `logits` (B*K, T, V)."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -108,8 +109,8 @@ class CaptionerOutput(ModelOutput):
 class CaptionerModel(PreTrainedModel, GenerationMixin):
     """A frozen image encoder, a projector and a text decoder, as one model of transformers.
 
-    Every text starts with the start token (the tokenizer's bos, or its eos if it has no bos). The logits at position t
-    predict token t + 1 of the text, whatever the fusion.
+    Every text starts with the start token (the tokenizer's bos, or its eos if it has no bos). For every fusion, the
+    logits at position t predict token t + 1 of the text.
     """
 
     config_class = CaptionerConfig
@@ -123,7 +124,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: CaptionerConfig):
         super().__init__(config)
-        with torch.device("cpu"):  # timm computes at construction; transformers would have it on the meta device
+        with torch.device("cpu"):  # timm computes at construction, which fails on transformers' meta device
             self.encoder = rebuild_encoder(config.encoder_config).freeze()
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.projector = Projector(self.encoder.embed_dim, self.fusion.width)
@@ -152,16 +153,16 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     @property
     def fusion(self) -> Fusion:
-        """How the decoder is given the prefix."""
+        """The way in which the decoder reads the prefix."""
         return FUSIONS[self.config.fusion](self.decoder)
 
     @property
     def text_decoder(self) -> TextDecoder:
-        """The decoder as it computes the logits of texts about images."""
+        """The decoder, which computes the logits of texts about images."""
         return TextDecoder(self.fusion)
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        """Encode pixels (B, 3, H, W) into image tokens (B, M, D), at the configured grid unless another is given."""
+        """Encode pixels (B, 3, H, W) into image tokens (B, M, D), at the given grid or else the configured one."""
         return self.encoder.encode(pixel_values, self.config.grid if grid is None else grid)
 
     def prefix(
@@ -170,15 +171,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         image_tokens: torch.Tensor | None = None,
         grid: Grid | None = None,
     ) -> torch.Tensor:
-        """Build the prefix (B, P, E): what the decoder knows before the text.
+        """Compute the prefix (B, P, E), the decoder's input before the text.
 
         Args:
             pixel_values: images (B, 3, H, W).
             image_tokens: image tokens (B, M, D) encoded before, in place of pixels.
-            grid: compressed grid that the encoder is asked for; `None` for the configured one.
+            grid: compressed grid of the image tokens; `None` for the configured one.
 
         Raises:
-            ValueError: there is no image, or the tokens are not of this encoder's width.
+            ValueError: there is no image, or the tokens have another width than this encoder's.
         """
         if image_tokens is None:
             if pixel_values is None:
@@ -214,10 +215,10 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             attention_mask: 1 for text, 0 for padding (B*K, T).
             labels: `input_ids` with -100 (`IGNORED`) for every token that is not learned (B*K, T).
             image_tokens: encoded images (B, M, D), in place of pixels.
-            grid: compressed grid that the encoder is asked for; `None` for the configured one.
+            grid: compressed grid of the image tokens; `None` for the configured one.
             num_items_in_batch: number that divides the summed loss, as transformers' `Trainer` gives it; `None` for the
                 learned tokens of this call.
-            kwargs: handed to the decoder.
+            kwargs: further arguments of the decoder.
 
         Raises:
             ValueError: there is no text or no image, or the texts do not divide among the images.
@@ -239,9 +240,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         image_tokens: torch.Tensor | None = None,
         grid: Grid | None = None,
     ) -> torch.Tensor:
-        """Compute the logits at some text positions only, (N, V), row by row.
+        """Compute the logits at some text positions only, (N, V), ordered by row.
 
-        No logits are needed at padding and at a given prompt, which are more than half of a usual batch.
+        Training needs no logits at padding and at the prompt, which are more than half of a usual batch.
 
         Args:
             pixel_values: images (B, 3, H, W).
@@ -249,7 +250,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             attention_mask: 1 for text, 0 for padding (B*K, T).
             positions: true at the N positions (B*K, T); `None` for every position with text.
             image_tokens: encoded images (B, M, D), in place of pixels.
-            grid: compressed grid that the encoder is asked for; `None` for the configured one.
+            grid: compressed grid of the image tokens; `None` for the configured one.
 
         Raises:
             ValueError: as `forward`.
@@ -260,7 +261,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def check_inputs(
         self, prefix: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the prefix (B, P, E), and the texts that go with it and their mask (B*K, T); see `forward`."""
+        """Return the prefix (B, P, E), the texts about it and their mask (B*K, T); raises the errors of `forward`."""
         if input_ids is None:
             raise ValueError("no text: give input_ids that start with the start token")
         if len(input_ids) % len(prefix):
@@ -286,15 +287,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
                 if absent.
             attention_mask: 0 where a prompt is padded on its left (B, T0).
             image_tokens: encoded images (B, M, D), in place of pixels.
-            grid: compressed grid that the encoder is asked for; `None` for the configured one.
-            generation_config: settings that replace the model's own, one by one.
+            grid: compressed grid of the image tokens; `None` for the configured one.
+            generation_config: settings that replace single settings of the model.
             kwargs: settings of transformers' `generate`, such as `num_beams`, `max_new_tokens`, `do_sample`,
                 `streamer`, `num_return_sequences` or `return_dict_in_generate`. They replace those of
                 `generation_config`. A `max_length` counts the tokens of the prompt and the new ones, not the image's.
 
         Returns:
-            Texts (B * num_return_sequences, T) as transformers returns them: start token, prompt, new tokens, end
-            token, and padding on the right. With `return_dict_in_generate` an output with these as `sequences`.
+            Texts (B * num_return_sequences, T) as in transformers: start token, prompt, new tokens, end token, and
+            padding on the right. With `return_dict_in_generate`, an output that has these as `sequences`.
 
         Raises:
             ValueError: there is no image, prompts and images do not match, or the decoder has no room for the text.
@@ -326,16 +327,16 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the log-probability that the model itself gives to generated texts, end token included.
+        """Return the log-probability of generated texts under the model, end token included.
 
         Args:
             sequences: texts that `generate` returned (B*K, T).
-            image_tokens: image tokens (B, M, D) that they were generated from.
-            input_ids: prompts that `generate` was given (B, T0); the start token alone if absent.
+            image_tokens: the image tokens (B, M, D) of these texts.
+            input_ids: the prompts in that call of `generate` (B, T0); the start token alone if absent.
             attention_mask: the mask of these prompts (B, T0).
 
         Returns:
-            One natural logarithm for each text (B*K,), float32. The prompt is given, so it counts as certain.
+            One natural logarithm for each text (B*K,), float32, of its probability after the prompt.
         """
         prompt_length = 1 if input_ids is None else input_ids.shape[1]
         text = label_generated(sequences, prompt_length, self.generation_config.eos_token_id, attention_mask)

@@ -1,7 +1,7 @@
-"""The options of a command: tyro reads them into settings; errors get the names of the options that mend them.
+"""The options of a command: tyro reads them into settings, and errors get the names of the options that correct them.
 
-Below the command line no error spells an option. An error names settings, as the code has them, and their options are
-added here. A wrong command line gets one line, where tyro would draw a box.
+Below the command line, no error names an option. An error names settings as in the code, and this module adds their
+options. A wrong command line gets an error of one line; tyro would draw a box.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from captioner.errors import SettingError
+
 MENDS = {
     "learning_rate": "lower {}",
     "on_bad": "pass {} skip to leave it out",
@@ -25,10 +27,10 @@ FLAG_MENDS = {
     "partial": "pass {} to score what both have",
     "resume": "pass {} to go on with it",
 }
-"""What to do with an option, and with a flag, that mends a fault; for others see `mend`."""
+"""What to do with an option, and with a flag, that corrects an error; for others see `mend`."""
 
 KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None", "PATH": "a path", "STR": "a text"}
-"""What tyro's words for types mean."""
+"""Tyro's words for types, in plain words."""
 
 REPHRASED = (
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", "{0} must be a whole number, not {1}"),
@@ -47,28 +49,28 @@ REPHRASED = (
 
 
 class UsageError(Exception):
-    """A command line that cannot be read, in one line."""
+    """An error in the command line; the message has one line."""
 
 
 def read_settings(prog: str, defaults: Any, args: Sequence[str]) -> Any:
     """Read options into a copy of a command's settings.
 
     Args:
-        prog: what was typed before the options, such as `captioner train debug`.
-        defaults: a dataclass of settings, with the values that hold without options.
+        prog: the words before the options, such as `captioner train debug`.
+        defaults: a dataclass of settings, with their default values.
         args: the options.
 
     Raises:
-        UsageError: an option that does not exist or has no effect, a value that is not of its kind, or settings that
-            exclude one another.
-        SystemExit: the options ask for help, which is printed.
+        UsageError: an option does not exist or has no effect, a value has the wrong type, or settings exclude each
+            other.
+        SystemExit: the help was printed.
     """
     import tyro
 
     helping = bool({"-h", "--help"} & set(args))
     if helping:
         join_lines(defaults)
-    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")  # for tyro draws its boxes by what standard output is
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")  # tyro draws its boxes by the encoding of standard output
     try:
         with contextlib.redirect_stdout(sys.stdout if helping else printed), contextlib.redirect_stderr(printed):
             settings, unknown = tyro.cli(
@@ -82,11 +84,10 @@ def read_settings(prog: str, defaults: Any, args: Sequence[str]) -> Any:
     except SystemExit as stop:
         printed.seek(0)
         box = printed.read()
-        if not stop.code:  # the help, or a script that completes options in a shell
+        if not stop.code:  # tyro printed the help, or a script for completion in a shell
             print(box, end="")
             raise
-        fault = find_fault(stop)
-        if fault is not None and hasattr(fault, "settings"):
+        if fault := find_fault(stop):
             raise UsageError(f"{one_line(fault)}{mends(fault, defaults, args)}") from None
         raise UsageError(rephrase(box)) from None
     if unknown:
@@ -97,18 +98,18 @@ def read_settings(prog: str, defaults: Any, args: Sequence[str]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option as it is typed, `--data.root`, and the value that holds without it."""
+    """An option, such as `--data.root`, and its default value."""
 
     name: str
     default: Any
 
 
 def list_options(defaults: Any, prefix: str = "") -> dict[str, Option]:
-    """Map every setting of a command, such as `data.root` or `teachers.0.name`, to its option.
+    """Map each setting of a command, such as `data.root` or `teachers.0.name`, to its option.
 
     Args:
-        defaults: see `read_settings`. A flag that they set has an option that takes it back, `--data.no-restval`.
-        prefix: what stands before the names, with a dot.
+        defaults: see `read_settings`. The option of a flag that they set unsets it: `--data.no-restval`.
+        prefix: start of the names, which ends in a dot.
     """
     import tyro
 
@@ -125,23 +126,23 @@ def list_options(defaults: Any, prefix: str = "") -> dict[str, Option]:
 
 
 def parts_of(name: str, value: Any) -> dict[str, Any]:
-    """Return the dataclasses that a value is, or that are in it where it is a tuple, by name: `teachers.0`."""
+    """Return a value that is a dataclass, or the dataclasses in a tuple, by name such as `teachers.0`."""
     values = {f"{name}.{n}": part for n, part in enumerate(value)} if isinstance(value, tuple) else {name: value}
     return {name: part for name, part in values.items() if dataclasses.is_dataclass(part)}
 
 
 def given_options(args: Sequence[str]) -> set[str]:
-    """Return the options of a command line as `Option.name` has them."""
+    """Return the options of a command line, in the form of `Option.name`."""
     return {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
 
 
 def refuse_unused(settings: Any, defaults: Any, args: Sequence[str]) -> None:
-    """Refuse options that have no effect with the others; what a recipe sets is never refused.
+    """Refuse options that have no effect beside the other settings; settings of a recipe are never refused.
 
-    Settings that know of such cases have a method `unused`, which maps names of settings to why they have no effect.
+    The settings' method `unused`, if there is one, maps names of settings without effect to the reason.
 
     Raises:
-        UsageError: naming them.
+        UsageError: an option has no effect; the message names all of them.
     """
     unused: Mapping[str, str] = getattr(settings, "unused", dict)()
     given = given_options(args)
@@ -151,16 +152,16 @@ def refuse_unused(settings: Any, defaults: Any, args: Sequence[str]) -> None:
 
 
 def mends(error: BaseException, defaults: Any, args: Sequence[str]) -> str:
-    """Say which options mend an error, as the end of its line; empty where none does.
+    """Return the options that correct an error, as the end of its message; empty if there are none.
 
     Args:
-        error: may have `settings`, names of the settings that mend it.
-        defaults: see `read_settings`; `None` where the command line was not read.
-        args: the options that were given.
+        error: an error; a `SettingError` names the settings that correct it.
+        defaults: see `read_settings`; `None` if the command line was not read.
+        args: the options on the command line.
     """
     options, given = list_options(defaults) if defaults is not None else {}, given_options(args)
     phrases: dict[str, list[str]] = {}
-    for setting in getattr(error, "settings", ()):
+    for setting in error.settings if isinstance(error, SettingError) else ():
         names = [name for name in options if name == setting or name.endswith(f".{setting}")]
         if names:
             option = options[min(names, key=lambda name: name.count("."))]  # `grid` before `model.grid`
@@ -173,7 +174,7 @@ def mends(error: BaseException, defaults: Any, args: Sequence[str]) -> str:
 
 
 def mend(setting: str, default: Any, given: bool) -> str:
-    """Return what to do with the option of a setting, which stands for `{}`."""
+    """Return what to do with the option of a setting; `{}` stands for the option."""
     if isinstance(default, bool):
         return "leave out {}" if given else FLAG_MENDS.get(setting, "pass {}")
     if default in (None, (), {}, "") and not given:
@@ -188,16 +189,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def find_fault(stop: BaseException) -> BaseException | None:
-    """Return our own error for which tyro exits; `None` where the error is tyro's."""
+def find_fault(stop: BaseException) -> SettingError | None:
+    """Return the error of this package for which tyro exits; `None` if the error is tyro's own."""
     error: BaseException | None = stop
-    while error is not None and not hasattr(error, "settings"):
+    while error is not None and not isinstance(error, SettingError):
         error = error.__context__
     return error
 
 
 def rephrase(box: str) -> str:
-    """Turn tyro's box into one line: the text above its first rule."""
+    """Return the text of tyro's box above its first line, as one line in plain words."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     rules = [number for number, line in enumerate(lines) if re.fullmatch("─+", line)]
     text = " ".join(" ".join(lines[: rules[0] if rules else None]).split())
@@ -209,7 +210,7 @@ def rephrase(box: str) -> str:
 
 
 def kind_of(text: str) -> str:
-    """Translate tyro's words for a type, such as `{None}|INT` or `{FLOAT FLOAT}`; other text stays."""
+    """Return a type such as `{None}|INT` or `{FLOAT FLOAT}` in plain words; other text is unchanged."""
     kinds = []
     for word in text.split("|"):
         words = word.strip("{}").split()
@@ -223,7 +224,7 @@ def kind_of(text: str) -> str:
 
 
 def explain_unknown(word: str, prog: str, defaults: Any) -> str:
-    """Say that a word of the command line is no option, and which is the nearest."""
+    """Return the error for an unknown word of the command line, with the nearest option."""
     if not word.startswith("-"):
         return f"'{word}' belongs to no option; `{prog} --help` lists them"
     option = word.partition("=")[0].replace("_", "-")
@@ -236,7 +237,7 @@ def explain_unknown(word: str, prog: str, defaults: Any) -> str:
 
 
 def join_lines(settings: Any) -> None:
-    """Give tyro the docstring of each field as one line; it would print the line breaks of the source."""
+    """Set the help of each field to its docstring as one line; tyro would print the line breaks of the source."""
     from docstring_parser import parse_from_object
 
     docs = {

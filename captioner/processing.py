@@ -1,9 +1,10 @@
-"""The processor: what stands between files and text on one side and the model's tensors on the other.
+"""The processor: it turns images and texts into the model's tensors, and generated tokens into captions.
 
 Letters: B images, T tokens of a text, H W pixels.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from timm.data import create_transform
 from transformers import BatchFeature, PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-from captioner.images import ImageSource, is_single, open_image
+from captioner.images import ImageSource, each_image, open_image
 from captioner.labels import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: 
 
     Args:
         default_cfg: the encoder's `default_cfg`.
-        image_size: side of the image in pixels; `None` for the encoder's own.
-        crop_mode: how an image becomes a square; `center` crops the encoder's own share of it.
+        image_size: side of the square image in pixels; `None` for the encoder's own size.
+        crop_mode: how an image becomes a square. `center` crops it by the encoder's own `crop_pct`.
     """
     image = {key: default_cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
     if image_size is not None:
@@ -46,16 +47,18 @@ def image_settings(default_cfg: dict, image_size: int | None = None, crop_mode: 
 class CaptionerProcessor(ProcessorMixin):
     """Image transform and tokenizer in one object; `save_pretrained` writes both into one folder.
 
-    It makes the start of every text: the start token and the prompt, in `prompt_ids`.
+    Every text starts with the start token and the prompt, which `prompt_ids` returns.
 
     Args:
-        tokenizer: any fast tokenizer; without a pad token its end token pads.
-        image: timm's data settings; what is missing is taken from `IMAGE_DEFAULTS`.
+        tokenizer: any fast tokenizer; one without a pad token pads with its end token.
+        image: timm's data settings; missing ones are taken from `IMAGE_DEFAULTS`.
         prompt: text that every caption continues, such as `A photo of`.
-        max_length: tokens above which a text of training is cut, start token and prompt included.
+        max_length: tokens above which a training text is cut, start token and prompt included.
     """
 
-    def __init__(self, tokenizer=None, image: dict | None = None, prompt: str = "", max_length: int = 40):
+    def __init__(
+        self, tokenizer: Any = None, image: dict | None = None, prompt: str = "", max_length: int = 40
+    ) -> None:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"  # texts are continued on the right
@@ -65,10 +68,12 @@ class CaptionerProcessor(ProcessorMixin):
         super().__init__(tokenizer)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "CaptionerProcessor":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "CaptionerProcessor":
         """Load a processor from a folder or the hub; see transformers for the options."""
-        # The tokenizer's own files say what it is. Without a configuration, transformers would read the captioner's,
-        # and warn that it does not know such models.
+        # The tokenizer's own files name its class. Without this, transformers would read the configuration of the
+        # captioner, and warn that it does not know such models.
         kwargs.setdefault("config", PretrainedConfig())
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -79,11 +84,11 @@ class CaptionerProcessor(ProcessorMixin):
         return self.tokenizer.eos_token_id if bos is None else bos
 
     def prompt_ids(self, text: str = "") -> list[int]:
-        """Return the start token and the tokens of a text to continue; an empty text stands for the prompt."""
+        """Return the ids of the start token and of a text to continue; for an empty text, of the prompt."""
         return [self.start_token_id, *self._ids([text or self.prompt])[0]]
 
     def prompts(self, count: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
-        """Return the start token and the prompt for each of `count` images, as `CaptionerModel.generate` takes them.
+        """Return the start token and the prompt for each of `count` images, as arguments of `CaptionerModel.generate`.
 
         Returns:
             `input_ids` and `attention_mask`, each (count, T).
@@ -103,13 +108,13 @@ class CaptionerProcessor(ProcessorMixin):
         return self._transform(open_image(image))
 
     def texts(self, captions: Sequence[str]) -> "Texts":
-        """Encode captions for training once, to batch any of them later: start token, prompt, caption, end token.
+        """Encode captions for training: start token, prompt, caption, end token. `Texts.batch` then batches them.
 
-        The full stop of a caption is left out. A caption that is too long is cut to `max_length` tokens and gets no end
-        token, so that no model learns to end there; `Texts.cut` counts these.
+        The full stop of a caption is left out. A caption that is too long is cut to `max_length` tokens. It gets no end
+        token, so that the model does not learn to end there; `Texts.cut` counts these captions.
         """
         lead, end, longest = self.prompt_ids(), self.tokenizer.eos_token_id, self.max_length
-        # a caption after a prompt continues a sentence: byte-level tokenizers mark that by the space before it
+        # A caption after a prompt continues a sentence; for byte-level tokenizers, it then starts with a space.
         tidy = [(" " if self.prompt else "") + c.strip().removesuffix(".").rstrip() for c in captions]
         rows = (
             np.array([*lead, *ids, end][:longest], np.int32)
@@ -119,7 +124,7 @@ class CaptionerProcessor(ProcessorMixin):
         return Texts(rows, len(lead), end, self.tokenizer.pad_token_id)
 
     def text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode captions for training as one batch; see `Texts.batch` for what is returned."""
+        """Encode captions for training as one batch; returns the tensors of `Texts.batch`."""
         return self.texts(captions).batch(range(len(captions)))
 
     def __call__(
@@ -133,20 +138,20 @@ class CaptionerProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         padding_side: Literal["left", "right"] = "left",
     ) -> BatchFeature:
-        """Turn images and texts to continue into the arguments of `CaptionerModel.generate`.
+        """Turn images, and texts to continue, into the arguments of `CaptionerModel.generate`.
 
-        Captions to train on have an end token and labels; `text` and `texts` encode those.
+        Training captions have an end token and labels; the methods `text` and `texts` encode them.
 
         Args:
             images: one image or B of them.
-            text: text that the captions continue, one for all images or one for each. Without it, and where it is
-                empty, the processor's own `prompt`.
+            text: text that the captions continue: one for all images, or one for each. `None` and an empty text stand
+                for the processor's `prompt`.
             return_tensors: `pt`, `np`, or `None` for lists of tokens.
             padding: `True` or `longest`, `max_length`, or `False`.
             truncation: whether a text of more than `max_length` tokens is cut; the start token counts.
-            max_length: the processor's own if `None`.
+            max_length: longest text in tokens; `None` for the processor's own.
             pad_to_multiple_of: see transformers' tokenizers.
-            padding_side: `generate` needs padding on the left.
+            padding_side: side of the padding; `generate` needs it on the left.
 
         Returns:
             `pixel_values` (B, 3, H, W) if there are images; `input_ids` and `attention_mask` (B, T) of start token and
@@ -160,10 +165,12 @@ class CaptionerProcessor(ProcessorMixin):
             raise ValueError("nothing to process: give images, text or both")
         data: dict[str, Any] = {}
         if images is not None:
-            images = [images] if is_single(images) else list(images)
-            images = [image[0] if isinstance(image, list | tuple) and len(image) == 1 else image for image in images]
-            data["pixel_values"] = torch.stack([self.pixels(image) for image in images])
-        count = None if images is None else len(images)
+            batch = [
+                image[0] if isinstance(image, list | tuple) and len(image) == 1 else image
+                for image in each_image(images)
+            ]
+            data["pixel_values"] = torch.stack([self.pixels(image) for image in batch])
+        count = None if images is None else len(data["pixel_values"])
         texts = [text or ""] * (count or 1) if text is None or isinstance(text, str) else list(text)
         if count is not None and len(texts) != count:
             raise ValueError(f"{len(texts)} texts for {count} images; give one text for all of them or one for each")
@@ -181,47 +188,50 @@ class CaptionerProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def captions(self, sequences: torch.Tensor, prompt_length: int | None = None) -> list[str]:
-        """Decode generated texts (B, T) into tidy captions: one line, no special tokens, no prompt.
+        """Decode generated texts (B, T) into B captions of one line each, without special tokens and prompt.
 
-        No reference caption begins with the prompt, so scores would suffer from it.
+        Reference captions do not start with the prompt, so captions with it would get lower scores.
 
         Args:
-            sequences: what `CaptionerModel.generate` returned.
-            prompt_length: tokens at the front that are left out; those of start token and `prompt` if `None`.
+            sequences: texts that `CaptionerModel.generate` returned.
+            prompt_length: number of first tokens to leave out; `None` for those of start token and `prompt`.
         """
         length = len(self.prompt_ids()) if prompt_length is None else prompt_length
         texts = self.tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     def post_process_image_text_to_text(
-        self, generated_outputs: torch.Tensor, skip_special_tokens: bool = True, **kwargs
+        self, generated_outputs: torch.Tensor, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
-        """Decode texts (B, T), prompt included, without the space that many tokenizers write before the first word."""
+        """Decode texts (B, T), prompt included, without the space that many tokenizers put before the first word."""
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [text.lstrip() for text in texts]
 
-    def apply_chat_template(self, *args, **kwargs) -> str:
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         """Refuse a chat: a captioner continues a text about an image and follows no instructions.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("a captioner has no chat template: give it images, and as text what the caption begins with")
+        raise ValueError("a captioner has no chat template: give it images, and as text the start of the caption")
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what the model takes."""
+        """Names of the model's inputs."""
         return ["pixel_values", "input_ids", "attention_mask"]
 
 
 class Texts:
-    """Encoded captions, laid end to end.
+    """Encoded captions, concatenated into one array.
 
     Args:
         rows: token ids of each caption.
-        lead: tokens of start and prompt in each.
+        lead: number of tokens of start token and prompt in each caption.
         end: id of the end token.
         pad: id of the padding token.
+
+    Attributes:
+        cut: number of captions that were cut.
     """
 
     def __init__(self, rows: Iterable[np.ndarray], lead: int, end: int, pad: int):
@@ -235,7 +245,12 @@ class Texts:
         return len(self.lengths)
 
     def warn_cut(self, limit: int, scope: str = "") -> None:
-        """Log how many captions were cut to `limit` tokens, if any were."""
+        """Warn of captions that were cut, if there are any.
+
+        Args:
+            limit: the tokens to which they were cut.
+            scope: which captions these are, for the warning.
+        """
         if self.cut:
             message = (
                 "%d of %d captions%s have more than %d tokens (max_length): they are cut, and learned without an end"
@@ -243,7 +258,7 @@ class Texts:
             logger.warning(message, self.cut, len(self), f" {scope}" if scope else "", limit)
 
     def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Batch captions by number, padded on the right to the longest.
+        """Batch the captions with these numbers, padded on the right to the longest.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each (captions, T). Start token, prompt and padding have no
@@ -259,6 +274,10 @@ class Texts:
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int = 8000) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on captions, with `<s>`, `</s>` and `<pad>` as special tokens.
+
+    Args:
+        captions: the captions.
+        vocab_size: largest number of tokens.
 
     Raises:
         ValueError: there are no captions, or the vocabulary is smaller than the 256 bytes and 3 special tokens.

@@ -1,7 +1,7 @@
-"""Recipes: one short function each, returning a config; every setting can be overridden on the command line.
+"""Recipes: each is a short function that returns the settings of a run. Options on the command line replace them.
 
-`captioner train flickr8k --data.root DIR --epochs 20` runs `flickr8k()` with two settings changed. A recipe's
-docstring gives its command, how long it takes, and the score it measured.
+`captioner train flickr8k --data.root DIR --epochs 20` runs `flickr8k()` with two settings changed. The docstring of a
+recipe gives its command, how long it takes, and the score that it reached.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from captioner.training.config import ModelConfig, ScstConfig, TrainConfig
 
 
 def debug() -> TrainConfig:
-    """Smallest run that goes through every part; on a CPU a minute or two for Flickr8k.
+    """Run every part of training once, on a tiny model: one or two minutes on a CPU for Flickr8k.
 
     captioner train debug --data.root DIR
     """
@@ -32,28 +32,30 @@ def debug() -> TrainConfig:
 
 
 def flickr8k() -> TrainConfig:
-    """Train the default decoder on Flickr8k with an encoder exported by `pretrain`; from cached tokens 17 CPU minutes.
+    """Train the default decoder on Flickr8k with an encoder from `pretrain`: 17 CPU minutes with cached tokens.
 
     captioner train flickr8k --data.root flickr8k --model.encoder local-dir:runs/pretrain
 
-    With the shipped encoder and `--grids`, as its model card has it: test CIDEr 0.508 at 5x5, beam 3.
+    With the shipped encoder and `--grids`, as in the model card: test CIDEr 0.508 at 5x5, beam 3.
     """
     return TrainConfig(
         output=Path("runs/flickr8k"),
         model=ModelConfig(layers=3, width=256, heads=4, vocab_size=4000),
         epochs=10,
         learning_rate=1e-3,
-        label_smoothing=0.0,  # what SCST samples from is otherwise too flat
+        label_smoothing=0.0,  # with smoothing, the distribution that SCST samples from is too flat
         save_dtype="float16",
     )
 
 
 def flickr8k_scst() -> TrainConfig:
-    """Go on from `flickr8k` with CIDEr-D as the reward, into `runs/flickr8k/scst/best`; cached, 9 CPU minutes.
+    """Continue from `flickr8k` with CIDEr-D as the reward: 9 CPU minutes with cached tokens.
+
+    The best model is in `runs/flickr8k/scst/best`.
 
     captioner train flickr8k_scst --data.root flickr8k
 
-    From the model above, `--grids` again: test CIDEr 0.539 at 5x5, beam 3.
+    From the model of `flickr8k`, with the same `--grids`: test CIDEr 0.539 at 5x5, beam 3.
     """
     return replace(
         flickr8k(),
@@ -68,7 +70,7 @@ def flickr8k_scst() -> TrainConfig:
 
 
 def coco_small() -> TrainConfig:
-    """Train a small decoder from scratch on COCO, Karpathy split, `restval` joined to train. Not run here.
+    """Train a small decoder from scratch on COCO, Karpathy split, with `restval` joined to train. Not run yet.
 
     accelerate launch --multi_gpu --num_processes 8 train.py coco_small --data.root coco \\
         --model.encoder local-dir:runs/pretrain
@@ -84,7 +86,7 @@ def coco_small() -> TrainConfig:
 
 
 def coco_gpt2() -> TrainConfig:
-    """Train GPT-2, all of it, on COCO with `A photo of` as the prompt. Not run here.
+    """Train all weights of GPT-2 on COCO, with `A photo of` as the prompt. Not run yet.
 
     accelerate launch --multi_gpu --num_processes 8 train.py coco_gpt2 --data.root coco \\
         --model.encoder local-dir:runs/pretrain
@@ -99,7 +101,7 @@ def coco_gpt2() -> TrainConfig:
 
 
 def coco_smollm_lora() -> TrainConfig:
-    """Train low-rank updates of SmolLM2-360M on COCO, activations recomputed to save memory. Not run here.
+    """Train low-rank updates (LoRA) of SmolLM2-360M on COCO; activations are recomputed to save memory. Not run yet.
 
     pip install "captioner[lora]"
     accelerate launch --multi_gpu --num_processes 8 train.py coco_smollm_lora --data.root coco \\
@@ -119,7 +121,7 @@ def coco_smollm_lora() -> TrainConfig:
 
 
 def coco_scst() -> TrainConfig:
-    """Go on from any of the above with CIDEr-D as the reward; name its folder. Not run here.
+    """Continue from a COCO captioner with CIDEr-D as the reward; `--init-from` names its folder. Not run yet.
 
     accelerate launch --multi_gpu --num_processes 8 train.py coco_scst --data.root coco \\
         --init-from runs/coco_small/best --output runs/coco_small
@@ -137,7 +139,7 @@ def coco_scst() -> TrainConfig:
 
 
 def pretrain_debug() -> PretrainConfig:
-    """Smallest pretraining run; under a minute on a CPU.
+    """Run every part of pretraining once, on a tiny encoder: less than a minute on a CPU.
 
     captioner pretrain debug --images DIR
     """
@@ -159,7 +161,7 @@ def pretrain_debug() -> PretrainConfig:
 IMAGENET_TEACHER = TeacherConfig(
     "mobilenetv2_100", num_classes=1001, options={"pad_type": "same"}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
-"""MobileNetV2 with a background class and an input of -1 to 1, as TensorFlow's are."""
+"""MobileNetV2 as TensorFlow trains it: with a background class, and an input from -1 to 1."""
 
 COCO_TEACHER = TeacherConfig(
     "yolox_nano.onnx",
@@ -172,15 +174,15 @@ COCO_TEACHER = TeacherConfig(
     map_classes="5:85",
     map_objectness=4,
 )
-"""YOLOX, a detector of COCO's 80 classes: it finds people, for whom ImageNet has no class."""
+"""YOLOX, a detector of COCO's 80 classes. One of them is people, for whom ImageNet has no class."""
 
 
 STEM = {"stem": IMAGENET_TEACHER.name, "stem_options": IMAGENET_TEACHER.options}
-"""The first stages of the classifier as the encoder's stem, which few images could not teach an encoder of its own."""
+"""The first stages of the classifier as the encoder's stem: a small set of images is too few to train a stem on."""
 
 
 def lookupvit_small_distill() -> PretrainConfig:
-    """Distil LookupViT-S from an ImageNet classifier and a COCO detector on one big GPU. Not run yet: needs a GPU.
+    """Distil LookupViT-S from an ImageNet classifier and a COCO detector, on one large GPU. Not run yet.
 
     captioner pretrain lookupvit_small_distill --images 'pretrain/*_train*.parquet' ... --captions flickr8k \\
         --teachers.0.checkpoint mobilenetv2.safetensors --teachers.1.name yolox_nano.onnx
@@ -203,7 +205,7 @@ def lookupvit_small_distill() -> PretrainConfig:
 
 
 def lookupvit_tiny_distill_cpu() -> PretrainConfig:
-    """Distil a shallow LookupViT-Ti from an ImageNet classifier and a COCO detector on two CPU cores, in 100 minutes.
+    """Distil a shallow LookupViT-Ti from an ImageNet classifier and a COCO detector: 100 minutes on two CPU cores.
 
     captioner pretrain lookupvit_tiny_distill_cpu --images pretrain/imagenette_2500.parquet ... --captions flickr8k \\
         --teachers.0.checkpoint mobilenetv2.safetensors --teachers.1.name yolox_nano.onnx
@@ -215,7 +217,7 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
         teachers=(IMAGENET_TEACHER, replace(COCO_TEACHER, image_size=320)),
         captions_repeat=2,
         word_weight=0.2,
-        words_from="teachers",  # an encoder learns an image's own words by heart, and rewards then teach nothing
+        words_from="teachers",  # the encoder memorises the own words of an image, and SCST then gains nothing
         grids=(3, 5, 5, 5, 7, 10),
         early_size=112,
         early_share=0.75,

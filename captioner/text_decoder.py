@@ -1,7 +1,7 @@
-"""The logits of texts about images, from any text decoder, with nothing computed twice or in vain.
+"""Compute the logits of texts about images, with any text decoder; texts about one image share the prefix.
 
 Letters: B images, K texts about each, P prefix tokens, E decoder width, T text tokens, V vocabulary, N text positions
-at which logits are wanted; n of these positions, or of the texts, in one group.
+whose logits are computed; n of these positions, or of the texts, in one group.
 """
 
 import copy
@@ -18,14 +18,14 @@ from captioner.fusion import Fusion
 from captioner.transformers_versions import cache_name
 
 PLAIN_HEADS = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3")
-"""Decoders whose logits are the plain output of their head; some others scale or cap it."""
+"""Decoders whose logits are the unchanged output of their head; some other decoders scale or cap it."""
 
 
 class TextDecoder:
     """A text decoder that computes the logits of K texts about each of B images.
 
     Args:
-        fusion: the decoder, and how it is given the prefix.
+        fusion: the decoder, and the way in which it reads the prefix.
     """
 
     def __init__(self, fusion: Fusion):
@@ -43,7 +43,7 @@ class TextDecoder:
             prefix: prefix of each image (B, P, E).
             input_ids: texts (B*K, T), the K texts about one image in a row.
             attention_mask: 1 for text, 0 for padding (B*K, T).
-            kwargs: handed to the decoder. The texts then share no pass over the prefix.
+            kwargs: further arguments of the decoder. With them, the texts do not share a pass over the prefix.
         """
         owners = self.owners(prefix, input_ids)
         cache = None if kwargs else self.prefix_cache(prefix, len(input_ids) // len(prefix))
@@ -55,8 +55,8 @@ class TextDecoder:
     ) -> torch.Tensor:
         """Compute the logits at some positions of the texts, (N, V), row by row.
 
-        Most decoders then apply their head at these positions alone; a head may cost as much as several layers. A CPU
-        computes texts of similar length together, so that it computes little padding.
+        Most decoders apply their head at these positions alone; a head may cost as much as several layers. On a CPU,
+        texts of similar length form groups, which need little padding.
 
         Args:
             prefix: prefix of each image (B, P, E).
@@ -79,7 +79,7 @@ class TextDecoder:
 
     @staticmethod
     def owners(prefix: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return which of the B images each of the texts is about, (B*K,)."""
+        """Return the number of the image that each text is about, (B*K,)."""
         return torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(input_ids) // len(prefix))
 
     def run(self, decoder: nn.Module, inputs: dict[str, Any], length: int) -> torch.Tensor:
@@ -97,13 +97,13 @@ class TextDecoder:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> dict[str, Any]:
-        """Arrange texts (n, T) and their images (n,) as the decoder's arguments.
+        """Return the decoder's arguments for texts (n, T) and the numbers of their images (n,).
 
-        The texts continue the cache of the prefixes (B, P, E); without one, each follows its own prefix.
+        The texts continue the cache of the prefixes (B, P, E). Without a cache, each text follows its own prefix.
         """
         if cache is None:
             return self.fusion.arrange(prefix.index_select(0, owners), input_ids, attention_mask) | {"use_cache": False}
-        own = copy.copy(cache)  # of whatever class the decoder made it
+        own = copy.copy(cache)  # keeps the class that the decoder chose
         own.layers = [copy.copy(layer) for layer in cache.layers]
         layer: Any
         for layer in own.layers:
@@ -112,24 +112,28 @@ class TextDecoder:
         return {"input_ids": input_ids, "attention_mask": mask, str(self.cache_name): own, "use_cache": True}
 
     def shares_prefix(self, count: int) -> bool:
-        """Return whether `count` texts about an image can share one pass over its prefix, and gain by it."""
+        """Return whether `count` texts about an image can share one pass over its prefix, and are then faster."""
         if not self.fusion.shares_prefix or self.cache_name is None:
             return False
-        if self.sharded:  # sharded weights are there for one pass at a time
+        if self.sharded:  # sharded weights are gathered for one pass at a time
             return False
         layers = set(getattr(self.decoder.config, "layer_types", None) or ["full_attention"])
         attention_only = layers == {"full_attention"} and not getattr(self.decoder, "_is_stateful", False)
         parts = self.decoder.modules()
         recomputing = self.decoder.training and any(getattr(part, "gradient_checkpointing", False) for part in parts)
-        worthwhile = count > 1 or self.decoder.device.type == "cpu"  # of one text, it saves the last layer's gradient
+        worthwhile = (
+            count > 1 or self.decoder.device.type == "cpu"
+        )  # for one text, it saves the gradient of the last layer
         return attention_only and worthwhile and not recomputing
 
     def prefix_cache(self, prefix: torch.Tensor, count: int) -> DynamicCache | None:
-        """Compute the keys and values of the prefixes (B, P, E), where `count` texts about each can share them.
+        """Compute the keys and values of the prefixes (B, P, E), if `count` texts about each can share them.
 
-        No position of the prefix sees the text in a causal decoder, so its keys and values are the same for all K texts
-        about an image: B*P + B*K*T positions are computed in place of B*K*(P+T), gradients included. `None` stands for
-        a decoder that cannot share them or does not return them.
+        In a causal decoder, no position of the prefix depends on the text. So its keys and values are the same for all
+        K texts about an image: B*P + B*K*T positions are computed in place of B*K*(P+T), gradients included.
+
+        Returns:
+            The cache; `None` for a decoder that cannot share it or does not return it.
         """
         if not self.shares_prefix(count):
             return None
@@ -139,10 +143,10 @@ class TextDecoder:
         return cache if isinstance(cache, DynamicCache) else None
 
     def groups(self, positions: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, int]]:
-        """Yield the rows of each group of texts computed together, and their length: up to the last of `positions`.
+        """Yield the rows of each group of texts that are computed together, and their length up to the last position.
 
-        A CPU takes groups of 24 to 47 texts: 160 captions took two thirds of the time of one pass. A GPU takes one
-        group, because each costs the start of a pass, which bounds small decoders there. So do sharded weights.
+        On a CPU, a group has 24 to 47 texts: for 160 captions, this took two thirds of the time of one pass. On a GPU,
+        and with sharded weights, all texts form one group, because each further pass costs time to start.
         """
         count = len(positions) // 24
         if count < 2 or self.sharded or positions.device.type != "cpu":

@@ -194,7 +194,7 @@ def test_the_disk_is_estimated_before_and_never_overrun(cache_config, saved_mode
     size = next((tmp_path / "tokens").glob("tokens-*")).stat().st_size
     assert disk_bytes(40, 2, {"2x2": (5, 32)}) < size < disk_bytes(40, 2, {"2x2": (5, 32)}) + 40 * 40 + 500
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
-    with pytest.raises(OSError, match=r"has not the room: the tokens take 1.28e-05 GB, 5e-06 GB are free; "):
+    with pytest.raises(OSError, match=r"is too small: the tokens need 1.28e-05 GB, and 5e-06 GB are free; "):
         fill_cache(cache_config(tmp_path / "more", saved_model, splits=("train",)))
     assert not list((tmp_path / "more").glob("tokens-*"))
 

@@ -217,7 +217,7 @@ def test_a_model_saved_in_bfloat16_keeps_its_token_cache(unbroken, tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path):
     config = replace(unbroken, output=tmp_path, epochs=1)
     train(config)
-    with pytest.raises(SettingError, match=r"at step \d+; with a lower learning rate, the run goes on from the last"):
+    with pytest.raises(SettingError, match=r"at step \d+; with a lower learning rate, the run continues from the last"):
         train(replace(config, epochs=2, learning_rate=1e30, clip=1e30, save_steps=1))
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     state = torch.load(newest / "optimizer.bin", weights_only=True)

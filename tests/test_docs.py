@@ -1,9 +1,9 @@
 """The documentation is true: its commands run, its options exist, its outputs are outputs, its links lead somewhere."""
 
 import contextlib
-import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from docs_blocks import PAGES, ROOT, make_world, read_blocks, read_page, split_commands, split_pipeline
+from test_imports import ROOMS
 
 from captioner import cli
+from captioner.options import UsageError, list_options, read_settings
 
 LANGUAGES = {"sh", "python", "text"}
 
@@ -40,9 +42,6 @@ SMALL = {
     "cache": {"--data.workers": "0"},
 }
 """Settings that make a command small, added where it does not give them itself."""
-
-RECIPES = {"train": ["flickr8k"], "pretrain": ["lookupvit_tiny_distill_cpu"]}
-"""A recipe that has every option."""
 
 THEIRS = {
     "--signal": "sbatch",
@@ -99,26 +98,35 @@ def our_command(words):
 def test_commands_are_understood(block):
     for line in split_commands(block.text):
         for words in split_pipeline(line):
-            if (command := our_command(words)) is None:
-                continue
-            word, args = command
-            settings = import_module(f"captioner.commands.{word}").SETTINGS
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                try:
-                    cli.parse(word, settings, [arg for arg in args if arg != "..."])
-                except SystemExit:
-                    pytest.fail(f"{' '.join(words)}: {said.getvalue()}")
+            if command := our_command(words):
+                check_command(*command)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_within_sentences_are_understood(page):
+    for span in re.findall(r"`(captioner [a-z]+ [^`]*--[^`]*)`", read_page(page)):
+        word, *args = shlex.split(span)[1:]
+        if "--help" not in args:
+            check_command(word, args)
+
+
+def check_command(word, args):
+    """Fail where the options of a word are not what it takes."""
+    settings = import_module(f"captioner.commands.{word}").SETTINGS
+    try:
+        read_settings(*cli.pick_defaults(word, settings, [arg for arg in args if arg != "..."]))
+    except UsageError as error:
+        pytest.fail(f"captioner {word} {' '.join(args)}: {error}")
 
 
 @cache
 def our_options() -> set[str]:
-    """Collect the options of every command from its help."""
+    """Collect the options of every command and recipe."""
     found = {"--help", "--version"}
     for word in cli.COMMANDS:
         settings = import_module(f"captioner.commands.{word}").SETTINGS
-        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
-            cli.parse(word, settings, [*RECIPES.get(word, []), "--help"])
-        found |= set(re.findall(r"--[a-z][\w.-]*", said.getvalue()))
+        for defaults in settings.values() if isinstance(settings, dict) else [settings]:
+            found |= {option.name for option in list_options(defaults()).values()}
     return found
 
 
@@ -151,11 +159,12 @@ def test_blocks_run(page, tmp_path, monkeypatch, capfd):
         if not block.runs:
             continue
         capfd.readouterr()
-        if block.language == "python":
-            exec(compile(block.text, ids(block), "exec"), names)
-        else:
-            for line in split_commands(block.text):
-                run_line(line, capfd)
+        with contextlib.redirect_stderr(sys.stdout):  # both as a terminal shows them
+            if block.language == "python":
+                exec(compile(block.text, ids(block), "exec"), names)
+            else:
+                for line in split_commands(block.text):
+                    run_line(line, capfd)
         output = capfd.readouterr().out
 
 
@@ -185,7 +194,7 @@ def run_line(line, capfd):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*words[1:], *small])
         if stopped.value.code:
-            pytest.fail(f"{' '.join(words)}: exit {stopped.value.code}, {capfd.readouterr().err}")
+            pytest.fail(f"{' '.join(words)}: exit {stopped.value.code}, {capfd.readouterr().out}")
 
 
 def check_output(block, output):
@@ -238,6 +247,12 @@ def test_the_layout_in_the_readme_is_the_package():
         if not path.name.startswith(("_", "."))
     }
     assert named == there - {"py.typed"}
+
+
+def test_the_rooms_in_the_documentation_are_those_that_imports_keep_to():
+    table = read_page("docs/architecture.md").partition("| room |")[2].partition("\n\n")[0]
+    named = [set(re.findall(r"`(\w+)(?:/|\.py)`", row.split("|")[1])) for row in table.splitlines()[2:]]
+    assert named == [set(level.split()) for level in ROOMS if level != "__main__"]
 
 
 def test_what_has_to_pass_is_the_test_command_of_the_readme():

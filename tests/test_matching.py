@@ -62,7 +62,7 @@ def test_names_that_may_be_several_images_are_told(write, nested, capsys):
     assert "images scored: 2; without a prediction: 1; without references: 1" in capsys.readouterr().out
     path = write("ours.json", named("a/1.jpg", "x/2.jpg", "y/2.jpg"))
     assert run("score", path, nested, *FAST, "--partial") == 1
-    assert "'x/2.jpg' and 'y/2.jpg' both mean image 13 of the annotations" in capsys.readouterr().err
+    assert "'x/2.jpg' and 'y/2.jpg' both stand for image 13 of the annotations" in capsys.readouterr().err
 
 
 def test_images_are_called_what_results_call_them(write, nested, tmp_path, capsys):

@@ -44,7 +44,7 @@ def run(*args):
         ("train debug --zzzzzz", "no option --zzzzzz; `captioner train debug --help` lists the options"),
         ("train debug more", "'more' belongs to no option; `captioner train debug --help` lists them"),
         ("train debug --epochs nan", "epochs must be positive, not nan; change --epochs"),
-        ("train debug --model.dropout 2", "dropout is a share between 0 and 1, not 2.0; change --model.dropout"),
+        ("train debug --model.dropout 2", "dropout must be a share between 0 and 1, not 2.0; change --model.dropout"),
         (
             "train debug --model.heads 3",
             "width 64 is no multiple of the 3 heads; change --model.width or --model.heads",

@@ -114,7 +114,7 @@ def test_a_teacher_is_shown_what_it_was_trained_on(weights, tmp_path, caplog):
     ViTModel(ViTConfig(image_size=32, patch_size=8, **options)).save_pretrained(tmp_path)
     config = TeacherConfig(str(tmp_path), kind="transformers")
     assert create_teacher(config).mean.flatten().tolist() == [0.5] * 3
-    assert "does not say the mean and std of its input" in caplog.text
+    assert "the mean and std of the input of" in caplog.text
     ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3).save_pretrained(tmp_path)
     assert create_teacher(config).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert create_teacher(config).std.flatten().tolist() == pytest.approx([0.4] * 3)
@@ -166,7 +166,7 @@ def test_captioned_images_are_known_by_content(tmp_path):
         ({"log_every": 0}, "log_every must be positive, not 0"),
         ({"views": 0}, "views must be positive, not 0"),
         ({"num_words": 0}, "num_words must be positive"),
-        ({"early_share": 1.5}, "early_share is a share between 0 and 1, not 1.5"),
+        ({"early_share": 1.5}, "early_share must be a share between 0 and 1, not 1.5"),
         ({"mixup": 0.2, "label_weight": 1.0, "views": None, "batch_size": 3}, "mix pairs, and batch_size 3 is odd"),
         ({"mixup": 0.2, "label_weight": 1.0}, "make a new view every time, and views are fixed"),
         ({"probe_train": "x"}, "a probe needs images to be fitted on and others"),

@@ -158,7 +158,7 @@ def test_tables_whose_columns_cannot_be_told(write, annotations, capsys):
             "foo,bar\n11,a dog\n",
             "needs a column that names the image, such as image_id or path, and a column caption; it",
         ),
-        ("image_id,text,comment\n11,a,b\n", "'text' and 'comment' may both be the column of captions"),
+        ("image_id,text,comment\n11,a,b\n", "'text' and 'comment' both fit the column of captions"),
         ("image_id,caption\n", "is empty: no captions to score"),
         ("", "is empty"),
     ):

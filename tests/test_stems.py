@@ -125,12 +125,12 @@ def test_a_network_stem_keeps_its_statistics_in_training(network):
     ("kwargs", "message"),
     [
         ({"stem": "resnet10t", "patch_size": 14}, "has strides .*, none of which is the patch, 14 px"),
-        ({"stem": "resnet10t", "stem_options": {"pretrained": True}}, "may not ask for 'pretrained'"),
-        ({"stem": "resnet10t", "stem_options": {"checkpoint_path": "x"}}, "may not ask for 'checkpoint_path'"),
+        ({"stem": "resnet10t", "stem_options": {"pretrained": True}}, "may not hold 'pretrained'"),
+        ({"stem": "resnet10t", "stem_options": {"checkpoint_path": "x"}}, "may not hold 'checkpoint_path'"),
         ({"stem": "resnet10t", "stem_options": {"nonsense": 1}}, "'resnet10t' into stages: .*nonsense"),
         ({"stem": "resnet10t", "stem_options": {"output_stride": 7}}, "'resnet10t' into stages: wrong options"),
-        ({"stem": "resnet10t", "stem_options": {"out_indices": [3]}}, "may not ask for 'out_indices'"),
-        ({"stem": "resnet10t", "stem_options": [1]}, "the options of a stem may not be '\\[1\\]'"),
+        ({"stem": "resnet10t", "stem_options": {"out_indices": [3]}}, "may not hold 'out_indices'"),
+        ({"stem": "resnet10t", "stem_options": [1]}, "the options of a stem must be a dictionary, not '\\[1\\]'"),
         ({"stem": "resnet10t.c3_in1k"}, "by name without a tag"),
         ({"stem": 5}, "stem is '5'"),
         ({"stem": "conv", "stem_options": {"act_layer": "relu"}}, "a stem of 'conv' takes no options"),
@@ -144,7 +144,7 @@ def test_stems_that_cannot_be_are_named(kwargs, message):
 
 def test_a_configuration_cannot_make_a_stem_fetch_weights():
     options = {"stem": "resnet10t", "stem_options": {"pretrained": True}}
-    with pytest.raises(ValueError, match="may not ask for 'pretrained'"):
+    with pytest.raises(ValueError, match="may not hold 'pretrained'"):
         rebuild_encoder({"name": "lookupvit_tiny_patch16_224", "kwargs": options})
 
 

@@ -194,7 +194,7 @@ def test_a_hub_set_that_does_not_know_its_rows_asks(saved, monkeypatch):
     builder = datasets.load_dataset_builder("parquet", data_dir=saved(kind="parquet"))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda path: builder)
     monkeypatch.setattr(rows, "check_hub", lambda source: None)
-    with pytest.raises(SettingError, match="does not say how many rows it has") as raised:
+    with pytest.raises(SettingError, match="the number of rows of") as raised:
         StreamedRows("somebody/set", "train")
     assert raised.value.settings == ("stream_rows",)
     assert len(StreamedRows("somebody/set", "train", size=7)) == 7
@@ -243,7 +243,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(saved, captioned, tmp_pa
         (lambda: read_first(source, "val", missing, 2, "skip"), "has no column 'photo', only image, captions"),
         (lambda: StreamedRows("nobody/nothing", "train"), "'nobody/nothing'"),
         (lambda: StreamedRows(str(captioned), "train"), "no `datasets` set and no folder of parquet files"),
-        (lambda: DataConfig(streaming=True, tokens=tmp_path), "a token cache holds a set whole"),
+        (lambda: DataConfig(streaming=True, tokens=tmp_path), "a token cache cannot be used with it"),
         (lambda: DataConfig(stream_buffer=0), "stream_buffer must be positive"),
         (lambda: DataConfig(workers=-1), "workers must not be negative"),
         (lambda: TrainConfig(data=DataConfig(streaming=True), stage="scst"), "needs the captions of all images"),

@@ -42,7 +42,7 @@ class CacheConfig:
     seed: int = 0
     """Seed of the random crops, and of an encoder without trained weights (as `captioner train --seed`)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "views", "batch_size")
         if not self.splits:
             raise SettingError("there is no split to encode", "splits")
@@ -51,7 +51,7 @@ class CacheConfig:
                 f"min_crop is a share of the image, above 0 and up to 1, not {self.min_crop}", "min_crop"
             )
         if self.captioner is not None and self.model != EncoderConfig():
-            raise SettingError("an encoder and a captioner are named, which has its own encoder", "captioner")
+            raise SettingError("an encoder is set beside a captioner, which has its own encoder", "captioner")
         for grid in self.grids:
             parse_grid(grid)
 
@@ -74,11 +74,11 @@ def run(config: CacheConfig) -> int:
 
 
 def fill_cache(config: CacheConfig) -> int:
-    """Run the caching job; returns how many images could not be read and are left out.
+    """Run the caching job; returns the number of images that could not be read and are left out.
 
     Raises:
-        ValueError: no data, no such encoder or grid, or a folder that holds something else.
-        OSError: the disk has not the room, or is full midway; finished shards stay.
+        ValueError: there are no data, no such encoder or no such grid, or the folder holds something else.
+        OSError: the disk has not enough space, or becomes full; finished shards stay.
     """
     from accelerate.utils import set_seed
 
@@ -90,7 +90,7 @@ def fill_cache(config: CacheConfig) -> int:
     accelerator = start_processes(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     encoder, source, own = open_encoder(config, accelerator.device)
-    with accelerator.main_process_first():  # the others find the table cached
+    with accelerator.main_process_first():  # the other processes then find the table cached
         table = join_tables([read_split(config.data, split) for split in config.splits])
     left_out = fill(
         accelerator,
@@ -111,8 +111,8 @@ def open_encoder(config: CacheConfig, device: "torch.device") -> tuple["TokenEnc
     """Build the frozen encoder on a device.
 
     Returns:
-        The encoder; what decides its tokens, as `encoder_fingerprint` returns it; and the grid of the captioner that it
-        belongs to, `None` for the encoder's own.
+        The encoder; its fingerprint, as `encoder_fingerprint` returns it; and the grid of its captioner, `None` for the
+        encoder's default.
     """
     from captioner.data.token_cache import encoder_fingerprint
     from captioner.encoders import describe_encoder, frozen_encoder

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from captioner.data.caption_output import check_output, find_format, open_output, read_output
 from captioner.data.image_inputs import STANDARD_INPUT, FoundImages, find_images
-from captioner.errors import SettingError
+from captioner.errors import SettingError, check_positive
 from captioner.grids import parse_grid
 from captioner.images.names import escape_name
 from captioner.runs.progress import progress_bar
@@ -44,14 +44,12 @@ class CaptionConfig:
     max_new_tokens: int | None = None
     """Longest caption in tokens; `None` for the model's own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise SettingError("resume goes on with the output, overwrite replaces it: choose one")
         if (self.resume or self.overwrite) and self.output is None:
             raise SettingError("resume and overwrite are about the file that output names: name it")
-        for name in ("batch_size", "num_beams", "max_new_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SettingError(f"{name} must be positive, not {value}", name)
+        check_positive(self, "batch_size", "num_beams", "max_new_tokens")
 
 
 SETTINGS = CaptionConfig

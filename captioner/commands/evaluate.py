@@ -39,7 +39,7 @@ class EvaluateConfig:
     spice: Path | None = None
     """Folder with SPICE's models; without it SPICE is left out."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "limit")
         parse_grid(self.grid)
 
@@ -57,9 +57,9 @@ def evaluate(config: EvaluateConfig) -> "Scores | None":
     """Run the evaluation job; returns the scores in the main process, None in the others.
 
     Raises:
-        ValueError: no data, a folder that holds no captioner, a token cache that is not this model's, or the results
-            of another evaluation in `output`.
-        OSError: a file that is missing, SPICE's models among them.
+        ValueError: there are no data, the folder holds no captioner, the token cache is of another model, or `output`
+            holds the results of another evaluation.
+        OSError: a file is missing, such as SPICE's models.
     """
     from captioner.data.batches import open_images
     from captioner.data.readers import read_split

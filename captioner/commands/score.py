@@ -1,4 +1,4 @@
-"""Scoring results files: read them and the annotations, print a table, write scores and a report."""
+"""`captioner score`: read results and annotations, print a table of scores, write scores and a report."""
 
 import csv
 import json
@@ -70,10 +70,10 @@ def run(config: ScoreConfig) -> int:
 
 
 def score_files(config: ScoreConfig) -> Evaluation:
-    """Run the scoring job: print the table, write the files that the settings name.
+    """Run the scoring job: print the table, and write the files that the settings name.
 
     Raises:
-        ValueError: a file has another format, or its ids or captions cannot be scored, see `score`.
+        ValueError: a file has another format, or its ids or captions cannot be scored (see `captioner.metrics.score`).
         OSError: a file cannot be read or written.
     """
     *paths, annotations = check_paths(config)
@@ -87,7 +87,7 @@ def score_files(config: ScoreConfig) -> Evaluation:
             references.warnings.append(f"{name}: {note}")
         check_names(rows, results[name], references, path, config.partial)
         names = names or names_in_results(rows, results[name], references)
-    if names:  # images are called what results call them
+    if names:  # images get the names in the results
         references = references.renamed(names)
         for rows in results.values():
             for row in rows:
@@ -172,10 +172,11 @@ def read_training(path: Path | None) -> list[str] | None:
 
 
 def find_images(references: ReferenceSet, annotations: Path, folder: Path | None) -> dict[ImageId, Path]:
-    """Find the images of a report; it leaves out those that are missing.
+    """Find the image files of a report; missing ones are left out.
 
     Raises:
-        FileNotFoundError: there is no such folder, or none of them is in it.
+        FileNotFoundError: there is no such folder, or it contains none of the images.
+        ValueError: the annotations do not name the files of their images.
     """
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder at '{folder}'")
@@ -191,7 +192,7 @@ def find_images(references: ReferenceSet, annotations: Path, folder: Path | None
 
 
 def format_table(evaluation: Evaluation, annotations: str) -> str:
-    """Lay the scores out for a terminal."""
+    """Return the table of scores and statistics, for a terminal."""
     systems, differences = evaluation.systems, evaluation.differences
     captions = f"{evaluation.references.captions / len(evaluation.image_ids):.1f} references each"
     lines = [f"{len(evaluation.image_ids):,} images of {annotations}, {captions}", ""]
@@ -208,7 +209,7 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
             row += [f"{found.score:.4f}", f"{found.low:.4f} to {found.high:.4f}"] if found else ["absent", ""]
         if differences is not None and name in differences:
             gain = differences[name]
-            least = gain.p <= 1 / (evaluation.samples + 1)  # no smaller one can come of so many samples
+            least = gain.p <= 1 / (evaluation.samples + 1)  # the smallest one that this number of samples allows
             row += [signed(gain.difference), f"{signed(gain.low)} to {signed(gain.high)}"]
             row.append(f"<= {gain.p:.3f}" if least else f"{gain.p:.3f}")
         rows.append(row)
@@ -226,7 +227,8 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
         if words.seen_in_training is not None:
             row.append(f"{100 * words.seen_in_training:.1f}%")
         rows.append(row)
-    others = evaluation.references  # distinct-n falls with the number of captions: not comparable, not shown
+    # Distinct-n depends on the number of captions, so that of the references is not comparable and not shown.
+    others = evaluation.references
     length = f"{others.min_length} to {others.max_length}"
     rows.append(["references", f"{others.mean_length:.1f}", length, f"{others.vocabulary:,}"])
     lines += _aligned(rows)
@@ -236,7 +238,7 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Pad cells to columns, the first to the left and the others to the right."""
+    """Return the rows as lines with aligned columns: the first column to the left, the others to the right."""
     widths = [max(len(row[n]) for row in rows if n < len(row)) for n in range(max(map(len, rows)))]
     return [
         "  ".join(cell.ljust(widths[n]) if n == 0 else cell.rjust(widths[n]) for n, cell in enumerate(row)).rstrip()
@@ -251,7 +253,7 @@ def write_json(evaluation: Evaluation, file: IO[str]) -> None:
 
 
 def write_csv(evaluation: Evaluation, file: IO[str]) -> None:
-    """Write comma-separated rows: first the whole set's, as the column `row` says, then one for each image."""
+    """Write comma-separated rows: first those of the whole set (see the column `row`), then one for each image."""
     names = [name for name in KEYS if name in evaluation.systems[0].scores.corpus]
     writer = csv.writer(file)
     writer.writerow(["results", "row", "image_id", "caption", *names])

@@ -1,1 +1,1 @@
-"""Captions, images and cached tokens: everything that is read from disk."""
+"""Read captions, images and cached tokens from disk."""

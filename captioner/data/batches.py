@@ -1,10 +1,10 @@
-"""From the caption table to training batches: several captions of an image share its one encoding.
+"""Make training batches from the caption table; several captions of an image share its encoding.
 
 Letters: B images, K captions of each, T text tokens, M image tokens, D their width.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class ImageFiles:
-    """The images of a caption table as the model takes them, from their files: `pixel_values` (B, 3, H, W).
+    """The images of a caption table, read from their files as `pixel_values` (B, 3, H, W).
 
-    `CachedImages` is the same from a token cache, with `image_tokens` (B, M, D).
+    `CachedImages` reads them from a token cache, as `image_tokens` (B, M, D).
     """
 
     views = 1
@@ -38,21 +38,27 @@ class ImageFiles:
         return len(self.table)
 
     def workers(self, count: int) -> int:
-        """Return how many loading processes to start in place of `count`: as many."""
+        """Return the number of loading processes to start, if `count` are configured: `count`."""
         return count
 
     def open(self, number: int) -> torch.Tensor:
         """Open image `number` as pixels (3, H, W).
 
         Raises:
-            ImageError: it cannot be used.
+            ImageError: the image cannot be used.
         """
         return self.processor.pixels(self.table[number]["image"])
 
     def batch(
         self, opened: Sequence[torch.Tensor], views: Sequence[int] | None = None, grid: Grid | None = None
     ) -> dict[str, torch.Tensor | Grid]:
-        """Stack B opened images; the `grid`, if one is given, goes along for the encoder."""
+        """Stack B opened images into `pixel_values` (B, 3, H, W); a `grid` is added to them.
+
+        Args:
+            opened: the images, as `open` returns them.
+            views: ignored; a file has one view.
+            grid: compressed grid for the encoder.
+        """
         return {"pixel_values": torch.stack(list(opened))} | ({"grid": grid} if grid else {})
 
 
@@ -65,10 +71,14 @@ def open_images(
     cache: TokenCache | None = None,
     required: bool = True,
 ) -> Images:
-    """Open the images of a table from a cache if there is one, else from their files.
+    """Open the images of a table: from a cache if there is one, else from their files.
 
     Args:
-        required: whether a cache that lacks some of them is an error, or their files are taken, with a warning.
+        table: the caption table.
+        processor: the model's processor.
+        cache: the token cache, if there is one.
+        required: whether a cache that lacks images of the table is an error. Otherwise all images are read from their
+            files, with a warning.
 
     Raises:
         ValueError: the cache lacks images, or they are not the files that were encoded.
@@ -76,12 +86,16 @@ def open_images(
     if cache is not None and (required or not cache.missing(table)):
         return cache.images(table)
     if cache is not None:
-        logger.warning("'%s' lacks images of the split '%s': they are encoded anew", cache.folder, table[0]["split"])
+        logger.warning(
+            "'%s' lacks images of the split '%s': all are encoded again from their files",
+            cache.folder,
+            table[0]["split"],
+        )
     return ImageFiles(table, processor)
 
 
 class ImageRows(Dataset):
-    """The images of a table one by one, each with its row: opened, or the error of one that cannot be."""
+    """A data set of the images of a table: each item is a row, and its opened image or the text of its error."""
 
     def __init__(self, images: Images):
         self.images = images
@@ -94,14 +108,14 @@ class ImageRows(Dataset):
 
 
 class CaptionStream(SeededStream):
-    """Images of a caption table, each with K of its captions, drawn without repetition as far as there are K.
+    """Images of a caption table, each with K of its captions; none repeats if the image has at least K.
 
     Args:
         table: the caption table.
         processor: the model's processor.
         captions_per_image: K.
         seed: decides order, captions, views and grids.
-        images: where the images come from; the files of the table if absent.
+        images: source of the images; `None` for the files of the table.
         grids: compressed grids, of which each optimiser step draws one; without any, the model's own.
         per_step: images of an optimiser step, over all processes.
     """
@@ -125,15 +139,17 @@ class CaptionStream(SeededStream):
         self.captions_per_image = captions_per_image
 
     def load(self, number: int, i: int) -> dict:
-        """Open image `number`, draw its captions (as rows of all texts) and one of its views."""
+        """Open image `number`, and draw one of its views and its captions, as numbers of texts."""
         image, random = self.images.open(number), self.generator(i)
         order = random.permutation(self.counts[number]).tolist()
         captions = [self.firsts[number] + order[k % len(order)] for k in range(self.captions_per_image)]
         view = int(random.integers(self.images.views))
         return {"row": number, "image": image, "captions": captions, "view": view}
 
-    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
-        """Load the items from position `start` to `stop` in batches, in as many processes as the images need."""
+    def loader(
+        self, start: int, stop: int, batch_size: int, workers: int, collate_fn: Callable | None = None
+    ) -> DataLoader:
+        """Load the items from position `start` to `stop` in batches; cached images need no loading processes."""
         return super().loader(start, stop, batch_size, self.images.workers(workers), collate_fn)
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor | Grid]:

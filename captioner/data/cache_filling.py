@@ -1,4 +1,4 @@
-"""Filling a token cache: what is missing in it, whether that fits on the disk, and encoding it on every process.
+"""Fill a token cache: list the missing images, check the disk space, and encode the images on all processes.
 
 Letters: V views of an image, M image tokens, D their width.
 """
@@ -33,7 +33,7 @@ from captioner.grids import Grid
 from captioner.runs.files import open_whole
 
 SHARD_IMAGES = 512
-"""Most images in a shard: what a kill costs each process."""
+"""Most images in a shard; if a process is killed, it loses the images of one shard."""
 SHARD_BYTES = 64 * 2**20
 """Size of a shard above which it holds fewer images."""
 
@@ -53,11 +53,11 @@ def fill(
     """Encode the images of a table that a cache lacks; every process calls this.
 
     Args:
-        accelerator: shares out the shards.
-        folder: folder of the cache; it is made where it does not exist.
+        accelerator: accelerator of the processes, which share the shards.
+        folder: folder of the cache; it is created if it does not exist.
         table: the images.
         encoder: the frozen encoder, on the device.
-        source: what decides its tokens, as `encoder_fingerprint` returns it.
+        source: fingerprint of the encoder, as `encoder_fingerprint` returns it.
         grids: compressed grids; `None` is the encoder's own.
         views: views of each image, and the number format of their tokens.
         batch_size: images per forward and process.
@@ -67,8 +67,8 @@ def fill(
         The number of images of the table that could not be read and are left out.
 
     Raises:
-        ValueError: a grid that the encoder does not have, or a folder that holds something else.
-        OSError: the disk has not the room, or is full midway; finished shards stay.
+        ValueError: the encoder does not have a grid, or the folder holds something else.
+        OSError: the disk has not enough space, or becomes full; finished shards stay.
     """
     named = {grid_name(encoder, grid): grid for grid in grids}
     shapes = token_shapes(encoder, source["image"]["input_size"], named)
@@ -77,7 +77,7 @@ def fill(
         prepare_folder(folder, manifest)
     accelerator.wait_for_everyone()
     job = plan(folder, table, shapes, views, accelerator.num_processes)
-    accelerator.wait_for_everyone()  # every process plans on the same shards, before any of them writes one
+    accelerator.wait_for_everyone()  # each process makes its plan before any of them writes a shard
     if accelerator.is_main_process:
         check_room(folder, job, len(table))
     accelerator.wait_for_everyone()
@@ -104,10 +104,10 @@ def fill(
 
 
 def join_tables(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
-    """Join the tables of several splits into one, each image once.
+    """Join the tables of several splits into one table, with each image once.
 
     Raises:
-        ValueError: different images have one id and name.
+        ValueError: different images have the same id and name.
     """
     table = datasets.concatenate_datasets(list(tables))
     first: dict[str, int] = {}
@@ -125,7 +125,7 @@ def join_tables(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
 
 
 def prepare_folder(folder: Path, manifest: dict) -> None:
-    """Start a cache, or check that the one in the folder can be filled further.
+    """Create a cache, or check that the cache in the folder is the same one.
 
     Raises:
         ValueError: the folder holds another cache, or something else.
@@ -150,7 +150,7 @@ def prepare_folder(folder: Path, manifest: dict) -> None:
 def plan(
     folder: Path, table: datasets.Dataset, shapes: dict[str, tuple[int, int]], views: ViewSettings, processes: int
 ) -> Job:
-    """List the images that the cache lacks; one that could not be read is tried again once its size changes."""
+    """List the images that the cache lacks; an unreadable image is tried again if its size has changed."""
     cache, names = TokenCache(folder), image_names(table)
     tried = {name for name in cache.broken.keys() & set(names) if name not in cache.rows}
     sizes = {name: image_size(table[n]["image"]) for n, name in enumerate(names) if name in tried}
@@ -162,10 +162,10 @@ def plan(
 
 
 def check_room(folder: Path, job: Job, images: int) -> None:
-    """Print the disk that the job will take, and refuse it where the disk has not so much left.
+    """Print the disk space that the job needs, and refuse the job if the disk has less.
 
     Raises:
-        OSError: the disk has not the room.
+        OSError: the disk has not enough space.
     """
     needed, free = disk_bytes(job.images, job.views.views, job.shapes), shutil.disk_usage(folder).free
     tokens = ", ".join(f"{name}: {m} tokens of width {d}" for name, (m, d) in job.shapes.items())
@@ -176,6 +176,6 @@ def check_room(folder: Path, job: Job, images: int) -> None:
     )
     if needed > free:
         raise OSError(
-            f"the disk of '{folder}' has not the room: the tokens take {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
-            "free; another disk, fewer grids or fewer views would do"
+            f"the disk of '{folder}' is too small: the tokens need {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            "free; use another disk, fewer grids or fewer views"
         )

@@ -1,4 +1,4 @@
-"""The table that every caption reader fills: one row an image, its captions cleaned, its image found but not opened."""
+"""The table of all caption readers: one row per image, with its captions and its image, which is not opened yet."""
 
 import logging
 from collections.abc import Iterable
@@ -15,28 +15,29 @@ logger = logging.getLogger(__name__)
 
 
 def one_line(caption: str) -> str:
-    """Return a caption with single spaces in place of all white space."""
+    """Return a caption in which single spaces replace all white space."""
     return " ".join(caption.split())
 
 
 def build_table(
     records: Iterable[Record], images: "Dataset | None", find: ImageFinder, on_bad: OnBad, name: str
 ) -> "Dataset":
-    """Check the records, count what is wrong, and build the table.
+    """Check the records, count the unusable ones, and build the table.
 
     Args:
-        images: the images that have no path, encoded, in the column `image`; a record's `image` is its row there.
-        find: finds the images that have a name.
-        on_bad: whether what cannot be used is left out or refused.
-        name: what errors and warnings call the data.
+        records: the records of a reader.
+        images: encoded images without a path, in the column `image`; the `image` of a record is then its row there.
+        find: finds image files by their names.
+        on_bad: whether unusable records are left out or refused.
+        name: name of the data in errors and warnings.
 
     Returns:
         A `datasets.Dataset` with the columns `image_id` (int, or str where one of them is text), `image` (path or
         bytes, not decoded), `captions` (list of str) and `split`.
 
     Raises:
-        SettingError: something cannot be used, and `on_bad` is `refuse`.
-        FileNotFoundError: not one image was found.
+        SettingError: a record cannot be used, and `on_bad` is `refuse`.
+        FileNotFoundError: no image was found.
         ValueError: no image with a caption is left.
     """
     import datasets
@@ -46,7 +47,7 @@ def build_table(
         if isinstance(image, str):
             path = find(image, record.split, record.beside)
             return {"path": str(path), "bytes": None} if path else None
-        return image if images is not None else None  # without a column of images, only a name is one
+        return image if images is not None else None  # without a column of images, only a name can be an image
 
     report = ReadReport()
     table: dict[str, list] = {"image_id": [], "image": [], "captions": [], "split": []}

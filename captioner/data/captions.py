@@ -1,7 +1,7 @@
-"""What counts as a caption and as an image id.
+"""The rules for captions and image ids.
 
-Training, caching, evaluation, scoring and streaming all read captions by these rules, so that an entry which one of
-them cannot use is unusable for the others, too.
+Training, caching, evaluation, scoring and streaming all read captions by these rules. So an entry that one of them
+cannot use is unusable for the others, too.
 """
 
 import ast
@@ -16,33 +16,33 @@ from typing import Any, NamedTuple
 ImageId = int | str
 
 NO_VALUE = frozenset(("", "nan", "none", "null", "<na>", "n/a", "#n/a"))
-"""What programs write into a cell that has no value, in lower case; pandas writes `nan`, for one."""
+"""Texts that programs write into cells without a value, in lower case; pandas writes `nan`, for example."""
 
 CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 NEIGHBOURS = re.compile(r"""["']\s*["']""")
-"""Two texts without a comma between them: Python would join them, numpy means two."""
+"""Two texts without a comma between them: Python would join them, but numpy prints two texts so."""
 
 
 class Captions(NamedTuple):
-    """The captions of one image, and how many of its entries are none."""
+    """The captions of one image, and the numbers of its entries that are not captions."""
 
     texts: list[str]
-    """The captions, as they were written."""
+    """The captions, unchanged."""
     empty: int = 0
     """Entries without a caption: blank, missing, or `nan`."""
     unreadable: int = 0
-    """Entries that are not text, or that look like a list and cannot be read as one."""
+    """Entries that are not text, or that look like a list but cannot be read as one."""
 
 
 def read_captions_of(value: Any) -> Captions:
     """Read the captions of one image: a text, or a list of texts.
 
-    A list that was kept as text, in the form of JSON, Python or numpy, is read as the list it was: `['a dog', 'a red
-    dog']` in a cell of a CSV file are two captions.
+    A list that is stored as text, in the form of JSON, Python or numpy, is read as a list: `['a dog', 'a red dog']` in
+    a cell of a CSV file are two captions.
 
     Args:
-        value: what the data hold for the image, of any type.
+        value: the value of the image in the data, of any type.
     """
     texts: list[str] = []
     empty = unreadable = 0
@@ -73,20 +73,20 @@ def read_captions_of(value: Any) -> Captions:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a value stands for none: `None`, not a number, a blank text, or a word such as `nan`."""
+    """Return whether a value stands for a missing one: `None`, NaN, a blank text, or a word such as `nan`."""
     if isinstance(value, str):
         return value.strip().lower() in NO_VALUE
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def parse_list(text: str) -> list[str | None] | None:
-    """Read a list of texts that was kept as text.
+    """Read a list of texts that is stored as text.
 
     Args:
-        text: without white space around it, its first character one of `[({`.
+        text: the text, without white space around it; its first character is one of `[({`.
 
     Returns:
-        The items, None for those without a value; or None where the text is no list but a caption.
+        The items, None for those without a value; or None if the text is not a list but a caption.
 
     Raises:
         ValueError: the text looks like a list but cannot be read as a list of texts.
@@ -98,7 +98,7 @@ def parse_list(text: str) -> list[str | None] | None:
         return check_items(parse_json(text) or parse_python(text))
     if not (whole and quoted):
         return None
-    try:  # a tuple or a set; a caption may also stand in brackets
+    try:  # a tuple or a set; or a caption in brackets
         items = parse_json(text) or parse_python(text)
     except ValueError:
         return None
@@ -106,7 +106,7 @@ def parse_list(text: str) -> list[str | None] | None:
 
 
 def closes_early(text: str) -> bool:
-    """Tell whether the bracket that opens a text is closed before its end, as in "[one] and [two]"."""
+    """Return whether the bracket that opens a text is closed before its end, as in "[one] and [two]"."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "[") - (letter == "]")
@@ -116,7 +116,7 @@ def closes_early(text: str) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON, or return None."""
+    """Return the value of JSON, or None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -127,7 +127,7 @@ def parse_python(text: str) -> Any:
     """Parse a Python literal, or a numpy array of texts as numpy prints it.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     if not NEIGHBOURS.search(text):
         try:
@@ -135,8 +135,8 @@ def parse_python(text: str) -> Any:
                 warnings.simplefilter("ignore")  # of backslashes in texts
                 value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = None  # it may hold `nan`
-        if value is not None and not isinstance(value, set):  # a set forgets the order
+            value = None  # `nan` in a list is not a literal
+        if value is not None and not isinstance(value, set):  # a set loses the order
             return value
     try:
         return parse_array(text)
@@ -145,10 +145,10 @@ def parse_python(text: str) -> Any:
 
 
 def parse_array(text: str) -> list[str | None]:
-    """Parse a list of texts token by token: with commas between them, or without any, as numpy prints arrays.
+    """Parse a list of texts token by token: with commas between all texts, or without commas, as numpy prints arrays.
 
     Raises:
-        ValueError: it holds something else, or some texts have a comma between them and others not.
+        ValueError: the list contains something else, or commas between some texts only.
     """
     items: list[str | None] = []
     brackets = commas = 0
@@ -175,7 +175,7 @@ def check_items(items: Any) -> list[str | None]:
     """Return the items of a list or tuple if all are texts or have no value.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: an item is something else.
     """
     if not isinstance(items, list | tuple) or not all(isinstance(i, str) or is_missing(i) for i in items):
         raise ValueError("not a list of texts")
@@ -183,12 +183,12 @@ def check_items(items: Any) -> list[str | None]:
 
 
 def clean_text(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can hold and no file, pipe or table can."""
+    """Replace single surrogates, which JSON can contain, but files, pipes and tables cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def plain_id(value: Any) -> ImageId | None:
-    """Return an image id as a whole number or a text, or None for anything else; 7.0, as data frames write it, is 7."""
+    """Return an image id as a whole number or a text; None for anything else. 7.0, as in data frames, becomes 7."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():

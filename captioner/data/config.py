@@ -1,13 +1,13 @@
 """Where captioned images are: the settings of jobs on captioned data. Imports nothing heavy.
 
-Each job takes the class that has the settings it uses, so that a setting which would do nothing is no option of it.
+Each job takes the class with the settings that it uses, so that its command has no options without effect.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from captioner.errors import SettingError
+from captioner.errors import SettingError, check_positive
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SourceConfig:
     workers: int = 2
     """Image loading processes per process; of streaming, threads of one such process."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.workers < 0:
             raise SettingError(f"workers must not be negative, but is {self.workers}", "workers")
 
@@ -63,10 +63,8 @@ class DataConfig(TokenSourceConfig):
     captions_per_image: int = 5
     """Captions of an image in one step; they share its encoding."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.streaming and self.tokens is not None:
-            raise SettingError("a token cache holds a set whole, and streaming never does", "streaming", "tokens")
-        for name in ("captions_per_image", "stream_buffer", "stream_rows"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise SettingError(f"{name} must be positive, not {value}", name)
+            raise SettingError("streaming reads images, so a token cache cannot be used with it", "streaming", "tokens")
+        check_positive(self, "captions_per_image", "stream_buffer", "stream_rows")

@@ -1,4 +1,4 @@
-"""Sets of Hugging Face `datasets`, saved on disk or on the hub; their images stay encoded, and on disk."""
+"""Read data sets of Hugging Face `datasets`, from disk or from the hub. Images stay encoded, and on disk."""
 
 import hashlib
 from collections import Counter
@@ -11,7 +11,7 @@ from captioner.data.columns import Columns, find_columns
 from captioner.data.records import NO_SPLIT, Record
 from captioner.data.row_records import join_rows
 from captioner.data.splits import find_split
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.hub import hub_trouble
 
 if TYPE_CHECKING:
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from pyarrow import ChunkedArray
 
 ENDS = 2**14
-"""Bytes at either end of an encoded image that tell it from another one of the same length."""
+"""Bytes at each end of an encoded image that are compared with those of another image of the same length."""
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Tell whether a source that is not on this disk may be the hub id of a set."""
+    """Return whether a source that is not on this disk may be the hub id of a set."""
     return str(source).count("/") <= 1 and not Path(source).suffix and not str(source).startswith((".", "/"))
 
 
 def is_saved_set(path: Path) -> bool:
-    """Tell whether `datasets` saved this folder."""
+    """Return whether `datasets` saved this folder."""
     return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
 
 
@@ -36,12 +36,12 @@ def check_hub(source: str) -> None:
     """Refuse the hub id of a data set that the hub does not have, or when the hub does not answer.
 
     Raises:
-        ValueError: saying which of the two.
+        ValueError: the message names which of the two it is.
     """
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return  # what was downloaded before is taken
+        return  # data sets that were downloaded before can be used
     if trouble := hub_trouble(source, "dataset"):
         raise ValueError(
             f"'{source}' is no file and no folder, and {trouble}; "
@@ -53,8 +53,8 @@ def read_dataset(source: str | Path, split: str | None, columns: Columns) -> tup
     """Read a `datasets` set saved on disk or on the hub.
 
     Returns:
-        The records and, where the set holds images, not paths, these as they are: encoded and on disk. A record's
-        `image` is then its row there, so that a set larger than memory passes.
+        The records; and, if the set contains images and not paths, the encoded images, which stay on disk. The `image`
+        of a record is then its row there. So a set may be larger than memory.
 
     Raises:
         SettingError: there is no such split or column.
@@ -67,7 +67,7 @@ def read_dataset(source: str | Path, split: str | None, columns: Columns) -> tup
     try:
         loaded = datasets.load_from_disk(source) if isinstance(source, Path) else datasets.load_dataset(source)
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
-        raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot load '{source}' as a data set: {first_line(error)}") from None
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split or NO_SPLIT: loaded}
     names = list(parts) if split is None else [pick_split(parts, split, source)]
     rows = datasets.concatenate_datasets([parts[name] for name in names])
@@ -76,7 +76,7 @@ def read_dataset(source: str | Path, split: str | None, columns: Columns) -> tup
 
 
 def pick_split(names: Any, split: str, source: str | Path) -> str:
-    """Return the name of a split among those of a set.
+    """Return the name of a split in a set.
 
     Raises:
         SettingError: there is no such split.
@@ -89,7 +89,7 @@ def pick_split(names: Any, split: str, source: str | Path) -> str:
 def dataset_records(
     rows: "Dataset", columns: Columns, name: str, splits: list[str]
 ) -> tuple[Iterator[Record], "Dataset | None"]:
-    """Return the records of the rows of a `datasets` set and its images, as `read_dataset` does."""
+    """Return the records and the images of the rows of a set, as `read_dataset` does."""
     import datasets
 
     found = find_columns(rows.features, columns, name)
@@ -109,7 +109,7 @@ def dataset_records(
 
 
 def lack_image(images: "ChunkedArray") -> list[bool]:
-    """Tell which encoded images of a `datasets` column are none: null, or without bytes and path."""
+    """Return which encoded images of a `datasets` column are missing: null, or without bytes and path."""
     from pyarrow import compute
 
     nothing = [compute.is_null(compute.struct_field(images, field)) for field in ("bytes", "path")]
@@ -117,7 +117,7 @@ def lack_image(images: "ChunkedArray") -> list[bool]:
 
 
 def number_repeats(encoded: "Dataset", ids: list[Any], numbers: list[int | None]) -> None:
-    """Give rows that repeat an id and its image the number of the first of them; others of that id keep their own.
+    """Give rows with equal ids and equal images the number of the first of them; other rows keep their own number.
 
     Args:
         encoded: the encoded images, in the format `arrow`.
@@ -134,7 +134,11 @@ def number_repeats(encoded: "Dataset", ids: list[Any], numbers: list[int | None]
 
 
 def image_mark(image: Any) -> Any:
-    """Return what tells an encoded image (an Arrow value with `bytes` and `path`) from others of the same id."""
+    """Return a value that differs between different images of the same id: a digest, or a path.
+
+    Args:
+        image: an Arrow value with `bytes` and `path`.
+    """
     if not image["bytes"].is_valid:
         return image["path"].as_py()
     content = memoryview(image["bytes"].as_buffer())

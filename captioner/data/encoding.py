@@ -1,4 +1,4 @@
-"""Encoding images into the shards of a token cache, on every process.
+"""Encode images into the shards of a token cache, on all processes.
 
 Letters: B images of a batch, V views of each, M image tokens, D their width.
 """
@@ -49,7 +49,11 @@ def token_shapes(
         ValueError: the encoder does not take images of this size, or a grid is larger than its map.
     """
     blank = torch.zeros(1, *input_size, device=next(encoder.parameters()).device)
-    return {name: tuple(encoder.encode(blank, grid).shape[1:]) for name, grid in grids.items()}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, grid in grids.items():
+        _, tokens, width = encoder.encode(blank, grid).shape
+        shapes[name] = (tokens, width)
+    return shapes
 
 
 BYTES = 2
@@ -70,7 +74,7 @@ class ViewSettings:
     """The views of each image, and the half precision of their tokens.
 
     Attributes:
-        views: V: the image, its mirror image, then random crops, each mirrored or not.
+        views: V, the number of views: the image, its mirror image, then random crops, each mirrored or not.
         min_crop: least share of the image in a random crop.
         seed: seed of the crops.
         dtype: `float16` or `bfloat16`.
@@ -88,8 +92,8 @@ class Job:
 
     Attributes:
         table: the caption table.
-        names: name of each image, as the cache has it.
-        shards: rows of the table whose images are to be encoded, in shards.
+        names: name of each image in the cache.
+        shards: rows of the table whose images are encoded, by shard.
         shapes: tokens and width (M, D) of an image at each grid.
         views: views of each image.
     """
@@ -107,7 +111,7 @@ class Job:
 
 
 class ImageViews(Dataset):
-    """The views of each image as pixels (V, 3, H, W) with the image's size in bytes, or its error."""
+    """A data set of the views of images: row, size of the image in bytes, and pixels (V, 3, H, W) or an error."""
 
     def __init__(self, job: Job, settings: dict):
         self.job, self.transform = job, create_transform(**settings)
@@ -126,7 +130,7 @@ class ImageViews(Dataset):
 
 
 def make_view(image: Image.Image, view: int, min_crop: float, rng: np.random.Generator) -> Image.Image:
-    """Return view 0, the image; 1, its mirror image; or a further one, a random crop, mirrored or not."""
+    """Return a view: 0 is the image, 1 its mirror image, and others are random crops, mirrored or not."""
     if view < 2:
         return ImageOps.mirror(image) if view else image
     side = rng.uniform(min_crop, 1) ** 0.5
@@ -148,18 +152,18 @@ def encode_shards(
     batch_size: int,
     workers: int,
 ) -> None:
-    """Encode the images of this process and write each shard when it is whole.
+    """Encode the images of this process, and write each shard when it is complete.
 
     An image that cannot be read is named on standard error, and in the shard with the reason.
 
     Args:
-        accelerator: for the device and the precision of the forward.
+        accelerator: accelerator with the device and the precision of the forward.
         encoder: the frozen encoder.
         job: the images of this process.
         folder: folder of the cache.
         grids: compressed grids by name; `None` is the encoder's own.
         settings: timm's data settings, which prepare an image.
-        made_by: digest of what made the cache, which every shard carries.
+        made_by: digest of the manifest of the cache, which every shard contains.
         batch_size: images per forward.
         workers: image loading processes.
 
@@ -207,10 +211,10 @@ def encode_shards(
 
 
 def write_shard(path: Path, data: bytes) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard, completely or not at all.
 
     Raises:
-        OSError: the disk is full or not writable, with what to do.
+        OSError: the disk is full or not writable.
     """
     try:
         with open_whole(path, "wb") as file:

@@ -1,4 +1,4 @@
-"""Where the annotations of a folder of captioned images are.
+"""Find the annotations in a folder of captioned images.
 
 | in the folder, or in its `annotations/`                              | as in                    |
 |----------------------------------------------------------------------|--------------------------|
@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 TABLE_NAMES = ("captions", "metadata")
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
-"""File endings of tables, in the order in which they are looked for; those of Kaggle end in `.txt`, too."""
+"""File endings of tables, in the order of the search; those of Kaggle may also end in `.txt`."""
 
 CAPTION_FILES = (".txt", ".caption")
-"""File endings of captions beside an image of the same name."""
+"""File endings of caption files beside an image of the same name."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Annotations:
 
     path: Path
     beside: Path | None = None
-    """Folder of these annotations where each split has its own; images are looked for there first."""
+    """Folder of these annotations if each split has its own; images are searched there first."""
     split: str | None = None
-    """The split that they are of by the name of their file or folder, where they name none themselves."""
+    """Split in the name of their file or folder, for annotations that contain no split."""
 
 
 def find_annotations(root: Path, split: str | None) -> list[Annotations]:
     """Find the annotations under a data root: several if `split` is None and each split has its own.
 
     Raises:
-        FileNotFoundError: there are none.
-        SettingError: there are none of the split.
-        ValueError: there are several tables, of which one must be named.
+        FileNotFoundError: there are no annotations.
+        SettingError: there are no annotations of the split.
+        ValueError: there are several tables, so one must be named.
     """
     if found := find_known(root, split):
         return [found]
@@ -113,7 +113,7 @@ def folder_split(folder: Path) -> str | None:
 
 
 def find_parts(root: Path) -> dict[str, Annotations]:
-    """Find the annotations of each split where it has a table of its name, or a folder of its name with a table."""
+    """Find the annotations of each split that has a table of its name, or a folder of its name with annotations."""
     parts: dict[str, Annotations] = {}
     for name in (name for names in ALIASES.values() for name in names):
         for place in (root / "annotations", root):
@@ -142,7 +142,7 @@ def find_table(folder: Path, stem: str) -> Path | None:
 
 
 def find_lone_table(folder: Path) -> Path | None:
-    """Find the one table of a folder, or the one JSON file where there is no table.
+    """Find the only table of a folder, or its only JSON file if there is no table.
 
     Raises:
         ValueError: there are several.
@@ -175,7 +175,7 @@ def caption_files(root: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def has_caption_files(root: Path) -> bool:
-    """Tell whether there is an image with a caption file beside it under a root."""
+    """Return whether any image under a root has a caption file beside it."""
     return any(texts for _, texts in caption_files(root))
 
 
@@ -183,8 +183,8 @@ def read_caption_files(root: Path) -> Iterator[Record]:
     """Yield a record for each image under a root: its captions are the lines of the text files of its name.
 
     Raises:
-        ValueError: a text file is in no known encoding.
-        OSError: it cannot be read.
+        ValueError: a text file has no known encoding.
+        OSError: a text file cannot be read.
     """
     for path, texts in caption_files(root):
         name = path.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""Finding the images of a folder: the same search for captioning, for pretraining and for whoever needs one."""
+"""Find the images in a folder; captioning and pretraining share this search."""
 
 import os
 from collections import Counter
@@ -9,37 +9,37 @@ from captioner.images.names import escape_name
 from captioner.images.opening import SUFFIXES, UNREAD
 
 SIDECARS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store", ".localized", "icon\r", ".picasa.ini"))
-"""Files that operating systems and their image viewers leave in folders, in lower case; `._x.jpg` is one, too."""
+"""Files that operating systems and image viewers create in folders, in lower case; also all that start with `._`."""
 
 SIDECAR_FOLDERS = frozenset(
     ("__macosx", "@eadir", "$recycle.bin", "system volume information", ".appledouble", ".thumbnails", ".trashes")
     + (".fseventsd", ".spotlight-v100", ".temporaryitems")
 )
-"""Folders of that kind; those with thumbnails hold copies of images."""
+"""Folders that they create; some hold thumbnails, which are copies of images."""
 
 
 HIDDEN = "hidden"
 
 KINDS = 8
-"""Kinds of files that are named in one line; others are only counted."""
+"""Most kinds of files that one line names; the others are only counted."""
 
 
 @dataclass
 class FolderImages:
-    """What a search has found under a folder."""
+    """The result of a search in a folder."""
 
     root: Path
     files: list[Path] = field(default_factory=list)
-    """Images by their ending, sorted; each begins with the root."""
+    """Paths of images (found by their endings), sorted; each starts with the root."""
     others: Counter[str] = field(default_factory=Counter)
-    """Files that are not images by their ending, hidden files and hidden folders: how many of each kind."""
+    """Numbers of other files by their ending, and of hidden files and folders."""
     unread: Counter[str] = field(default_factory=Counter)
-    """Images of formats that are not read: how many of each."""
+    """Numbers of images in formats that are not read, by format."""
     unreadable: list[str] = field(default_factory=list)
     """Folders that could not be read, each with its reason."""
 
     def left_out(self) -> str:
-        """Say what was left out, by kind: `2 HEIC (not read: convert to JPEG or PNG), 1 .txt, 3 hidden`."""
+        """Return what was left out, by kind: `2 HEIC (not read: convert to JPEG or PNG), 1 .txt, 3 hidden`."""
         parts = [f"{count} {kind} (not read: convert to JPEG or PNG)" for kind, count in sorted(self.unread.items())]
         common = self.others.most_common(KINDS)
         parts += [f"{count} {kind}" for kind, count in common]
@@ -51,9 +51,9 @@ class FolderImages:
 def search_folder(root: Path) -> FolderImages:
     """Find the images in a folder and the folders within it, by their file endings.
 
-    Hidden files and folders (`.git`, `.cache`) are left out and counted; what operating systems leave in folders is
-    not even counted. Links to folders are followed, and every folder is searched once, by the name that needs no link
-    where there is one, so that links in a circle end.
+    Hidden files and folders (`.git`, `.cache`) are left out and counted. Files of operating systems (`SIDECARS`) are
+    left out and not counted. Links to folders are followed, but each folder is searched once, so that circular links
+    end. A folder that can be reached without a link is named without it.
     """
     found = FolderImages(root)
     seen: set[tuple[int, int]] = set()
@@ -89,16 +89,16 @@ def search_folder(root: Path) -> FolderImages:
 
 
 def classify(entry: os.DirEntry[str]) -> str:
-    """Say what an entry of a folder is: folder, link, image, the name of a format that is not read, or another kind.
+    """Return the kind of an entry of a folder: `folder`, `link`, `image`, a format that is not read, or another kind.
 
     Returns:
-        An empty string for what an operating system has left.
+        The kind; an empty string for files and folders of an operating system.
     """
     name = entry.name.lower()
     ending = os.path.splitext(name)[1]
     try:
         is_folder = entry.is_dir()
-    except OSError:  # a link to what cannot be reached
+    except OSError:  # a link whose target cannot be reached
         is_folder = False
     if name in (SIDECAR_FOLDERS if is_folder else SIDECARS) or (name.startswith("._") and not is_folder):
         return ""

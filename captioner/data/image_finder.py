@@ -1,4 +1,4 @@
-"""Finding the image files that annotations name, wherever under a data root they lie."""
+"""Find the image files that annotations name, in the usual folders under a data root."""
 
 import os
 import re
@@ -7,19 +7,19 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 IMAGE_FOLDERS = ("{folder}", "images/{folder}", "images", "{split}2017", "{split}2014", "val2014", "Images", ".")
-"""Where images are looked for, relative to the data root and to the folder of the annotations. `{folder}` is the
-folder in the image's own name."""
+"""Folders in which images are searched, relative to the data root and to the folder of the annotations. `{folder}` is
+the folder in the image's own name."""
 
 
 def portable_name(name: str) -> str:
-    """Return an image's name in the one form in which names are compared: with `/`, and composed characters (NFC)."""
+    """Return an image's name in the form for comparisons: with `/`, and composed characters (NFC)."""
     if "\\" in name or "./" in name or "//" in name:
         name = str(PurePosixPath(name.replace("\\", "/")))
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 class Listing:
-    """The names in one folder (none if it does not exist), read once.
+    """The names in a folder, which is read once; no names if it does not exist.
 
     Raises:
         OSError: the folder cannot be read.
@@ -31,22 +31,22 @@ class Listing:
 
     @cached_property
     def composed(self) -> dict[str, str]:
-        """Map the composed form (NFC) of names to the names on disk; macOS writes decomposed ones (NFD)."""
+        """Map the composed form (NFC) of names to the names on disk; macOS writes the decomposed form (NFD)."""
         return {unicodedata.normalize("NFC", name): name for name in self.names if not name.isascii()}
 
     def find(self, name: str) -> str | None:
-        """Return the name on disk, which may differ in its Unicode form, or None."""
+        """Return the name on disk, which may have another Unicode form; None if there is none."""
         if name in self.names:
             return name
         return None if name.isascii() else self.composed.get(unicodedata.normalize("NFC", name))
 
 
 class ImageFinder:
-    """Find image files by name under a data root, listing each folder once; names cannot leave the root.
+    """Finds image files by name under a data root. Each folder is listed once, and names cannot leave the root.
 
     Args:
         root: folder of the annotations or of the data; its parent is searched, too.
-        folder: folder of the images, which alone is searched if it is given.
+        folder: folder of the images; if it is given, only this folder is searched.
     """
 
     def __init__(self, root: Path, folder: Path | None = None):
@@ -59,11 +59,11 @@ class ImageFinder:
 
         Args:
             name: a relative path with `/`, or `\\` as Windows writes it.
-            split: the image's split, which some data sets have in the names of their folders.
-            beside: folder of the annotations that name it, where that is not the root; it is searched first.
+            split: the image's split; in some data sets, names of folders contain it.
+            beside: folder of its annotations, if that is not the root; it is searched first.
 
         Raises:
-            ValueError: the name is absolute or climbs out of its folder.
+            ValueError: the name is absolute or contains `..`.
         """
         for form in (name, name.replace("\\", "/")) if "\\" in name else (name,):
             parent, slash, last = form.rpartition("/")
@@ -75,11 +75,11 @@ class ImageFinder:
         return None
 
     def leaves(self, parent: str) -> bool:
-        """Tell whether the folder in an image's name is not below the image folder."""
+        """Return whether the folder in an image's name is not below the image folder."""
         return bool(re.match(r"/|[A-Za-z]:(/|$)", parent)) or ".." in parent.split("/")
 
     def search(self, parent: str, split: str, beside: Path | None) -> list[Listing]:
-        """List the folders in which the images of a folder and split may lie, in the order to search them in."""
+        """Return the folders that may contain the images of a folder and split, in the order of the search."""
         key = parent, split, beside
         if key not in self.places:
             bases = self.bases if self.fixed or beside is None else [beside, *self.bases]
@@ -93,7 +93,7 @@ class ImageFinder:
         return self.places[key]
 
     def folder(self, base: Path, below: str) -> Listing:
-        """List a folder below a base, whose name on disk may be in another Unicode form."""
+        """List a folder below a base; its name on disk may have another Unicode form."""
         folder = base / below
         if not below.isascii() and not folder.is_dir():
             folder = base

@@ -1,4 +1,4 @@
-"""From what a person names (files, folders, patterns, a list on standard input) to images, in that order."""
+"""Resolve the inputs of a command (files, folders, patterns, a list on standard input) to images, in this order."""
 
 import codecs
 import glob
@@ -18,22 +18,22 @@ from captioner.images.opening import MAX_BYTES, SUFFIXES, UNREAD, ignore_pillow_
 STANDARD_INPUT = "-"
 
 ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-"""What a list may begin with, and what that says of it."""
+"""Encoding of a list by its byte order mark."""
 
 HEAD = 4096
-"""Bytes of a list that are looked at to tell it from an image."""
+"""First bytes of standard input that are checked to distinguish a list from an image."""
 
 
 @dataclass
 class FoundImages:
-    """Images to caption, and what is to be said of the rest."""
+    """Images to caption, and messages about all other inputs."""
 
     images: list[tuple[str, str | BinaryIO]] = field(default_factory=list)
-    """Each image's name, and its path or, of standard input, its content."""
+    """Name of each image, and its path, or its content from standard input."""
     problems: list[str] = field(default_factory=list)
-    """Inputs that gave no image although they should have."""
+    """Errors: inputs that gave no image."""
     notes: list[str] = field(default_factory=list)
-    """Files of folders that were left out because they are no images."""
+    """Notes: files in folders that were left out because they are not images."""
 
     def add_paths(self, paths: Sequence[str]) -> None:
         """Add images by their paths, which are their names."""
@@ -52,7 +52,7 @@ def find_images(inputs: Sequence[str], standard_input: BinaryIO | None = None) -
         name, path = escape_name(item), Path(item)
         if item == STANDARD_INPUT:
             add_standard_input(found, standard_input)
-        elif os.path.isdir(item):  # unlike pathlib's, takes what cannot be reached for no folder
+        elif os.path.isdir(item):  # pathlib would raise an error for a path that cannot be reached
             add_folder(found, item)
         elif glob.has_magic(item) and not os.path.lexists(item):
             add_pattern(found, item)
@@ -74,12 +74,12 @@ def add_folder(found: FoundImages, name: str) -> None:
     if not folder.files and not folder.unreadable:
         found.problems.append(f"no images in the folder '{name}'" + (f"; left out: {left_out}" if left_out else ""))
     elif left_out:
-        said = found.problems if folder.unread else found.notes
-        said.append(f"left out in the folder '{name}': {left_out}")
+        lines = found.problems if folder.unread else found.notes
+        lines.append(f"left out in the folder '{name}': {left_out}")
 
 
 def add_pattern(found: FoundImages, pattern: str) -> None:
-    """Add the files that match a pattern; a folder that matches is searched, unless `**` goes into folders itself."""
+    """Add the files that match a pattern. Matching folders are searched, unless the pattern has `**`."""
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         found.problems.append(f"no file matches '{escape_name(pattern)}'")
@@ -99,23 +99,23 @@ def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
         found.problems.append("standard input is empty")
     elif is_image(data):
         image = io.BytesIO(data)
-        image.name = "standard input"  # what messages call it
+        image.name = "standard input"  # its name in messages
         found.images.append((STANDARD_INPUT, image))
     else:
         found.add_paths(read_list(data))
 
 
 def is_image(data: bytes) -> bool:
-    """Tell an image from a list of paths.
+    """Return whether standard input is an image, and not a list of paths.
 
-    What a decoder knows is an image, and so is what holds zero bytes in other ways than a list: an image of another
-    format, or a broken one, which is refused when it is opened.
+    Data that a decoder recognises are an image. Data with zero bytes that are not a list are an image, too, in another
+    format or broken; it is refused when it is opened.
     """
-    formats = [name for name in supported() if name != "TGA"]  # has no mark at its start and takes text for an image
+    formats = [name for name in supported() if name != "TGA"]  # TGA has no signature, so its decoder accepts text
     try:
         with ignore_pillow_warnings(), Image.open(io.BytesIO(data), formats=formats):
             return True
-    except Exception:  # Pillow raises nearly any kind on broken data
+    except Exception:  # for broken data, Pillow raises nearly any error
         pass
     head = data[:HEAD]
     if b"\0" not in head or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -126,9 +126,9 @@ def is_image(data: bytes) -> bool:
 
 
 def read_list(data: bytes) -> list[str]:
-    """Read paths from a list: ended by zero bytes where there are any, else by line feeds, and by nothing else.
+    """Read paths from a list: each ends with a zero byte if there are any, else with a line feed.
 
-    Where all lines end with a carriage return too, as Windows writes them, it is no part of the names.
+    If all lines also end with a carriage return, as on Windows, it is not part of the names.
     """
     encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), None)
     text = data.decode(encoding, errors="surrogateescape") if encoding else os.fsdecode(data)

@@ -1,4 +1,4 @@
-"""Captions in one JSON document: COCO's, Karpathy's, or a list of rows."""
+"""Read captions from a JSON document: of COCO, of Karpathy's splits, or a list of rows."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -10,25 +10,27 @@ from captioner.data.splits import SPLITS, is_split_name, split_names
 
 
 def is_karpathy(content: Any) -> bool:
-    """Tell Karpathy's JSON from COCO's."""
+    """Return whether a JSON document has the form of Karpathy's splits, and not of COCO."""
     images = content.get("images") if isinstance(content, dict) else None
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
 
 
 def is_row_list(content: Any) -> bool:
-    """Tell whether a JSON document is a list of rows."""
+    """Return whether a JSON document is a list of rows."""
     return isinstance(content, list) and bool(content) and all(isinstance(row, dict) for row in content)
 
 
 def read_coco(content: Any, path: Path, split: str | None, images_needed: bool = True) -> Iterator[Record]:
-    """Yield the records of COCO captions JSON; those of captions whose image is not listed come last, with no image.
+    """Yield the records of COCO captions JSON. Captions whose image is not listed come last, in records without image.
 
     Args:
-        split: the split that was asked for. The format holds none, but the file's name may.
-        images_needed: whether the images are to be opened: they must then be listed, and have file names.
+        content: the JSON document.
+        path: its file, for errors.
+        split: the requested split. The format does not contain splits, but the file's name may.
+        images_needed: whether the images are opened later; then they must be listed, with file names.
 
     Raises:
-        ValueError: it is not COCO captions JSON, or that of another split by its name.
+        ValueError: the document is not COCO captions JSON, or the file's name contains another split.
     """
     wrong = f"'{path}' is neither COCO nor Karpathy captions"
     if not isinstance(content, dict):
@@ -62,7 +64,7 @@ def read_coco(content: Any, path: Path, split: str | None, images_needed: bool =
         for image in images:
             texts = captions.pop(id_key(image["id"]), [])
             yield Record(check_id(image["id"], path), image.get("file_name"), texts, split)
-        listed = content.get("images") is None  # without a list of images, none is missing there
+        listed = content.get("images") is None  # without a list of images, no image is missing in it
         for key, texts in captions.items():
             image_id = check_id(ids[key], path) if listed else plain_id(ids[key])
             yield Record(key if image_id is None else image_id, None, texts, split, listed=listed)
@@ -73,13 +75,15 @@ def read_coco(content: Any, path: Path, split: str | None, images_needed: bool =
 
 
 def read_karpathy(content: dict, path: Path, restval: bool = False) -> Iterator[Record]:
-    """Yield the records of Karpathy's JSON, COCO and Flickr flavours.
+    """Yield the records of Karpathy's JSON, for COCO and for Flickr.
 
     Args:
-        restval: whether the split `restval` counts as `train`.
+        content: the JSON document.
+        path: its file, for errors.
+        restval: whether the split `restval` belongs to `train`.
 
     Raises:
-        ValueError: it is not Karpathy's JSON.
+        ValueError: the document is not Karpathy's JSON.
     """
     try:
         for image in content["images"]:
@@ -95,15 +99,15 @@ def read_karpathy(content: dict, path: Path, restval: bool = False) -> Iterator[
 
 
 def id_key(value: Any) -> str:
-    """Return the text by which ids of images and annotations are compared: 7, 7.0 and "7" are one id."""
+    """Return an id as text for comparisons: 7, 7.0 and "7" are one id."""
     return str(value if value.__class__ in (int, str) else plain_id(value))
 
 
 def check_id(value: Any, path: Path) -> ImageId:
-    """Return an image id.
+    """Return an image id as a whole number or text.
 
     Raises:
-        ValueError: it is neither a whole number nor text.
+        ValueError: the id is neither a whole number nor text.
     """
     if (image_id := plain_id(value)) is None:
         raise ValueError(f"'{path}': an image id is neither a whole number nor text: {value!r}"[:300])

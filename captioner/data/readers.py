@@ -1,4 +1,4 @@
-"""Caption readers: whatever the format on disk, one table comes out.
+"""Caption readers: they read all formats into one table.
 
 | on disk                                                        | reader                                    |
 |----------------------------------------------------------------|-------------------------------------------|
@@ -8,8 +8,8 @@
 | a text file beside each image                                  | `folders.read_caption_files`              |
 | a `datasets` set, saved on disk or on the hub                  | `dataset_files.read_dataset`              |
 
-Which of them a folder holds is found by `folders.find_annotations`. `records.py` says what of the records can be used,
-by the rules of `captions.py`; `caption_table.py` builds the table.
+`folders.find_annotations` finds out which of them a folder holds. `records.py` checks which records can be used, by the
+rules of `captions.py`. `caption_table.py` builds the table.
 """
 
 from collections.abc import Iterator
@@ -49,19 +49,19 @@ def read_captions(
 
     Args:
         source: an annotation file, a folder (see `folders.py`), a saved `datasets` set, or the hub id of one.
-        split: which split to keep (`train`, `val`, `test`, or the source's own name); `None` keeps all.
-        images: folder of the images, where it is not beside the annotations.
-        restval: join Karpathy's `restval` images to `train`.
-        on_bad: `skip` leaves out what cannot be used and logs one summary; `refuse` raises on it.
-        image_column: the image column of CSV, JSONL and `datasets` sources.
-        caption_column: likewise, the captions; a text or a list of texts, one row per caption or per image.
-        id_column: likewise, the image id; the image path where there is no such column.
+        split: the split to read (`train`, `val`, `test`, or the source's own name); `None` for all.
+        images: folder of the images, if it is not beside the annotations.
+        restval: whether Karpathy's `restval` images belong to `train`.
+        on_bad: `skip` leaves out records that cannot be used and logs one summary; `refuse` raises an error.
+        image_column: column of the image in CSV, JSONL and `datasets` sources.
+        caption_column: column of the captions in those: a text or a list of texts, in one row per caption or image.
+        id_column: column of the image id in those; without such a column, the path of an image is its id.
 
     Returns:
         A `datasets.Dataset` with the columns `image_id`, `image`, `captions` and `split`; see `build_table`.
 
     Raises:
-        ValueError: the format is not known, the split is empty, or something cannot be used and `on_bad` is `refuse`.
+        ValueError: the format is unknown, the split is empty, or a record cannot be used and `on_bad` is `refuse`.
         FileNotFoundError: the source or every image is missing.
     """
     path, columns = Path(source), Columns(image_column, caption_column, id_column)
@@ -100,14 +100,14 @@ def read_annotations(found: Annotations, split: str | None, columns: Columns, re
         if record.split == NO_SPLIT:
             record.split = found.split or split_of_name(record, path) or NO_SPLIT
         if found.beside is not None:
-            if record.image_id == record.image:  # a name is unique within its folder alone
+            if record.image_id == record.image:  # names are unique only within their folder
                 record.image_id = f"{found.beside.name}/{record.image}"
             record.beside = found.beside
         yield record
 
 
 def split_of_name(record: Record, path: Path) -> str | None:
-    """Return the split that the image's folder is named after, where a Hugging Face imagefolder has one table."""
+    """Return the split in the name of the image's folder, for a Hugging Face imagefolder with one table; else None."""
     if path.stem.lower() != "metadata" or not isinstance(record.image, str):
         return None
     folder = portable_name(record.image).partition("/")[0]

@@ -1,6 +1,6 @@
-"""Images with their captions as readers yield them, and the check of what can be used of them.
+"""Records, which are images with their captions as readers yield them, and the check of which can be used.
 
-What cannot be used is counted in a `ReadReport`, never left out in silence.
+A `ReadReport` counts the unusable ones; none is left out in silence.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ from captioner.data.image_finder import portable_name
 OnBad = Literal["skip", "refuse"]
 
 NO_SPLIT = "all"
-"""Split of images that name none."""
+"""Split of images without a split."""
 
 
 @dataclass(slots=True)
@@ -23,38 +23,38 @@ class Record:
 
     image_id: ImageId
     image: Any
-    """Name of its file, or its row in a `datasets` set that holds images; None where it is missing."""
+    """Name of its file, or its row in a `datasets` set that contains images; None if it is missing."""
     captions: Any
-    """A list of what the data hold as its captions."""
+    """A list of its captions as they are in the data, of any types."""
     split: str
     several_splits: bool = False
-    """Whether rows of the image name different splits."""
+    """Whether rows of this image have different splits."""
     beside: Path | None = None
-    """Folder of the annotations that name it, where that is not the root of the data."""
+    """Folder of its annotations, if that is not the root of the data."""
     listed: bool = True
-    """Whether the image stands in the list of images; COCO files may hold captions of others."""
+    """Whether the image is in the list of images; COCO files may contain captions of others."""
 
 
 @dataclass
 class ReadReport:
-    """What was found in the data: counts, and the images of everything that cannot be used."""
+    """Counts of what was read, and the images of everything that cannot be used."""
 
     images: int = 0
     captions: int = 0
     missing_images: list[ImageId] = field(default_factory=list)
     duplicate_ids: list[ImageId] = field(default_factory=list)
-    """Images that stand there twice, and all images that share their id with a different image."""
+    """Images that occur twice, and all images that share their id with a different image."""
     empty_captions: list[ImageId] = field(default_factory=list)
     unreadable_captions: list[ImageId] = field(default_factory=list)
     images_without_captions: list[ImageId] = field(default_factory=list)
     images_in_several_splits: list[ImageId] = field(default_factory=list)
 
     def problems(self) -> dict[str, list[ImageId]]:
-        """Map each kind of problem that occurred to the images it occurred in."""
+        """Return the images of each kind of problem that occurred."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), list) and v}
 
     def unusable(self) -> str:
-        """Say what cannot be used, each kind with its first few images; nothing if all can."""
+        """Return what cannot be used, as text: each kind with its first few images; empty if all can be used."""
         found = [
             f"{len(where)} {kind.replace('_', ' ')} ({', '.join(map(str, where[:3]))}{', ...' if where[3:] else ''})"
             for kind, where in self.problems().items()
@@ -70,19 +70,23 @@ def usable_records(
 ) -> Iterator[tuple[Record, Any, list[str]]]:
     """Yield each record that can be used, with its image and its captions; count the others.
 
-    Ids are compared as text: 7 and "7" are one id. An id that stands for several images says of none of them which
-    captions are its own, so that all of these are left out.
+    Ids are compared as text: 7 and "7" are one id. If several images have the same id, it is unknown which captions
+    belong to which image, so all of these images are left out.
 
     Args:
-        report: counts what is left out, and what is not.
-        locate: finds the image of a record, or None where there is none; without it, images are not needed.
+        records: the records.
+        report: counts the records that are left out, and those that are not.
+        locate: finds the image of a record, or None if there is none; without it, images are not needed.
+
+    Yields:
+        Each usable record, with its image as `locate` returned it and its captions.
     """
     records = list(records)
     first: dict[str, Record] = {}
     clashing: set[str] = set()
     for record in records:
         if record.image is None and locate is not None:
-            continue  # it is counted as missing, and is no image that another could be confused with
+            continue  # it is counted as missing, and cannot be confused with another image
         other = first.setdefault(str(record.image_id), record)
         if other is not record and not same_image(other.image, record.image):
             clashing.add(str(record.image_id))
@@ -112,7 +116,7 @@ def usable_records(
 
 
 def same_image(one: Any, other: Any) -> bool:
-    """Tell whether two records name the same image."""
+    """Return whether two records name the same image."""
     if isinstance(one, str) and isinstance(other, str):
         return one == other or portable_name(one) == portable_name(other)
     return one == other

@@ -1,7 +1,7 @@
-"""Tables of captions: CSV in its dialects, and JSON Lines.
+"""Read tables of captions: CSV in its dialects, and JSON Lines.
 
-A table that is not what it seems is refused with the line at fault: a caption that is cut at an unquoted comma would
-be trained on and scored without a word.
+A malformed table is refused with the number of the line. Otherwise a caption that is cut at an unquoted comma would be
+used in training and scoring without a warning.
 """
 
 import csv
@@ -28,29 +28,30 @@ KNOWN = frozenset((*IMAGE_NAMES, *CAPTION_NAMES, "image_id", "split"))
 
 @dataclass
 class Rows:
-    """The rows of a table by the names of its columns, and where they stand."""
+    """The rows of a table, by the names of its columns, and their lines in the file."""
 
     rows: list[dict[str, Any]]
     lines: list[int] | None = None
-    """The line at which each row begins, or None in a JSON list."""
+    """Number of the line at which each row starts; None for a JSON list."""
 
     def place(self, number: int) -> str:
-        """Say where row `number`, from 0, stands."""
+        """Return the place of row `number` (from 0) in the file, for messages."""
         return f"entry {number + 1}" if self.lines is None else f"line {self.lines[number]}"
 
     def names(self) -> list[str]:
-        """Return the names of the columns; rows of JSON need not have all of them."""
+        """Return the names of all columns; a row of JSON may lack some of them."""
         return list(dict.fromkeys(chain.from_iterable(self.rows)))
 
 
 def load_document(path: Path) -> Any:
-    """Read a file of captions or results: a table into `Rows`, any other JSON into what it holds.
+    """Read a file of captions or results: a table as `Rows`, any other JSON as the value that it contains.
 
-    The ending decides. A file that ends otherwise is what it begins as; so is one that ends in `.json` and is not JSON.
+    The file's ending decides on the format. For another ending, and for a file that ends in `.json` but is not JSON,
+    the first line decides.
 
     Raises:
-        ValueError: it is none of these; the message names the line.
-        OSError: it cannot be read.
+        ValueError: the file has none of these formats; the message names the line.
+        OSError: the file cannot be read.
     """
     text, ending = read_text(path), path.suffix.lower()
     if ending in LINE_ENDINGS:
@@ -73,7 +74,7 @@ def first_line(text: str) -> str:
 
 
 def is_object(line: str) -> bool:
-    """Tell whether a line is a JSON object."""
+    """Return whether a line is a JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -81,21 +82,21 @@ def is_object(line: str) -> bool:
 
 
 def is_header(text: str) -> bool:
-    """Tell whether a text begins with the header of a table of captions or results."""
+    """Return whether the first line of a text is the header of a table of captions or results."""
     line = first_line(text)
     return any(known_names(line.split(separator)) > 1 for separator in SEPARATORS)
 
 
 def known_names(names: list[str]) -> int:
-    """Count the names of columns that tables of captions or results have."""
+    """Count the names that are usual for columns of captions or results."""
     return sum(plain_name(name.strip().strip('"')) in KNOWN for name in names)
 
 
 def parse_lines(text: str, path: Path) -> Rows:
-    """Parse JSON Lines: an object a line; blank lines are left out.
+    """Parse JSON Lines: one object per line; blank lines are left out.
 
     Raises:
-        ValueError: a line is not JSON or no object.
+        ValueError: a line is not JSON, or not an object.
     """
     rows, lines = [], []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
@@ -115,20 +116,20 @@ def parse_lines(text: str, path: Path) -> Rows:
 
 
 def parse_table(text: str, path: Path) -> Rows:
-    """Parse comma-separated values, or those of another separator, with a header; rows without any value are left out.
+    """Parse a table with a header, whose fields are separated by commas or in another way; empty rows are left out.
 
     Raises:
-        ValueError: a row has more or fewer fields than the header, a quote is not closed, a name stands there twice,
-            or the separator cannot be told.
+        ValueError: a row has more or fewer fields than the header, a quote is not closed, the header has a name twice,
+            or the separator is unclear.
     """
     if text.lstrip()[:1] in ("{", "["):
-        raise ValueError(f"'{path}' is no table: it begins as JSON does; let its name end in .json or .jsonl")
+        raise ValueError(f"'{path}' is JSON and no table; give it a name that ends in .json or .jsonl")
     separator, text, skipped = find_separator(text, path)
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     header: list[str] = []
     start = 1
-    # A quote may follow a space after the separator, but not after bars, which Flickr30k's captions follow unquoted.
+    # A space may stand between the separator and a quote; but after a bar, Flickr30k has unquoted captions.
     file, spaced = io.StringIO(text, newline=""), separator != "|"
     reader = csv.reader(file, delimiter=separator, skipinitialspace=spaced, strict=True)
     try:
@@ -162,13 +163,13 @@ def parse_table(text: str, path: Path) -> Rows:
 
 
 def find_separator(text: str, path: Path) -> tuple[str, str, int]:
-    """Find what separates the fields of a table, by its header.
+    """Find the separator of a table's fields, by its header.
 
     Returns:
-        The separator, the text without a line that names it, and how many lines that took.
+        The separator; the text without a line `sep=` of Excel; and the number of lines removed.
 
     Raises:
-        ValueError: it cannot be told.
+        ValueError: the separator is unclear.
     """
     line = text[: text.find("\n")] if "\n" in text else text
     if line.lower().startswith("sep=") and len(line.rstrip("\r")) == 5:  # as Excel writes and reads it
@@ -186,7 +187,7 @@ def find_separator(text: str, path: Path) -> tuple[str, str, int]:
 
 
 def swallows(fields: list[str], separator: str) -> bool:
-    """Tell whether a field of several lines holds what looks like further rows, because a quote was not closed."""
+    """Return whether a field of several lines seems to contain further rows, because a quote was not closed."""
     kind, name = PurePath(fields[0]).suffix, fields[0]
     for field in fields:
         for line in field.splitlines()[1:]:
@@ -199,14 +200,14 @@ def swallows(fields: list[str], separator: str) -> bool:
 
 
 def describe_csv_error(error: csv.Error) -> str:
-    """Say in plain words what Python's reader says of a line."""
+    """Return an error of Python's CSV reader in plain words."""
     if "unexpected end" in str(error):
         return "opens a quote that is never closed"
     if "expected after" in str(error):
-        return "goes on after a closing quote; a quote within quotes is written twice"
+        return "continues after a closing quote; a quote within quotes must be written twice"
     return f"cannot be read: {error}"
 
 
 def count(number: int, thing: str) -> str:
-    """Count things in words: `1 field`, `2 fields`."""
+    """Return a number with its noun: `1 field`, `2 fields`."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -1,4 +1,4 @@
-"""Rows as records: a row holds an image with one caption or several, and rows of the same image are joined."""
+"""Turn rows into records: a row has an image with one or more captions, and rows of the same image are joined."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,11 +11,12 @@ from captioner.data.row_files import Rows
 
 
 def row_records(rows: Rows, columns: Columns, name: str) -> Iterator[Record]:
-    """Yield the records of the rows of a file, whose images are names.
+    """Yield the records of the rows of a file, in which images are names.
 
     Args:
+        rows: the rows.
         columns: names of the columns of image, captions and image id; the last may be missing.
-        name: what errors call the file.
+        name: name of the file in errors.
 
     Raises:
         SettingError: a column is missing.
@@ -30,7 +31,7 @@ def row_records(rows: Rows, columns: Columns, name: str) -> Iterator[Record]:
 
 
 def name_of(image: Any) -> Any:
-    """Return what names an image, which may stand in an object as `datasets` writes it; None where nothing does."""
+    """Return the name of an image, which may be in an object of `datasets`; None if there is no name."""
     if isinstance(image, Mapping):
         image = image.get("path")
     return None if is_missing(image) else image
@@ -43,13 +44,14 @@ def join_rows(
     name: str,
     place: Callable[[int], str],
 ) -> Iterator[Record]:
-    """Join the rows of each image: of one id, if there are ids, and of one image.
+    """Join the rows with the same image and, if there are ids, the same id; yields a record for each image.
 
     Args:
-        columns: the columns of image, captions and image id. An image is a name, or its row among images.
-        splits: the split of each row; those without a value name none.
-        name: what errors call the table.
-        place: says where in it a row stands, by the row's number.
+        rows: the rows.
+        columns: the columns of image, captions and image id. An image is a name, or its row in a set of images.
+        splits: the split of each row; a missing value is no split.
+        name: name of the table in errors.
+        place: returns the place of a row in the table, by the row's number.
 
     Raises:
         ValueError: an image id is neither a whole number nor text.
@@ -68,11 +70,11 @@ def join_rows(
         same_id = None if image_id is None else str(image_id)
         key: Any = same_id, portable_name(image) if isinstance(image, str) else str(image)
         if image is None:
-            key = number  # it is joined to no other row
+            key = number  # no other row is joined to it
         if image_id is None:
             image_id = image if isinstance(image, str) else number
             if image is None or (id_column is not None and image_id == number):
-                image_id = place(number)  # among ids of others, a number would be taken for one
+                image_id = place(number)  # among ids of other rows, a number could be mistaken for one
         record = joined.get(key)
         if record is None:
             joined[key] = record = Record(image_id, image, [], split)

@@ -1,4 +1,4 @@
-"""The training stream of a `datasets` set that is too large for memory; see `rows.py` for the order of its rows.
+"""The training stream of a `datasets` set that is too large for memory; `rows.py` has the order of its rows.
 
 Letters: B images, K captions of each, T text tokens.
 """
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class RowReader:
-    """Rows by their position in the endless stream, read in order; several threads may call it.
+    """Reads rows in order, and returns them by their position in the endless stream; several threads may call it.
 
     Args:
-        start_at: opens the rows from a position on.
+        start_at: returns the rows from a position on.
     """
 
     def __init__(self, start_at: Callable[[int], Iterator[dict]]):
@@ -39,7 +39,7 @@ class RowReader:
         self.held: dict[int, dict] = {}
 
     def seek(self, start: int) -> None:
-        """Forget the rows before a position; to go back to one, its epoch is read again from its start."""
+        """Drop the rows before a position. For an earlier position, its epoch is read again from the start."""
         if start < self.first or self.next < 0:
             self.rows, self.next, self.held = self.start_at(start), start, {}
         for place in [place for place in self.held if place < start]:
@@ -50,7 +50,7 @@ class RowReader:
         self.first = start
 
     def row(self, place: int) -> dict:
-        """Return the row at a position, after reading the rows before it that were not read yet."""
+        """Return the row at a position; rows before it that were not read yet are read first."""
         with self.lock:
             while self.next <= place:
                 self.held[self.next] = next(self.rows)
@@ -59,11 +59,11 @@ class RowReader:
 
 
 class RowStream(SeededStream):
-    """Rows of a `datasets` set, each with K of its captions, drawn without repetition as far as there are K.
+    """Rows of a `datasets` set, each with K of its captions; none repeats if the row has at least K.
 
-    Every process reads all rows in one loading process of its own. The threads of that process open the images of its
-    share, and it holds the shuffle buffer, in which images are encoded. A row whose image or captions cannot be used
-    is named once in an epoch and counted, and the next row is used in its place.
+    Every process reads all rows in one loading process of its own. The threads of that loading process open the images
+    of its share. It holds the shuffle buffer, in which images are encoded. For a row that cannot be used, a warning
+    comes once in an epoch, and the next row is used instead.
 
     Args:
         rows: the split.
@@ -91,8 +91,8 @@ class RowStream(SeededStream):
         self.rows, self.processor, self.captions_per_image = rows, processor, captions_per_image
         self.buffer, self.on_bad = buffer, on_bad
         self.threads, self.cut_reported = 1, False
-        self.lacking: set[int] = set()  # rows some of whose captions cannot be used
-        self.reader: RowReader | None = None  # the process that reads opens it
+        self.lacking: set[int] = set()  # positions of rows with captions that cannot be used
+        self.reader: RowReader | None = None  # the loading process opens it
 
     def choose(self, i: int, attempt: int) -> int:
         """Return the position of the row to try at position i."""
@@ -102,8 +102,8 @@ class RowStream(SeededStream):
         """Open the image of the row at position `number` and draw its captions.
 
         Raises:
-            ImageError: the row is unusable and may be skipped.
-            ValueError: it is unusable and is refused.
+            ImageError: the row cannot be used and is skipped.
+            ValueError: the row cannot be used, and `on_bad` is `refuse`.
         """
         assert self.reader is not None, "only __getitems__ reads rows"
         row, random = self.reader.row(number), self.generator(i)
@@ -128,7 +128,7 @@ class RowStream(SeededStream):
         return {"image": image, "captions": drawn}
 
     def name_row(self, row: dict, number: int) -> str:
-        """Return what warnings and errors call a row: its image id, if it has one, else its position."""
+        """Return the name of a row in messages: its image id if it has one, else its position."""
         label = row[self.rows.columns[2]]
         return f"row {number} of the stream" if label is None else f"image {label}"
 
@@ -136,19 +136,21 @@ class RowStream(SeededStream):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict]:
-        """Return the items of a batch: its rows are read one after the other, and threads open its images."""
+        """Return the items of a batch: its rows are read in order, then threads open its images."""
         self.reader = self.reader or RowReader(lambda start: self.rows.from_position(start, self.seed, self.buffer))
         self.reader.seek(min(positions))
         self.reader.row(max(positions))
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(super().__getitem__, positions))
 
-    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+    def loader(
+        self, start: int, stop: int, batch_size: int, workers: int, collate_fn: Callable | None = None
+    ) -> DataLoader:
         """Load the items from position `start` to `stop` in batches, in one loading process with `workers` threads.
 
-        With several processes, each would read all rows and hold a buffer of them.
+        Each further loading process would read all rows and hold a buffer of its own.
         """
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of the loading process otherwise
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # without it, tokenizers warn of the loading process
         self.threads = max(1, workers)
         return super().loader(start, stop, batch_size, min(workers, 1), collate_fn)
 
@@ -165,7 +167,7 @@ class RowStream(SeededStream):
 
 
 def describe_captions(found: Captions) -> str:
-    """Say what is wrong with the captions of a row."""
+    """Return what is wrong with the captions of a row."""
     if not (found.texts or found.empty or found.unreadable):
         return "it has no caption"
     kinds = {"empty captions": found.empty, "unreadable captions": found.unreadable}

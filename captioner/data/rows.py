@@ -1,9 +1,9 @@
-"""Rows of a `datasets` set that is too large for memory: they are read one by one, in a shuffled order.
+"""Read the rows of a `datasets` set that is too large for memory, one by one, in a shuffled order.
 
-A row is one image and its captions, a text or a list of texts; rows of the same image are not joined. The seed alone
-decides the order of an epoch: the files (shards) of the set come in a random order, and their rows pass through a
-shuffle buffer. So every process finds the same row at the same position. It opens the images of its own positions
-only. A resumed run reads the rows before its position again, which takes time but opens no image.
+A row is one image with its captions, a text or a list of texts; rows of the same image are not joined. Only the seed
+decides the order of an epoch: the files (shards) of the set are read in a random order, and their rows pass through a
+shuffle buffer. So every process has the same row at the same position, and opens only the images of its own positions.
+A resumed run reads the rows before its position again, which takes time but opens no image.
 """
 
 import logging
@@ -21,7 +21,7 @@ from captioner.data.dataset_files import check_hub, dataset_records, is_hub_id, 
 from captioner.data.image_finder import ImageFinder
 from captioner.data.readers import read_captions
 from captioner.data.records import OnBad
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.images import MAX_BYTES, ImageError, ImageSource
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKENIZER_ROWS = 20_000
-"""Rows from whose captions the tokenizer of a decoder from scratch is trained."""
+"""Number of rows whose captions train the tokenizer of a decoder from scratch."""
 
 LOCAL_SHARDS = 64
-"""Parts in which a set saved on disk is read; a set of parquet files is read file by file."""
+"""Number of parts in which a set saved on disk is read; a set of parquet files is read file by file."""
 
 HUB = "hf://datasets/"
-"""The first part of the paths of images that a set on the hub holds as files."""
+"""Prefix of the paths of images that a set on the hub stores as files."""
 
 
 class StreamedRows:
@@ -47,7 +47,7 @@ class StreamedRows:
         split: the source's own name of the split.
         columns: names of the columns of image, captions and image id; the last may be missing.
         size: rows in an epoch; `None` for all rows of the split.
-        images: folder of the images, where the set holds names of files.
+        images: folder of the images, for a set with names of image files.
 
     Raises:
         SettingError: there is no such split or column, or the number of rows is unknown.
@@ -68,7 +68,7 @@ class StreamedRows:
         image, captions, image_id = find_columns(first_row(self.rows, self.name), Columns(*columns), self.name)
         self.columns = image, captions, image_id or columns[2]
         if (size or known) is None:
-            raise SettingError(f"{self.name}, does not say how many rows it has", "stream_rows")
+            raise SettingError(f"the number of rows of {self.name}, is unknown", "stream_rows")
         self.size: int = size or known or 0
         self.find = ImageFinder(Path(source) if Path(source).is_dir() else Path(), images)
 
@@ -82,13 +82,15 @@ class StreamedRows:
         return [one_line(caption) for row in rows for caption in read_captions_of(row.get(column)).texts]
 
     def epoch(self, number: int, seed: int, buffer: int) -> Iterator[dict]:
-        """Read the rows of an epoch in its own order, images still encoded.
+        """Yield the rows of an epoch in its own order; images stay encoded.
 
         Args:
-            buffer: rows that the shuffle buffer holds.
+            number: number of the epoch.
+            seed: seed of the order.
+            buffer: rows in the shuffle buffer.
 
         Raises:
-            ValueError: there are fewer rows than there should be.
+            ValueError: the split has fewer rows than an epoch.
         """
         random = np.random.default_rng((seed, number))
         shards = self.rows.num_shards
@@ -103,7 +105,7 @@ class StreamedRows:
             raise SettingError(f"{self.name}, has {had} rows, not {self.size}", "stream_rows")
 
     def from_position(self, start: int, seed: int, buffer: int) -> Iterator[dict]:
-        """Read epoch after epoch without end, from a position on; the rows before it in its epoch are skipped."""
+        """Yield rows from a position on, epoch after epoch without end; the rows before it in its epoch are skipped."""
         first, skip = divmod(start, self.size)
         epochs = (self.epoch(number, seed, buffer) for number in count(first))
         return chain(islice(next(epochs), skip, None), chain.from_iterable(epochs))
@@ -112,7 +114,7 @@ class StreamedRows:
         """Return the image of a row, still encoded.
 
         Raises:
-            ImageError: there is none.
+            ImageError: the row has no image.
         """
         image = row[self.columns[0]]
         if isinstance(image, str):
@@ -131,10 +133,13 @@ class StreamedRows:
 
 
 def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int | None]:
-    """Open one split as a stream of encoded images, and count its rows if that takes no reading of all of them.
+    """Open one split as a stream of encoded images.
+
+    Returns:
+        The stream, and its number of rows; None if the rows would have to be read to count them.
 
     Raises:
-        ValueError: no such set or split, or a source of another kind.
+        ValueError: there is no such set or split, or the source is of another kind.
         FileNotFoundError: the source is missing.
     """
     import datasets
@@ -160,7 +165,7 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
             builder = datasets.load_dataset_builder(**place)
             parts = builder.as_streaming_dataset()
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
-        raise ValueError(f"cannot load '{source}' as a data set: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot load '{source}' as a data set: {first_line(error)}") from None
     split = pick_split(parts, split, source)
     rows, known = parts[split], None
     if saved:
@@ -177,7 +182,7 @@ def first_row(rows: "datasets.IterableDataset", name: str) -> dict:
     """Return the first row of a stream.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no rows.
     """
     first = next(iter(rows), None)
     if first is None:
@@ -188,15 +193,20 @@ def first_row(rows: "datasets.IterableDataset", name: str) -> dict:
 def read_first(
     source: str, split: str, columns: tuple[str, str, str], limit: int | None, on_bad: OnBad, images: Path | None = None
 ) -> "datasets.Dataset":
-    """Read the caption table of the first rows of a split, to validate on, without downloading the rest.
+    """Read the caption table of the first rows of a split, for validation, without downloading the others.
 
-    A set saved on disk is read by `read_captions`; of others, these rows are held in memory.
+    A set saved on disk is read by `read_captions`. The rows of other sets are held in memory.
 
     Args:
-        limit: how many rows; `None` for all.
+        source: as for `StreamedRows`.
+        split: the split.
+        columns: names of the columns of image, captions and image id.
+        limit: number of rows; `None` for all.
+        on_bad: whether unusable rows are left out or refused.
+        images: folder of the images, for a set with names of image files.
 
     Raises:
-        ValueError: no such set, split or column, or no image with captions.
+        ValueError: there is no such set, split or column, or no image with captions.
     """
     import datasets
 
@@ -221,7 +231,7 @@ def read_first(
 
 
 def fetched(row: dict, image_column: str) -> dict:
-    """Return a row with the bytes of its image, where that is a file on the hub; unchanged if it cannot be read."""
+    """Return a row with the bytes of its image, if that is a file on the hub; unchanged if it cannot be read."""
     image = row.get(image_column)
     if isinstance(image, Mapping) and image.get("bytes") is None and HUB in (image.get("path") or ""):
         try:
@@ -232,10 +242,10 @@ def fetched(row: dict, image_column: str) -> dict:
 
 
 def fetch(path: str) -> bytes:
-    """Read an image that a set on the hub holds as a file.
+    """Read an image that a set on the hub stores as a file.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: the file cannot be read.
     """
     import fsspec
 
@@ -247,7 +257,7 @@ def fetch(path: str) -> bytes:
 
 
 def shuffled(rows: Iterator[dict], size: int, random: np.random.Generator) -> Iterator[dict]:
-    """Yield every row once, through a buffer of `size` rows: a random one leaves it when the next is read."""
+    """Yield every row once, through a buffer of `size` rows: each new row replaces a random one, which is yielded."""
     held: list[dict] = []
     for row in rows:
         if len(held) < size:

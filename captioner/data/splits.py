@@ -1,4 +1,4 @@
-"""Splits of captioned data: their names, and which records belong to one."""
+"""Splits of captioned data: their names, and the selection of the records of one split."""
 
 import logging
 from collections import Counter
@@ -10,28 +10,28 @@ from captioner.errors import SettingError
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-"""Splits in the names that most data sets give them."""
+"""Names of splits in most data sets."""
 
 ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid", "dev"),
     "test": ("test", "testing"),
 }
-"""Names that mean the same split, in the order in which they are looked for."""
+"""Names that stand for the same split, in the order of the search."""
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """Return the names that a split may have, its own first."""
+    """Return the names that a split may have; the given one is the first."""
     return next(((split, *(n for n in names if n != split)) for names in ALIASES.values() if split in names), (split,))
 
 
 def is_split_name(name: str) -> bool:
-    """Tell whether a name is one of those that splits usually have."""
+    """Return whether a name is a usual name of a split."""
     return any(name in names for names in ALIASES.values())
 
 
 def find_split(names: Iterable[str], split: str) -> str | None:
-    """Return the one of the names of a data set's splits that means a split, or None: `validation` for `val`."""
+    """Return the name of a split in a data set, such as `validation` for `val`; None if there is no such split."""
     known: dict[str, str] = {}
     for name in names:
         if name == split:
@@ -43,14 +43,17 @@ def find_split(names: Iterable[str], split: str) -> str | None:
 def select_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad = "skip") -> Iterator[Record]:
     """Yield the records of a split, and report how many name none.
 
-    Where no record names a split, all are taken for `train`, so that no model is validated on the images it was
-    trained on; the split `all` has them, too.
+    If no record has a split, all of them belong to `train`, so that no model is validated on its training images. The
+    split `all` has them, too.
 
     Args:
-        name: what errors and warnings call the data.
+        records: the records.
+        split: name of the split.
+        name: name of the data in errors and warnings.
+        on_bad: whether records without a split are left out or refused, if others have one.
 
     Raises:
-        SettingError: there are none, or some name none and `on_bad` is `refuse`.
+        SettingError: there is no such split, or some records have no split and `on_bad` is `refuse`.
     """
     records = list(records)
     counts = Counter(record.split for record in records)

@@ -1,6 +1,7 @@
-"""An endless, seeded stream of images in which the position alone decides what comes.
+"""An endless, seeded stream of images, in which an item depends only on its position.
 
-Item i is the same in every process and every run, so a job shards by position and resumes by starting at another one.
+Item i is the same in every process and every run. So processes share the positions, and a resumed run starts at another
+position.
 """
 
 import logging
@@ -21,23 +22,23 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = 20
-"""Broken images in a row after which the data, not an image, is at fault."""
+"""Number of unusable images in a row after which the data are refused."""
 
 
 def draw_grid(grids: Sequence[T], seed: int, step: int) -> T:
-    """Draw the compressed grid of an optimiser step, the same in every process."""
+    """Draw the compressed grid of an optimiser step, which is the same in every process."""
     return grids[int(np.random.default_rng((seed, step)).integers(len(grids)))]
 
 
 class SeededStream(Dataset):
-    """Base of endless streams: epoch after epoch, `size` images in a fresh seeded order.
+    """Base class of endless streams: each epoch has `size` images in a new seeded order.
 
-    A subclass implements `load(number, i)`, where `number` says which image and i seeds what is random about it. A
-    image that cannot be opened is reported once, counted, and replaced by the next.
+    A subclass implements `load(number, i)`: `number` is the number of the image, and the position i seeds its random
+    choices. For an image that cannot be opened, a warning comes once, and the next image is used instead.
 
     Args:
         size: images in an epoch.
-        seed: decides all that is random.
+        seed: seed of everything random.
         grids: compressed grids, of which each optimiser step draws one; without any, the encoder's own.
         per_step: positions of an optimiser step, over all processes.
     """
@@ -59,7 +60,7 @@ class SeededStream(Dataset):
         return np.random.default_rng((self.seed, epoch)).permutation(self.size)
 
     def choose(self, i: int, attempt: int) -> int:
-        """Return the number of the image to try at position i after so many that could not be opened."""
+        """Return the number of the image for position i, after `attempt` images there could not be opened."""
         epoch, place = divmod(i, self.size)
         return int(self.order(epoch)[(place + attempt) % self.size])
 
@@ -84,10 +85,12 @@ class SeededStream(Dataset):
         return draw_grid(self.grids, self.seed, items[0]["place"] // self.per_step) if self.grids else None
 
     def generator(self, i: int) -> np.random.Generator:
-        """Return the random numbers of position i."""
+        """Return the generator of random numbers of position i."""
         return np.random.default_rng((self.seed, 1, i))
 
-    def loader(self, start: int, stop: int, batch_size: int, workers: int, collate_fn=None) -> DataLoader:
+    def loader(
+        self, start: int, stop: int, batch_size: int, workers: int, collate_fn: Callable | None = None
+    ) -> DataLoader:
         """Load the items from position `start` to `stop` in batches; read them through `raise_errors`."""
         return DataLoader(
             Positions(self, range(start, stop)),
@@ -98,14 +101,14 @@ class SeededStream(Dataset):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_signals_to_main,
-            generator=torch.Generator(),  # of its own: a loader draws from it, and resuming starts a new loader
+            generator=torch.Generator(),  # else it draws from torch's own, and a resumed run would draw more
         )
 
 
 class Positions(Dataset):
-    """Some positions of a stream. A batch whose data cannot be used is the error in place of the items.
+    """Some positions of a stream. If data cannot be used, the error takes the place of the batch.
 
-    Raised in a loading process, it would reach the user as the text of a traceback, without its type.
+    An error that is raised in a loading process would reach the user as the text of a traceback, without its type.
     """
 
     def __init__(self, stream: SeededStream, positions: range):
@@ -122,12 +125,12 @@ class Positions(Dataset):
 
 
 def collate_items(collate: Callable, items: list[dict[str, Any]] | ValueError) -> Any:
-    """Batch the items of `Positions`, and hand on an error."""
+    """Batch the items of `Positions`; an error is returned unchanged."""
     return items if isinstance(items, ValueError) else collate(items)
 
 
 def raise_errors(batches: Iterable[T | ValueError]) -> Iterator[T]:
-    """Yield the batches of a stream's loader, and raise the error that stands for one.
+    """Yield the batches of a stream's loader, and raise an error that takes the place of one.
 
     Raises:
         ValueError: the data cannot be used.

@@ -1,4 +1,4 @@
-"""Text files of other people's programs, read whole: their encoding is found out, their size is limited."""
+"""Read text files of other programs: their encoding is detected, and their size is limited."""
 
 import codecs
 import json
@@ -23,11 +23,11 @@ BYTE_ORDER_MARKS = (
 def read_text(path: Path) -> str:
     """Read a text file: by its byte order mark, else as UTF-8, else as Windows-1252, with a warning.
 
-    A file that is UTF-8 in other places is never read as Windows-1252, which would spoil these places.
+    A file that contains characters of UTF-8 is never read as Windows-1252, which would garble these characters.
 
     Raises:
-        ValueError: it is larger than `MAX_TEXT_BYTES`, in another encoding, or holds NUL bytes.
-        OSError: it cannot be read.
+        ValueError: the file is larger than `MAX_TEXT_BYTES`, has another encoding, or contains NUL bytes.
+        OSError: the file cannot be read.
     """
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
         raise ValueError(f"'{path}' is {size / 2**30:.1f} GiB; over {MAX_TEXT_BYTES // 2**30} GiB is refused")
@@ -44,14 +44,16 @@ def decode_text(data: bytes, path: Path) -> str:
     """Decode the bytes of a text file as `read_text` does.
 
     Raises:
-        ValueError: the encoding cannot be told.
+        ValueError: the encoding is unknown.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if data.startswith(mark):
             try:
                 return data.decode(encoding)
             except UnicodeDecodeError as error:
-                raise ValueError(f"'{path}' begins as {encoding} and is not: {error}") from None
+                raise ValueError(
+                    f"'{path}' has the byte order mark of {encoding} and another encoding: {error}"
+                ) from None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -66,19 +68,13 @@ def decode_text(data: bytes, path: Path) -> str:
     raise ValueError(f"'{path}', line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8")
 
 
-def load_json(path: Path) -> Any:
-    """Parse a JSON file.
+def parse_json_text(text: str, path: Path) -> Any:
+    """Parse the text of a JSON file.
 
     Raises:
-        ValueError: it is not JSON, or is refused by `read_text`.
-        OSError: it cannot be read.
+        ValueError: the text is not JSON.
     """
-    return parse_json_text(read_text(path), path)
-
-
-def parse_json_text(text: str, path: Path) -> Any:
-    """Parse the text of a JSON file; see `load_json`."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # json raises ValueError for numbers of thousands of digits, too
         raise ValueError(f"'{path}' is not JSON: {error}") from None

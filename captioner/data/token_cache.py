@@ -1,14 +1,15 @@
-"""The token cache: the tokens of a frozen encoder for each image, computed once, stored on disk, memory-mapped.
+"""The token cache: a frozen encoder's tokens of each image, computed once and stored in memory-mapped files.
 
 Letters: n images of a shard, V views of each, B images of a batch, M image tokens, D their width.
 
-A cache is a folder. `cache.json` says what made it: encoder, a digest of its weights, preprocessing, grids, views.
+A cache is a folder. `cache.json` holds what made it: encoder, digest of its weights, preprocessing, grids, views.
 Beside it are shards of at most 512 images, `tokens-*.safetensors`: for each grid one tensor (n, V, M, D), and in the
-header which images they are. Why safetensors: a shard is one contiguous array that maps into memory without a copy
-(Arrow would cut rows into batches and give back lists of them), its header tells a truncated file from a whole one (a
-raw array cannot), and the project writes no other format. Why shards: each is written under another name and renamed,
-so that a kill at any moment costs the images of one shard and leaves nothing half done, processes need no lock to share
-the work, and further splits are further shards.
+header the names of its images.
+
+Why safetensors: a shard is one contiguous array that maps into memory without a copy (Arrow would cut rows into batches
+and return lists of them), its header shows whether the file is truncated (a raw array has none), and the project writes
+no other format. Why shards: each is written under another name and renamed. So a killed process loses the images of one
+shard and leaves no incomplete file, processes need no lock to share the work, and further splits are further shards.
 """
 
 import json
@@ -38,15 +39,16 @@ SHARDS = "tokens-*.safetensors"
 SAMPLE = 64
 """Images of a table whose size in bytes is compared with what was encoded."""
 SOURCE = ("encoder", "arguments", "weights", "image")
-"""Entries of the manifest that a model must share to use the cache."""
+"""Entries of the manifest that must be the same for a model that uses the cache."""
 
 
 def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict) -> dict:
-    """Describe what decides the tokens of an image: the encoder, its weights, the preprocessing.
+    """Return everything that determines the tokens of an image: the encoder, its weights, the preprocessing.
 
-    Weights are compared as float16, so that a model saved in half precision keeps the cache it was trained on.
+    Weights are compared as float16, so that a model saved in half precision can use the cache that it was trained on.
 
     Args:
+        encoder: the encoder.
         encoder_config: timm name and arguments, as in `CaptionerConfig`.
         image: timm's data settings, as in `CaptionerProcessor`.
     """
@@ -56,20 +58,20 @@ def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict
 
 
 def grid_name(encoder: TokenEncoder, grid: Grid | None) -> str:
-    """Name the tokens of a grid, or for `None` of the encoder's default: `5x5`, or `all` for a token of every cell."""
+    """Return the name of a grid, or for `None` of the encoder's default: `5x5`, or `all` for a token of every cell."""
     grid = grid or encoder.grid
     return "all" if grid is None else write_grid(grid)
 
 
 def image_names(table: "Dataset") -> list[str]:
-    """Name the images of a caption table by image id and file name, without touching the images."""
+    """Return the names of a table's images in the cache: image id and file name. No image is read."""
     columns = table.select_columns(["image_id", "image"]).with_format("arrow")[:]
     paths = struct_field(columns["image"], "path").to_pylist()
     return [f"{i} {Path(path or '').name}" for i, path in zip(columns["image_id"].to_pylist(), paths, strict=True)]
 
 
 def image_size(image: dict) -> int:
-    """Return the size of an encoded image in bytes, or -1 where there is no such file."""
+    """Return the size of an encoded image in bytes, or -1 if there is no such file."""
     if image["bytes"] is not None:
         return len(image["bytes"])
     try:
@@ -79,16 +81,16 @@ def image_size(image: dict) -> int:
 
 
 class TokenCache:
-    """A token cache on disk; opening it reads the headers of its files, and maps the tokens of the grids named.
+    """A token cache on disk. Opening it reads the headers of its files, and maps the tokens of some grids into memory.
 
     Args:
-        folder: what `captioner cache` wrote.
-        source: the `encoder_fingerprint` that the cache must come from; `None` takes any.
+        folder: folder that `captioner cache` wrote.
+        source: the `encoder_fingerprint` that the cache must have; `None` accepts any.
         grids: names of the grids to read; images are read at the first of them where no other is given.
 
     Raises:
-        FileNotFoundError: no cache is there.
-        ValueError: it comes from another encoder, lacks a grid, is damaged, or is no cache at all.
+        FileNotFoundError: there is no cache.
+        ValueError: the cache is of another encoder, lacks a grid, or is damaged, or the folder is not a cache.
     """
 
     def __init__(self, folder: Path, source: dict | None = None, grids: Sequence[str] = ()):
@@ -135,13 +137,13 @@ class TokenCache:
         """Refuse a cache that another encoder or another preprocessing made.
 
         Raises:
-            SettingError: saying what differs.
+            SettingError: they differ; the message says in what.
         """
         if difference := self.difference(source):
             raise SettingError(f"{difference}; this model needs a cache of its own", "tokens")
 
     def difference(self, source: dict) -> str | None:
-        """Say how the encoder and the preprocessing of the cache differ from a model's; `None` if they do not."""
+        """Return how encoder and preprocessing of the cache differ from those of a model; `None` if they do not."""
         made_by = {key: self.manifest[key] for key in SOURCE}
         if made_by == source:
             return None
@@ -167,7 +169,7 @@ class TokenCache:
         """Find the images of a table.
 
         Raises:
-            ValueError: some are not in the cache, or are not the files that were encoded.
+            ValueError: an image is not in the cache, or its file has changed.
         """
         names = image_names(table)
         if count := sum(name not in self.rows and name not in self.broken for name in names):
@@ -186,7 +188,7 @@ class TokenCache:
 
 
 class CachedImages:
-    """The images of a caption table as the model takes them, from a token cache: `image_tokens` (B, M, D)."""
+    """The images of a caption table, read from a token cache as `image_tokens` (B, M, D)."""
 
     def __init__(self, cache: TokenCache, names: Sequence[str]):
         self.shards, self.views = cache.shards, cache.manifest["views"]
@@ -201,14 +203,14 @@ class CachedImages:
         return len(self.row)
 
     def workers(self, count: int) -> int:
-        """Return how many loading processes to start in place of `count`: none, as they cost more than reading."""
+        """Return the number of loading processes to start, if `count` are configured: 0, because reading is faster."""
         return 0
 
     def open(self, number: int) -> int:
-        """Return image `number` as `batch` takes it.
+        """Return image `number` in the form for `batch`, which is the number.
 
         Raises:
-            ImageError: it could not be read when the cache was made.
+            ImageError: the image could not be read when the cache was made.
         """
         if number in self.errors:
             raise ImageError(self.errors[number])
@@ -216,8 +218,14 @@ class CachedImages:
 
     def batch(
         self, opened: Sequence[int], views: Sequence[int] | None = None, grid: Grid | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Gather the tokens of B images at a grid, each in the view given, else in the plain one."""
+    ) -> dict[str, torch.Tensor | Grid]:
+        """Return the tokens of B images as `image_tokens` (B, M, D).
+
+        Args:
+            opened: the images, as `open` returns them.
+            views: view of each image; without it, the unchanged image.
+            grid: compressed grid; `None` for the first grid of the cache.
+        """
         shards = self.shards[write_grid(grid) if grid else self.first]
         some = shards[self.shard[opened[0]]]
         tokens = torch.empty(len(opened), *some.shape[2:], dtype=some.dtype)  # (B, M, D)
@@ -233,15 +241,18 @@ def open_cache(
     grid: Grid | None = None,
     grids: Sequence[Grid] = (),
 ) -> TokenCache | None:
-    """Open the cache of a model's image tokens; None without a folder.
+    """Open the cache of a model's image tokens; returns None if `folder` is None.
 
     Args:
-        grid: the grid at which images are read; `None` for the model's own.
-        grids: all grids at which images may be read in its place.
+        folder: folder of the cache.
+        model: the model.
+        processor: its processor.
+        grid: grid of the tokens; `None` for the model's own.
+        grids: further grids of the tokens, from which training draws.
 
     Raises:
-        FileNotFoundError: no cache is there.
-        ValueError: it is not of this model, lacks a grid, or is damaged.
+        FileNotFoundError: there is no cache.
+        ValueError: the cache is of another model, lacks a grid, or is damaged.
     """
     if folder is None:
         return None
@@ -251,11 +262,11 @@ def open_cache(
 
 
 def read_manifest(folder: Path) -> dict:
-    """Read what made a cache.
+    """Read the manifest of a cache.
 
     Raises:
-        FileNotFoundError: no cache is there.
-        ValueError: the file is not a cache's.
+        FileNotFoundError: there is no cache.
+        ValueError: the file is not the manifest of a cache.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -270,5 +281,5 @@ def read_manifest(folder: Path) -> dict:
 
 
 def manifest_digest(manifest: dict) -> str:
-    """Return the digest that every shard of a cache carries."""
+    """Return the digest that every shard of a cache contains."""
     return digest_json(manifest)

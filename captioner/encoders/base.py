@@ -1,4 +1,4 @@
-"""The contract of every encoder: pixels in, a few tokens out. Freezing, in its one place.
+"""The interface of all encoders: pixels in, a few tokens out. Freezing is implemented here, too.
 
 Letters: B batch, C channels, H W pixels, M tokens returned, D their width, (r, c) the grid of tokens in rows and
 columns, (h, w) the map of cells that the image is cut into.
@@ -21,11 +21,11 @@ class TokenMaps(NamedTuple):
     summary: torch.Tensor
     """One vector for the whole image (B, D): the class token, or the mean of `tokens` where there is none."""
     tokens: torch.Tensor
-    """The tokens without prefix, at their places (B, r, c, D)."""
+    """The tokens of the grid, without prefix tokens (B, r, c, D)."""
     dense: torch.Tensor | None = None
     """Tokens of every cell (B, h, w, D), for an encoder that `has_dense_tokens`, such as LookupViT's lookup tokens."""
     attention: torch.Tensor | None = None
-    """Where each token comes from (B, M, h, w), in the order of `forward_tokens`; each map sums to 1."""
+    """Share of each cell of the image in each token (B, M, h, w), in the order of `forward_tokens`; a map sums to 1."""
 
 
 class PretrainedPart(NamedTuple):
@@ -36,28 +36,28 @@ class PretrainedPart(NamedTuple):
     options: dict[str, Any]
     """Keyword arguments that the network was built with."""
     module: nn.Module
-    """The part itself, which training may hold still."""
+    """The part itself; training may keep its weights fixed."""
 
 
 class TokenEncoder(nn.Module):
     """Base class of all encoders: it turns pixels (B, C, H, W) into tokens (B, M, D).
 
-    A new encoder subclasses it, passes the facts below to `__init__`, implements `forward_tokens` and registers a
+    A new encoder subclasses it, passes the arguments below to `__init__`, implements `forward_tokens` and registers a
     function with timm. The tokens are `num_prefix_tokens` tokens of the whole image (class token, registers), then the
-    tokens of a grid, row by row. All else has a default, to be overridden where the encoder knows better.
+    tokens of a grid, row by row. All other methods have defaults, which an encoder may override.
 
     Args:
         embed_dim: width D of the tokens.
         num_prefix_tokens: tokens before those of the grid; the first is the class token.
         stride: side in pixels of a cell of the map.
-        grid: the grid (r, c) that a call without one gets; `None` returns a token for every cell.
+        grid: the default grid (r, c); `None` for a token of every cell.
 
     Attributes:
         chooses_grid: whether a grid changes what the encoder computes, so that pretraining draws one for each step. An
-            encoder without a choice computes its own map, and pools it where a grid is asked for.
+            encoder without a choice computes its own map, and pools it to the grid of a call.
         has_class_token: whether the first prefix token sums up the image.
         has_dense_tokens: whether `forward_maps` returns `dense` tokens.
-        map_name: what error messages call the map of cells.
+        map_name: name of the map of cells in error messages.
         default_cfg: timm's configuration: `input_size` (C, H, W), `mean`, `std`; `build_model_with_cfg` sets it.
         frozen: see `freeze`.
 
@@ -82,7 +82,7 @@ class TokenEncoder(nn.Module):
         self.head_drop: nn.Module = nn.Identity()
         self.head: nn.Module = nn.Identity()
 
-    # What a decoder is given
+    # For decoders
 
     def forward_tokens(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Encode pixels (B, C, H, W) into tokens (B, M, D), with gradients.
@@ -132,15 +132,15 @@ class TokenEncoder(nn.Module):
         rows, columns = grid or self.grid or self.largest_grid(self.default_cfg["input_size"][1:])
         return self.num_prefix_tokens + rows * columns
 
-    # What pretraining, probes and explanations need
+    # For pretraining, probes and explanations
 
     def forward_maps(self, pixel_values: torch.Tensor, grid: Grid | None = None, attention: bool = False) -> TokenMaps:
         """Encode pixels (B, C, H, W) into tokens at their places; see `TokenMaps`.
 
         Args:
             grid: rows and columns of tokens; `None` for the encoder's default.
-            attention: compute also where each token comes from. An encoder that does not override this method gives
-                each token the cells that it covers, evenly, and a prefix token the whole image.
+            attention: whether to compute the share of each cell in each token. In an encoder that does not override
+                this method, a token has equal shares of the cells that it covers, and a prefix token of all cells.
 
         Raises:
             ValueError: as `forward_tokens`.
@@ -152,12 +152,12 @@ class TokenEncoder(nn.Module):
         return maps._replace(attention=self.covered_cells(tokens, size, grid)) if attention else maps
 
     def lay_out(self, tokens: torch.Tensor, grid: Grid) -> TokenMaps:
-        """Split tokens (B, M, D) into summary and places."""
+        """Split tokens (B, M, D) into the summary and the tokens at their places in the grid."""
         places = tokens[:, self.num_prefix_tokens :].unflatten(1, grid)  # (B, r, c, D)
         return TokenMaps(tokens[:, 0] if self.has_class_token else places.mean((1, 2)), places)
 
     def covered_cells(self, tokens: torch.Tensor, size: Grid, grid: Grid) -> torch.Tensor:
-        """Return maps (B, M, h, w) of the cells that each token covers, evenly; a prefix token covers all."""
+        """Return maps (B, M, h, w) with equal shares of the cells that each token covers; a prefix token covers all."""
         cells = cell_weights(pool_tokens, size, grid, tokens)  # (r*c, h*w)
         whole = torch.full_like(cells[:1], 1 / cells.shape[1]).expand(self.num_prefix_tokens, -1)
         return torch.cat([whole, cells]).unflatten(-1, size).expand(len(tokens), -1, -1, -1)
@@ -176,18 +176,18 @@ class TokenEncoder(nn.Module):
         """Copy the weights of another network, in place, to start training from.
 
         Args:
-            source: timm name of the network, whose pretrained weights are taken, or the network itself.
-            mean: mean of the network's input, for pixels in [0, 1]; `None` for what timm knows of it.
+            source: timm name of the network, which is loaded with pretrained weights, or the network itself.
+            mean: mean of the network's input, for pixels in [0, 1]; `None` for timm's value.
             std: standard deviation of the network's input, likewise.
 
         Raises:
-            ValueError: the weights cannot be had or do not fit, or this kind of encoder cannot use another's.
+            ValueError: the weights cannot be loaded or do not fit, or this kind of encoder cannot use them.
         """
         raise SettingError(
             f"a {type(self.timm_model).__name__} cannot start from the weights of another network", "init_from"
         )
 
-    # What timm needs: https://huggingface.co/docs/timm
+    # For timm: https://huggingface.co/docs/timm
 
     @property
     def timm_model(self) -> nn.Module:
@@ -215,8 +215,8 @@ class TokenEncoder(nn.Module):
         """Make a new classifier of `num_classes` outputs (0 for none).
 
         Args:
-            global_pool: what the classifier reads: `token` (the class token) or `avg` (the mean of the grid); `None`
-                for what it read before.
+            global_pool: input of the classifier: `token` (the class token) or `avg` (the mean of the grid); `None`
+                leaves it as it is.
 
         Raises:
             ValueError: there is no such pooling, or no class token.
@@ -228,31 +228,31 @@ class TokenEncoder(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that an optimiser leaves undecayed, beside vectors."""
+        """Return the names of the parameters without weight decay, in addition to vectors."""
         return set()
 
     # Freezing
 
     def freeze(self) -> "TokenEncoder":
-        """Freeze it: no parameter gets a gradient, and it stays in eval mode even after `train()`; returns self."""
+        """Freeze the encoder: no parameter gets a gradient, and it stays in eval mode after `train()`; returns self."""
         self.frozen = True
         return self.eval()
 
     def train(self, mode: bool = True) -> "TokenEncoder":
         """Switch training mode; a frozen encoder stays in eval mode, its parameters without gradient.
 
-        transformers puts new parameters in place when it loads a model, and calls this afterwards.
+        transformers replaces the parameters when it loads a model, and calls this method afterwards.
         """
         if self.frozen:
             self.requires_grad_(False)
         return super().train(mode and not self.frozen)
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid | str | int | None = None) -> torch.Tensor:
-        """`forward_tokens` in the encoder's own dtype, and without building a graph when it is frozen.
+        """Encode pixels into tokens (B, M, D) in the encoder's own dtype; without a graph if it is frozen.
 
         Args:
             pixel_values: pixels (B, C, H, W).
-            grid: compressed grid as people write it, see `parse_grid`.
+            grid: compressed grid in any form that `parse_grid` reads.
         """
         dtype = next(self.parameters()).dtype
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

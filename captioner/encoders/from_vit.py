@@ -1,11 +1,11 @@
 """Start a LookupViT from the weights of a ViT of the same width.
 
-The patch embedding and positions carry over. Each LookupViT block takes one block of the ViT: its attention and MLP
-become the refinement block as they are, and its attention weights also serve information gathering, which begins as the
-ViT's own attention to the patches. What the ViT has no counterpart of (infusion, the lookup MLP) ends in a zero
-projection, so that the lookup stream begins unchanged.
+The patch embedding and the positions are copied. Each LookupViT block takes one block of the ViT: its attention and MLP
+become the refinement block, and its attention weights also become those of information gathering, which then starts as
+the ViT's own attention to the patches. The parts without a counterpart in the ViT (infusion, the lookup MLP) end in a
+projection of zeros, so that they change nothing at first.
 
-Types: timm's models share no class that declares their layers, so they are `Any` here.
+The types of timm's models are `Any` here, because timm has no base class that declares their layers.
 """
 
 from typing import Any
@@ -22,15 +22,15 @@ from captioner.errors import SettingError
 def init_from_vit(encoder: Any, vit: Any) -> None:
     """Copy a ViT's weights into a LookupViT, in place.
 
-    Of a deeper ViT, blocks are taken evenly from first to last.
+    From a deeper ViT, evenly spaced blocks are taken, from the first to the last.
 
     Args:
         encoder: the LookupViT.
-        vit: timm name of a ViT, whose pretrained weights are taken, or a timm ViT itself.
+        vit: timm name of a ViT, which is loaded with pretrained weights, or a timm ViT itself.
 
     Raises:
-        ValueError: the encoder has a conv stem, the ViT's weights cannot be had, or its width, heads, patch or depth do
-            not fit the encoder.
+        ValueError: the encoder has a conv stem, the ViT's weights cannot be loaded, or its width, heads, patch or depth
+            do not fit the encoder.
     """
     if not isinstance(encoder.patch_embed, PatchEmbed):
         raise SettingError(
@@ -52,7 +52,7 @@ def check_fit(encoder: Any, vit: Any) -> None:
     """Refuse a ViT whose shapes differ from the encoder's.
 
     Raises:
-        ValueError: they do, or it has other layers, or fewer blocks.
+        ValueError: a shape differs, or the ViT has other layers or fewer blocks.
     """
     if not hasattr(vit, "blocks") or not hasattr(vit, "patch_embed") or not hasattr(vit.blocks[0], "attn"):
         raise SettingError(f"{type(vit).__name__} is not a ViT of attention blocks", "init_from")
@@ -78,7 +78,7 @@ def check_fit(encoder: Any, vit: Any) -> None:
 
 
 def copy_positions(encoder: Any, vit: Any) -> None:
-    """Take the class token and the positional embedding, resized for the compressed tokens."""
+    """Copy the class token and the positional embedding, which is resized for the compressed tokens."""
     prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches  # 1, or 0 where the class token has no position
     positions = vit.pos_embed[:, prefix:].unflatten(1, vit.patch_embed.grid_size)  # (1, h, w, D)
     encoder.pos_lookup.copy_(resize_tokens(positions, encoder.pos_lookup.shape[1:3]))

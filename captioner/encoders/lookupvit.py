@@ -1,9 +1,9 @@
-"""LookupViT: a few compressed tokens gather what they need from many (Koner et al., ECCV 2024, arXiv 2407.12753).
+"""LookupViT: a few compressed tokens gather information from many (Koner et al., ECCV 2024, arXiv 2407.12753).
 
 Letters: B batch, N lookup tokens (the patches), M compressed tokens (class token + g x g grid), D width, H heads,
 d = D / H the width of a head, C image channels, (h, w) the lookup grid.
 
-A block keeps two streams, each with its own norms and weights (section 3 of the paper):
+A block has two streams, each with its own norms and weights (section 3 of the paper):
 
 1. information gathering       P <- P + W_o (A V_l),        A = softmax(Q_p K_l^T / sqrt(d))
 2. representation refinement   P <- ordinary ViT block on P
@@ -38,7 +38,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class LookupBlock(nn.Module):
-    """One LookupViT block on compressed tokens P and lookup tokens L; the last block leaves L behind."""
+    """One LookupViT block on compressed tokens P and lookup tokens L; the last block does not update L."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class LookupBlock(nn.Module):
         return self.update(*streams)[:2]
 
     def update(self, compressed: torch.Tensor, lookup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Update P and L; returned with A (B, H, M, N), by which P gathered from L."""
+        """Update P and L; returns both, and the attention A (B, H, M, N) by which P gathered from L."""
         read, attn = self.cross.gather(self.norm_compressed(compressed), self.norm_lookup(lookup))
         compressed = compressed + self.drop_path(read)
         compressed = self.refine(compressed)  # (B, M, D)
@@ -84,8 +84,9 @@ class LookupViT(TokenEncoder):
     Args:
         img_size: training image size in pixels; any multiple of the patch works at call time.
         patch_size: patch side in pixels.
-        stem: what makes lookup tokens of pixels: `patch` (one linear layer per patch, as the paper), `conv` (three
-            overlapping convolutions) or the timm name of a network, whose first stages are taken; see `create_stem`.
+        stem: the layers that make lookup tokens from pixels: `patch` (one linear layer per patch, as in the paper),
+            `conv` (three overlapping convolutions) or the timm name of a network, whose first stages are taken; see
+            `create_stem`.
         stem_options: keyword arguments of that network.
         in_chans: image channels C.
         num_classes: classifier outputs; 0 for none.
@@ -96,7 +97,7 @@ class LookupViT(TokenEncoder):
         cross_heads: heads of MHBC; `None` for `num_heads`. Fewer make the absorbed form cheaper still.
         mlp_ratio: hidden width of the refinement MLP, in units of D.
         lookup_mlp_ratio: hidden width of the lookup MLP, in units of D (1/q, q = 2 in the paper).
-        grid: compressed grid used when a call names none; its positional embedding is stored at this size.
+        grid: default compressed grid; the positional embedding is stored at this size.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
         absorb: see `MHBC`.
@@ -230,7 +231,7 @@ class LookupViT(TokenEncoder):
     def roll_out(
         self, pixel_values: torch.Tensor, size: Grid, grid: Grid
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `forward_streams`, and where each compressed token comes from (B, M, h, w)."""
+        """Encode pixels as `forward_streams`; also returns the shares of cells in compressed tokens (B, M, h, w)."""
         compressed, lookup = self.embed(pixel_values, grid)
         resize = cell_weights(resize_tokens, size, grid, lookup)  # (g*g, N)
         rows = torch.cat([torch.zeros_like(resize[:1]), resize]).expand(len(lookup), -1, -1)  # (B, M, N)
@@ -260,7 +261,7 @@ class LookupViT(TokenEncoder):
         """Start from a ViT (see `init_from_vit`); with a stem cut from a network, from that network (see `init_stem`).
 
         Raises:
-            ValueError: the weights cannot be had or do not fit.
+            ValueError: the weights cannot be loaded or do not fit.
         """
         if not isinstance(self.patch_embed, NetworkStem):
             return init_from_vit(self, source)
@@ -270,11 +271,11 @@ class LookupViT(TokenEncoder):
         init_stem(self.patch_embed, network, self.default_cfg, mean, std)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory: recompute each block in the backward pass."""
+        """Set whether each block is recomputed in the backward pass, which takes time and saves memory."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that an optimiser leaves undecayed, beside vectors."""
+        """Return the names of the parameters without weight decay, in addition to vectors."""
         return {"cls_token", "pos_lookup", "pos_compressed"}
 
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -1,4 +1,4 @@
-"""Maps of tokens (B, h, w, D): resized, pooled, and which cells of the map a token stands for.
+"""Maps of tokens (B, h, w, D): resize them, pool them, and find which cells of the map make a token.
 
 Letters: B batch, (h, w) the map, (r, c) a grid of rows and columns, D width.
 """
@@ -26,13 +26,13 @@ def pool_tokens(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
 def cell_weights(
     change: Callable[[torch.Tensor, Grid], torch.Tensor], size: Grid, grid: Grid, like: torch.Tensor
 ) -> torch.Tensor:
-    """Return by which weights a linear change of maps makes each of its tokens from the cells, (r*c, h*w).
+    """Return the weights (r*c, h*w) by which a linear function of maps makes each of its tokens from the cells.
 
     Args:
-        change: `resize_tokens` or `pool_tokens`.
-        size: the map's size (h, w).
-        grid: the size (r, c) it is changed to.
-        like: a tensor on the device wanted, in the precision wanted or a lower one.
+        change: the function, `resize_tokens` or `pool_tokens`.
+        size: size of its input (h, w).
+        grid: size of its output (r, c).
+        like: a tensor on the device of the weights; they have its precision, but at least float32.
     """
     cells = size[0] * size[1]
     precision = torch.promote_types(like.dtype, torch.float32)

@@ -10,14 +10,14 @@ from torch import nn
 class MHBC(nn.Module):
     """Multi-head bidirectional cross-attention between compressed and lookup tokens.
 
-    Direct and absorbed form are the same function. In multiply-adds per image and projection, direct costs
-    `N*D*D + M*N*D` and absorbed `M*D*D + H*M*N*D`; keys, values and infusion trade alike, so one comparison of the
-    shapes decides all three. There is no key bias: it adds a constant to a softmax row and so changes nothing.
+    The direct form and the absorbed form are the same function. In multiply-adds per image and projection, direct costs
+    `N*D*D + M*N*D` and absorbed `M*D*D + H*M*N*D`. Keys, values and infusion cost the same, so one comparison of the
+    shapes decides for all three. There is no key bias: it adds a constant to a softmax row and so changes nothing.
 
     Args:
         dim: token width D.
         num_heads: heads H, a divisor of D.
-        infuse: whether the layer also sends context back to the lookup tokens (the last block does not).
+        infuse: whether the layer also infuses context into the lookup tokens (the last block does not).
         absorb: `None` picks the cheaper form from the shapes; `True` or `False` forces one.
     """
 
@@ -30,8 +30,9 @@ class MHBC(nn.Module):
         self.k = nn.Linear(dim, dim, bias=False)
         self.v = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
-        self.infuse_v = nn.Linear(dim, dim) if infuse else None
-        self.infuse_proj = nn.Linear(dim, dim) if infuse else None
+        if infuse:
+            self.infuse_v = nn.Linear(dim, dim)
+            self.infuse_proj = nn.Linear(dim, dim)
 
     def absorbs(self, num_compressed: int, num_lookup: int) -> bool:
         """Return whether the absorbed form is used for M compressed and N lookup tokens."""
@@ -46,7 +47,7 @@ class MHBC(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def gather(self, compressed: torch.Tensor, lookup: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Information gathering: compute the update of the compressed tokens, and the attention A that it is made by.
+        """Information gathering: compute the update of the compressed tokens, and the attention A.
 
         Args:
             compressed: normed compressed tokens (B, M, D).

@@ -15,17 +15,17 @@ from timm.models import is_model_in_modules, model_entrypoint
 from captioner.encoders.base import TokenEncoder
 from captioner.encoders.shipped import SHIPPED, describe_shipped, load_shipped
 from captioner.encoders.timm_models import PooledEncoder
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.hub import hub_options
 
 logger = logging.getLogger(__name__)
 
 
 EXPORTED = ("hf-hub:", "local-dir:")
-"""How names of encoders begin that are not timm's own."""
+"""Prefixes in the names of exported encoders."""
 
 WRONG_OPTIONS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-"""What models raise for keyword arguments that they do not take."""
+"""Errors that models raise for keyword arguments that they do not take."""
 
 
 def own_encoders() -> list[str]:
@@ -37,13 +37,13 @@ def create_encoder(name: str, **kwargs: Any) -> TokenEncoder:
     """Build an encoder by its timm name: a `TokenEncoder`, or any stock timm model through `PooledEncoder`.
 
     Args:
-        name: a timm model name, such as `lookupvit_small_patch16_224`; or, with its weights, a timm name with a tag
-            (`vit_small_patch16_224.augreg_in21k`), `local-dir:FOLDER` as `pretrain.py` exports it, `hf-hub:OWNER/NAME`,
-            or `shipped`, the encoder of the captioner that comes with this package.
-        kwargs: handed to `timm.create_model` (`img_size`, `pretrained`, `checkpoint_path`, ...).
+        name: a timm model name, such as `lookupvit_small_patch16_224`, for random weights. For trained weights, a timm
+            name with a tag (`vit_small_patch16_224.augreg_in21k`), `local-dir:FOLDER` as `captioner pretrain` exports
+            it, `hf-hub:OWNER/NAME`, or `shipped`, the encoder of the captioner that comes with this package.
+        kwargs: further arguments of `timm.create_model` (`img_size`, `pretrained`, `checkpoint_path`, ...).
 
     Raises:
-        ValueError: timm knows no model of that name, it does not take the options, or its weights cannot be had.
+        ValueError: timm has no model of that name, it does not take the options, or its weights cannot be loaded.
     """
     if name == SHIPPED:
         description = describe_shipped()
@@ -58,7 +58,7 @@ def create_encoder(name: str, **kwargs: Any) -> TokenEncoder:
         raise SettingError(f"no encoder named '{name}' in timm; {hint}", "encoder")
     settings: dict[str, Any] = {"num_classes": 0, "pretrained": has_weights(name)}
     if is_model_in_modules(architecture, ["vision_transformer"]):
-        settings["dynamic_img_size"] = True  # any size divisible by the patch, as the contract has it
+        settings["dynamic_img_size"] = True  # any size divisible by the patch
     try:
         model: Any = timm.create_model(name, **{**settings, **kwargs})
         if not hasattr(model, "default_cfg"):
@@ -81,7 +81,7 @@ def create_encoder(name: str, **kwargs: Any) -> TokenEncoder:
 
 
 def frozen_encoder(name: str) -> TokenEncoder:
-    """Build an encoder to be used as it is; one without trained weights gets a warning, since it will never have any.
+    """Build an encoder that is never trained. One with random weights gets a warning.
 
     Raises:
         ValueError: as `create_encoder`.
@@ -97,15 +97,15 @@ def frozen_encoder(name: str) -> TokenEncoder:
 
 
 def create_timm(what: str, name: str, **options: Any) -> Any:
-    """Build a timm model to take weights from or to learn from.
+    """Build a timm model, such as a teacher, whose weights or outputs are used.
 
     Args:
-        what: what the model is to the user, as the message calls it.
+        what: the role of the model, for error messages.
         name: timm name, with a tag or without, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
-        options: handed to `timm.create_model`.
+        options: further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: there is no such model, its weights cannot be had, or it does not take the options.
+        ValueError: there is no such model, its weights cannot be loaded, or it does not take the options.
     """
     if not name.startswith(EXPORTED) and not timm.is_model(name.split(".")[0]):
         raise ValueError(f"no {what} named '{name}' in timm")
@@ -118,12 +118,12 @@ def create_timm(what: str, name: str, **options: Any) -> Any:
 
 
 def has_weights(name: str) -> bool:
-    """Return whether an encoder of this name comes with trained weights; others start from random ones."""
+    """Return whether an encoder of this name has trained weights; others have random ones."""
     return name == SHIPPED or name.startswith(EXPORTED) or "." in name
 
 
 def exported_config(name: str) -> dict[str, Any]:
-    """Read what timm wrote beside the weights of `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+    """Read the configuration of timm beside the weights of `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
 
     Raises:
         ValueError: there is no such encoder, or its weights are not safetensors.
@@ -132,7 +132,7 @@ def exported_config(name: str) -> dict[str, Any]:
     folder = Path(place)
     try:
         if kind == "hf-hub":
-            hub_options(place)  # refuses one that cannot be had
+            hub_options(place)  # raises an error if there is no such repository
             config = json.loads(Path(hf_hub_download(place, "config.json")).read_text())
         else:
             config = json.loads((folder / "config.json").read_text())
@@ -148,13 +148,17 @@ def exported_config(name: str) -> dict[str, Any]:
 
 
 def describe_encoder(name: str, **kwargs: Any) -> dict[str, Any]:
-    """Return how to rebuild an encoder without the folder or hub it came from: `{"name": timm name, "kwargs": {...}}`.
-
-    What decides about weights or about a classifier is left out: the description is of the tokens.
+    """Return a description for `rebuild_encoder`, which does not need the folder or hub of the encoder.
 
     Args:
         name: as for `create_encoder`.
-        kwargs: what `create_encoder` was given beside it.
+        kwargs: further arguments of `create_encoder`.
+
+    Returns:
+        `{"name": timm name, "kwargs": {...}}`, without arguments that concern weights or a classifier.
+
+    Raises:
+        ValueError: there is no such exported encoder.
     """
     if name == SHIPPED:
         return describe_shipped()
@@ -167,29 +171,23 @@ def describe_encoder(name: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def rebuild_encoder(description: Mapping[str, Any]) -> TokenEncoder:
-    """Build the encoder that a captioner's configuration describes, without weights: the captioner has its own.
+    """Build the encoder of a captioner's configuration, without loading weights: the captioner's file contains them.
 
     Args:
-        description: `{"name": timm name, "kwargs": {...}}`. It may be hostile: it is refused if it asks for anything to
-            be loaded.
+        description: `{"name": timm name, "kwargs": {...}}`. It is not trusted: it is refused if it would load anything.
 
     Raises:
-        ValueError: it asks for what lies elsewhere, for what timm does not know, or is no description.
+        ValueError: the description would load something, timm has no such model, or it has another form.
     """
     fields = description if isinstance(description, Mapping) else {}
     name, kwargs = fields.get("name"), fields.get("kwargs", {})
     if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
-        raise ValueError(f"a captioner's configuration describes no encoder by {description}")
+        raise ValueError(f"the encoder_config of a captioner is not valid: {description}")
     if elsewhere := [name] * name.startswith(EXPORTED) + loading_options(kwargs):
-        raise ValueError(f"a captioner's configuration may not ask for '{elsewhere[0]}' of its encoder")
+        raise ValueError(f"the encoder_config of a captioner may not hold '{elsewhere[0]}', which would load something")
     return create_encoder(name.split(".")[0], **kwargs, pretrained=False)
 
 
 def loading_options(kwargs: Mapping[str, Any]) -> list[str]:
-    """Return those of timm's keyword arguments that make it load something."""
+    """Return the keyword arguments with which timm would load something."""
     return [key for key in kwargs if key.startswith(("pretrained", "checkpoint")) or key == "cache_dir"]
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its kind if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,7 +2,7 @@
 
 Abnar & Zuidema (ACL 2020, arXiv 2005.00928, section 3) describe a block with a residual connection by the matrix
 (I + A) / 2, where A is its attention, averaged over the heads, and multiply the matrices of all blocks. A row of the
-product says from which input tokens an output token was mixed. Here a row is kept over the N cells of the image alone:
+product has the share of each input token in an output token. Here, a row has the N cells of the image alone:
 
     P (M x N)   rows of the tokens that the encoder returns
     L (N x N)   rows of LookupViT's lookup tokens; at first each is its own cell, L = I
@@ -14,9 +14,9 @@ steps is one such mixture, with A (M x N) the attention of information gathering
     refinement   P <- (P + S P) / 2         S the self-attention of the refinement block
     infusion     L <- (L + T P) / 2         T = A^T with each row divided by its sum: the lookup token's own shares
 
-A class token or a register starts as a row of zeros, as it has seen no image yet; a compressed token starts as the
-bilinear resize that it is made by. In the end each row is divided by its sum. MLPs, norms and values do not move
-content between tokens and are left out, as in the paper.
+A class token or a register starts as a row of zeros, because it contains nothing of the image yet. A compressed token
+starts with the weights of the bilinear resize that makes it. At the end, each row is divided by its sum. MLPs, norms
+and values do not move content between tokens and are left out, as in the paper.
 
 Letters: B batch, H heads, M tokens returned, N cells of the image (or tokens of a ViT), d width of a head.
 """
@@ -33,17 +33,17 @@ SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 class AttentionRecorder(TorchFunctionMode):
     """Records the self-attention (B, N, N), averaged over the heads, of each layer that runs within the context.
 
-    It watches the calls of `scaled_dot_product_attention`, with which timm's and torch's layers attend, and of a
-    softmax of shape (B, H, N, N), with which they attend where that call is switched off. It does so in this thread
+    It intercepts the calls of `scaled_dot_product_attention`, by which the layers of timm and torch attend, and of a
+    softmax of shape (B, H, N, N), by which they attend if that function is switched off. It does so in this thread
     alone, and changes no output.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.maps: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run any torch function; of an attention, record the weights too."""
+        """Run a torch function; if it is attention, record its weights."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
@@ -85,19 +85,19 @@ def attention_weights(
 
 @torch.no_grad()
 def mix(rows: torch.Tensor, weights: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Return the rows after a residual step that adds `source`, mixed by attention `weights`: half and half."""
+    """Return the rows after a residual step: the mean of `rows` and of `source` mixed by attention `weights`."""
     with torch.autocast(rows.device.type, enabled=False):
         return (rows + weights.to(rows.dtype) @ source) / 2
 
 
 @torch.no_grad()
 def shares(attention: torch.Tensor) -> torch.Tensor:
-    """Transpose the attention of gathering (B, M, N) into the shares T (B, N, M) of each lookup token."""
+    """Transpose the attention of gathering (B, M, N) into shares T (B, N, M), whose rows sum to 1."""
     return normalize(attention.mT)
 
 
 def normalize(rows: torch.Tensor) -> torch.Tensor:
-    """Divide each row by its sum; a row of zeros stays."""
+    """Divide each row by its sum; a row of zeros is unchanged."""
     return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 

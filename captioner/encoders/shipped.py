@@ -13,16 +13,16 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 """Folder of the captioner."""
 
 PREFIX = "encoder."
-"""How the names of the encoder's tensors begin in the captioner's file."""
+"""Prefix of the names of the encoder's tensors in the captioner's file."""
 
 
 def describe_shipped() -> dict:
-    """Return how to rebuild the encoder: `{"name": timm name, "kwargs": {...}}`."""
+    """Return the description of the encoder for `rebuild_encoder`: `{"name": timm name, "kwargs": {...}}`."""
     return json.loads((WEIGHTS / "config.json").read_text())["encoder_config"]
 
 
 def load_shipped(encoder: nn.Module) -> None:
-    """Load the weights into an encoder that was built from the description, and note the image size they expect."""
+    """Load the weights into an encoder built from the description, and set the image size of its `default_cfg`."""
     with safe_open(WEIGHTS / "model.safetensors", "pt") as file:
         names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118
         encoder.load_state_dict({name.removeprefix(PREFIX): file.get_tensor(name) for name in names})

@@ -1,4 +1,4 @@
-"""Stems: the first layers of an encoder, which make tokens from pixels.
+"""Stems: the first layers of an encoder, which turn pixels into tokens.
 
 Letters: B batch, C image channels, H W pixels, (h, w) the token grid, D width.
 """
@@ -20,7 +20,7 @@ class NetworkStem(HybridEmbed):
     """The first stages of a timm network, down to the patch's stride, and a linear layer to the encoder's width.
 
     As in ViT's hybrids (Dosovitskiy et al., ICLR 2021, section 3.1), but from a small network. It is meant to start
-    from trained weights (`init_stem`), so its running statistics stay as they are, in training too.
+    from trained weights (`init_stem`), so training does not change its running statistics.
 
     Args:
         name: timm name of the network, without a tag.
@@ -31,7 +31,7 @@ class NetworkStem(HybridEmbed):
         options: further keyword arguments of the network.
 
     Raises:
-        SettingError: timm has no such network, it cannot be cut there, or the options ask for weights.
+        SettingError: timm has no such network, it cannot be cut there, or the options would load weights.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class NetworkStem(HybridEmbed):
             )
         options = options or {}
         if not isinstance(options, dict) or (asked := [*loading_options(options), *({"out_indices"} & options.keys())]):
-            what = f"ask for '{asked[0]}'" if isinstance(options, dict) else f"be '{options}'"
-            raise SettingError(f"the options of a stem may not {what}", "encoder_options")
+            what = (
+                f"may not hold '{asked[0]}'" if isinstance(options, dict) else f"must be a dictionary, not '{options}'"
+            )
+            raise SettingError(f"the options of a stem {what}", "encoder_options")
         make = partial(timm.create_model, name, features_only=True, feature_cls="getter", in_chans=in_chans, **options)
         try:
             network = make()
@@ -87,7 +89,7 @@ def init_stem(
     mean: Sequence[float] | torch.Tensor,
     std: Sequence[float] | torch.Tensor,
 ) -> None:
-    """Copy a trained network's first stages into a stem, in place, and scale its input as that network expects it.
+    """Copy a trained network's first stages into a stem, in place, and scale its input to that of the network.
 
     Args:
         stem: the stem.
@@ -97,7 +99,7 @@ def init_stem(
         std: standard deviation of the network's input, likewise.
 
     Raises:
-        SettingError: it is another network.
+        SettingError: the network's weights do not fit the stem.
     """
     own_mean, own_std, mean, std = (
         torch.as_tensor(v, device="cpu").view(-1, 1, 1) for v in (own["mean"], own["std"], mean, std)
@@ -118,9 +120,9 @@ def create_stem(
 ) -> nn.Module:
     """Build the stem that turns pixels (B, C, H, W) into lookup tokens (B, h, w, D).
 
-    - `patch`: a linear layer per patch, as ViT has it.
-    - `conv`: three overlapping convolutions in its place (Xiao et al., NeurIPS 2021, arXiv 2106.14881), narrow enough
-      to add little: a tenth to the FLOPs of six blocks of LookupViT-Ti at 5x5.
+    - `patch`: a linear layer per patch, as in ViT.
+    - `conv`: three overlapping convolutions (Xiao et al., NeurIPS 2021, arXiv 2106.14881). They are narrow, and add a
+      tenth to the FLOPs of six blocks of LookupViT-Ti at 5x5.
     - any other: the first stages of the timm network of that name, see `NetworkStem`.
 
     Raises:
@@ -145,7 +147,7 @@ def create_stem(
         padding=(first - 1, 1, 1),
         act_layer=nn.GELU,
     )
-    backbone.num_features = dim  # with it and the sizes, HybridEmbed need not try an image
+    backbone.num_features = dim  # with this and the sizes, HybridEmbed does not run the backbone to find them
     sizes = {"feature_size": [side // patch_size for side in to_2tuple(img_size)], "feature_ratio": patch_size}
     options = {"in_chans": in_chans, "embed_dim": dim, "output_fmt": "NHWC", "strict_img_size": False}
     return HybridEmbed(backbone, img_size, **sizes, **options, proj=False)

@@ -18,7 +18,7 @@ class PooledEncoder(TokenEncoder):
     """Any timm ViT or CNN as a `TokenEncoder`.
 
     It returns a ViT's prefix tokens (class, registers) and patches, or a CNN's feature map, row by row. The model
-    computes its own map always (`chooses_grid` is false); with a `grid`, the map is average-pooled to it.
+    always computes its own map (`chooses_grid` is false); with a `grid`, the map is average-pooled to it.
 
     Args:
         model: the timm model.
@@ -28,20 +28,14 @@ class PooledEncoder(TokenEncoder):
         prefix, stages = getattr(model, "num_prefix_tokens", 0), getattr(model, "feature_info", None) or [{}]
         stride = stages[-1].get("reduction", 0)
         super().__init__(embed_dim=model.num_features, num_prefix_tokens=prefix, stride=stride)
-        self.model: Any = model  # timm's models share no class that declares what they have
+        self.model: Any = model  # timm has no base class that declares what its models have
+        self.default_cfg = self.pretrained_cfg = model.pretrained_cfg
         class_token = getattr(model, "cls_token", None)
         self.has_class_token = prefix > 0 and getattr(model, "has_class_token", class_token is not None)
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self.num_classes = getattr(model, "num_classes", 0)
         self.map_sizes: dict[tuple[int, int], Grid] = {}
         self.stride = stride or self.own_size[0] // self.largest_grid(self.own_size)[0]
-
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """The wrapped model's timm configuration: input size, mean, deviation."""
-        return self.model.pretrained_cfg
-
-    pretrained_cfg = default_cfg
 
     @property
     def own_size(self) -> tuple[int, int]:
@@ -55,10 +49,10 @@ class PooledEncoder(TokenEncoder):
         return self.model
 
     def forward_features(self, x: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        """Return the wrapped model's own features: tokens (B, N, D) or a map, for any grid the same.
+        """Return the wrapped model's own features, tokens (B, N, D) or a map; the grid changes nothing.
 
         Raises:
-            ValueError: the model has several maps.
+            ValueError: the model returns several maps.
         """
         x = self.model.forward_features(x)
         if not isinstance(x, torch.Tensor):
@@ -83,7 +77,7 @@ class PooledEncoder(TokenEncoder):
         self.num_classes = num_classes
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that timm leaves undecayed."""
+        """Return the names of the parameters without weight decay in timm."""
         return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
 
     def forward_tokens(self, pixel_values: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
@@ -100,9 +94,9 @@ class PooledEncoder(TokenEncoder):
     def forward_maps(self, pixel_values: torch.Tensor, grid: Grid | None = None, attention: bool = False) -> TokenMaps:
         """Encode pixels (B, C, H, W) into tokens at their places; see `TokenMaps`.
 
-        Attention is rolled out through the blocks of a model that attends between all its tokens, as a ViT does (see
-        `rollout.py`); a pooled token has the mean of its patches. Of other models (CNNs, attention within windows) each
-        token has the cells that it is pooled from, evenly.
+        Attention is rolled out through the blocks of a model that attends between all its tokens, such as a ViT (see
+        `rollout.py`); a pooled token has the mean of its patches. In other models (CNNs, attention within windows),
+        each token has equal shares of the cells that it is pooled from.
         """
         recorder = None
         if attention:
@@ -118,9 +112,10 @@ class PooledEncoder(TokenEncoder):
         return TokenMaps(summary, pooled, attention=self.roll_out(recorder, pooled, size) if recorder else None)
 
     def roll_out(self, recorder: AttentionRecorder, tokens: torch.Tensor, size: Grid) -> torch.Tensor:
-        """Return where each token comes from (B, M, h, w), from what was recorded of the model's attention.
+        """Return the share of each cell in each token (B, M, h, w), from the recorded attention of the model.
 
         Args:
+            recorder: the recorded attention.
             tokens: the pooled tokens (B, r, c, D).
             size: the model's map (h, w).
         """
@@ -149,8 +144,9 @@ class PooledEncoder(TokenEncoder):
         count = patches.shape[1]
         rows = round((count * size[0] / size[1]) ** 0.5)
         grid = (rows, count // rows) if rows else (0, 0)
-        if hasattr(embed := getattr(self.model, "patch_embed", None), "dynamic_feat_size"):
-            exact = embed.dynamic_feat_size(size)  # it knows of padding
+        embed: Any = getattr(self.model, "patch_embed", None)
+        if hasattr(embed, "dynamic_feat_size"):
+            exact = embed.dynamic_feat_size(size)  # it takes padding into account
             grid = exact if exact[0] * exact[1] == count else grid
         if grid[0] * grid[1] != count:
             raise ValueError(f"the {count} tokens of {type(self.model).__name__} do not lie on a grid")
@@ -177,7 +173,7 @@ class PooledEncoder(TokenEncoder):
         some = next(self.model.parameters())
         blank = torch.zeros(1, self.default_cfg["input_size"][0], *size, dtype=some.dtype, device=some.device)
         modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()  # else a CNN's running statistics would take the blank image in
+        self.model.eval()  # in training mode, the black image would change running statistics
         try:
             return self.forward_features(blank)
         finally:

@@ -1,4 +1,4 @@
-"""What a file holds beside its pixels (EXIF, text, profiles): it may turn an image, and never makes it unusable."""
+"""Metadata of image files (EXIF, text, profiles): it may rotate an image, but never makes it unusable."""
 
 import re
 import struct
@@ -16,7 +16,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation."""
+"""The operation that turns an image upright, by its EXIF orientation."""
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -31,22 +31,22 @@ AVIF_EXTRAS = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))(?:Exif|mime)", re.DOTALL
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turn a loaded image as its EXIF or XMP orientation says; one that cannot be read counts as 1, upright."""
+    """Rotate a loaded image by its EXIF or XMP orientation; an orientation that cannot be read counts as 1, upright."""
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # of broken EXIF, Pillow raises SyntaxError, struct.error, KeyError, ValueError and others
+    except Exception:  # for broken EXIF, Pillow raises SyntaxError, struct.error, KeyError, ValueError and others
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Return an encoded image without what its pixels do not need; an orientation that can be read is kept.
+    """Return an encoded image without the metadata that its pixels do not need; a readable orientation stays.
 
-    Pillow reads some metadata before the pixels, or after them, and refuses the image where that is broken or large.
+    Pillow reads some metadata before or after the pixels, and refuses the image if that is broken or large.
 
     Returns:
-        The image's bytes; unchanged if there is no metadata, or the format is another than PNG, JPEG, WebP, TIFF or
-        AVIF, or is itself broken.
+        The image's bytes. They are unchanged if there is no metadata, if the format is not PNG, JPEG, WebP, TIFF or
+        AVIF, or if the structure of the file is broken.
     """
     try:
         if data.startswith(PNG_START):
@@ -66,7 +66,7 @@ def strip_metadata(data: bytes) -> bytes:
 
 
 def keep_orientation(exif: bytes) -> bytes:
-    """Return EXIF that holds the orientation alone; empty if there is none, or it cannot be read."""
+    """Return EXIF with the orientation alone; empty if there is no orientation, or it cannot be read."""
     try:
         found, kept = Image.Exif(), Image.Exif()
         found.load(exif)
@@ -79,7 +79,7 @@ def keep_orientation(exif: bytes) -> bytes:
 def png_chunks(data: bytes) -> Iterator[bytes]:
     """Yield the chunks of a PNG that pixels need, and its orientation.
 
-    Text is never decompressed, so that no limit is needed for it.
+    Text is never decompressed, so it needs no limit.
     """
     start, colour = len(PNG_START), data[25]
     while start + 12 <= len(data):
@@ -96,16 +96,16 @@ def png_chunks(data: bytes) -> Iterator[bytes]:
             yield struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
         if kind == b"IEND":
             return
-    yield data[start:]  # a file that is cut here is refused for that when it is decoded
+    yield data[start:]  # the decoder refuses a file that is cut here
 
 
 def jpeg_segments(data: bytes) -> Iterator[bytes]:
-    """Yield the segments of a JPEG that pixels need, its orientation, and all that follows its header."""
+    """Yield the segments of a JPEG that pixels need, its orientation, and everything after its header."""
     start = 2
     while True:
         start = data.index(b"\xff", start)
         marker = data[start + 1]
-        if marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD8 or marker == 0x01:  # filling, or a marker alone
+        if marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD8 or marker == 0x01:  # padding, or a marker without a segment
             start += 1
             continue
         (size,) = struct.unpack_from(">H", data, start + 2)
@@ -119,18 +119,18 @@ def jpeg_segments(data: bytes) -> Iterator[bytes]:
         elif marker == 0xE1 and body.startswith(b"Exif\0\0") and (exif := keep_orientation(body)):
             yield b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
         start += size + 2
-        if marker == 0xDA:  # what follows is pixels
+        if marker == 0xDA:  # the pixels follow
             yield data[start:]
             return
 
 
 def webp_chunks(data: bytes) -> Iterator[bytes]:
-    """Yield the chunks of a WebP that pixels need, and its EXIF, which nothing but `turn_upright` reads."""
+    """Yield the chunks of a WebP that pixels need, and its EXIF, which only `turn_upright` reads."""
     start = 12
     while start + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, start)
         stop = start + 8 + size + size % 2
-        if kind == b"VP8X":  # says what else there is: now neither a profile nor XMP
+        if kind == b"VP8X":  # its flags list the other chunks: clear those of the profile and of XMP
             yield data[start : start + 8] + bytes([data[start + 8] & 0b00011010]) + data[start + 9 : stop]
         elif kind in (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF") or (kind == b"EXIF" and stop <= len(data)):
             yield data[start:stop]
@@ -138,7 +138,7 @@ def webp_chunks(data: bytes) -> Iterator[bytes]:
 
 
 def strip_tiff(data: bytes) -> bytes:
-    """Give a TIFF a directory for its first image that has only the tags pixels need, written behind its end."""
+    """Append a directory for the first image to a TIFF, which has only the tags that pixels need; returns the TIFF."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     number, counter, entry = ("Q", "Q", 20) if big else ("I", "H", 12)

@@ -1,4 +1,4 @@
-"""Opening untrusted images safely: any file or bytes in, an upright 8-bit RGB image out, or one clear error."""
+"""Open untrusted images safely: from any file or bytes to an upright 8-bit RGB image, or one clear error."""
 
 import io
 import os
@@ -18,14 +18,14 @@ from captioner.images.pixels import MAX_PIXELS, array_to_rgb, check_size, to_rgb
 from captioner.images.sources import ImageError, ImageSource, is_array, is_file, quote_name
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
-"""Decoders that may see untrusted bytes; those that call out to other programs (EPS, say) are not among them."""
+"""Decoders for untrusted bytes. Decoders that start other programs, such as that of EPS, are not among them."""
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp")
     + (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc")
     + (".jpf", ".jpx", ".ico", ".tga", ".icb", ".vda", ".vst")
 )
-"""File endings taken for images when a folder is searched: all that `FORMATS` are known by."""
+"""File endings of images when a folder is searched: all usual ones of `FORMATS`."""
 
 RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
 
@@ -36,24 +36,24 @@ UNREAD = (
     | {".jxl": "JPEG XL", ".psd": "Photoshop", ".svg": "SVG", ".emf": "EMF", ".wmf": "WMF", ".dcm": "DICOM"}
     | {".exr": "EXR", ".qoi": "QOI"}
 )
-"""Formats of images that are not read, by file ending; a converter to JPEG or PNG makes them readable."""
+"""Image formats that are not read, by file ending; such images must be converted to JPEG or PNG."""
 
 MAX_BYTES = 512 * 2**20
-"""Encoded size in bytes above which a file is refused unread."""
+"""Encoded size in bytes above which a file is refused without reading it."""
 
 UNSUPPORTED = "of an unsupported format"
 
 DRAFT = (1024, 1024)
-"""Size that a large JPEG is decoded at, at least: a fraction of its own takes less time."""
+"""Smallest size in pixels to which a large JPEG is reduced while it is decoded, which saves time."""
 
 
 def open_image(source: ImageSource) -> Image.Image:
     """Open one image as upright, 8-bit RGB.
 
-    The EXIF orientation is applied, transparency is laid on white, and of an animation the first frame is taken.
-    Other depths than 8 bits become 8 by the fixed rules of `captioner.images.pixels`: 16 bits by `value // 257`,
-    floating point from 0.0 (black) to 1.0 (white), whatever the brightest value of the image is. Metadata that cannot
-    be read is left out.
+    The EXIF orientation is applied, transparency becomes white, and an animation gives its first frame. Other depths
+    become 8 bits by the fixed rules of `captioner.images.pixels`: 16 bits by `value // 257`, floating point from 0.0
+    (black) to 1.0 (white). The rules do not depend on the brightest value of the image. Metadata that cannot be read is
+    ignored.
 
     Args:
         source: a path, encoded bytes, a `datasets` record `{"path": ..., "bytes": ...}`, a file opened in binary mode,
@@ -61,8 +61,8 @@ def open_image(source: ImageSource) -> Image.Image:
             uint8, uint16, bool or floating point from 0 to 1.
 
     Raises:
-        ImageError: missing, empty, truncated, not an image, of a refused format, without pixels, or larger than
-            `MAX_PIXELS` or `MAX_BYTES`.
+        ImageError: the image is missing, empty, truncated, without pixels, of a refused format, larger than
+            `MAX_PIXELS` or `MAX_BYTES`, or no image at all.
     """
     name = quote_name(source)
     content: Any = source
@@ -90,7 +90,9 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ImageError(
             f"{name} is too large: over {MAX_PIXELS // 10**6} megapixels is refused", "too large"
         ) from None
-    except Exception as error:  # on broken data, Pillow's decoders raise nearly any kind, KeyError and struct.error too
+    except (
+        Exception
+    ) as error:  # for broken data, Pillow's decoders raise nearly any error, such as KeyError and struct.error
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise ImageError(f"{name} cannot be read: {' '.join(why.split())}", "damaged or not readable") from None
     raise ImageError(
@@ -100,7 +102,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def advise(name: str) -> str:
-    """Say what to do about a file of a format that is not read, where its ending tells; else nothing."""
+    """Return what to do with a file of a format that is not read, by its ending; an empty text for other files."""
     unread = UNREAD.get(Path(name.strip("'")).suffix.lower())
     return f": {unread} is not read, convert it to JPEG or PNG" if unread else ""
 
@@ -108,7 +110,7 @@ def advise(name: str) -> str:
 def open_path(path: Path, name: str) -> Image.Image:
     """Open an image file."""
     size = path.stat().st_size
-    if not path.is_file():  # a folder, or a pipe, which would wait for ever
+    if not path.is_file():  # a folder; or a pipe, which may never end
         raise ImageError(f"{name} is not a file", "not a file")
     check_bytes(size, name)
     with path.open("rb") as file:
@@ -116,7 +118,11 @@ def open_path(path: Path, name: str) -> Image.Image:
 
 
 def read_file(file: BinaryIO, name: str) -> bytes:
-    """Read an open file from its start, wherever it stands; one that has no start is read on."""
+    """Read an open file from its start; one that cannot seek is read from its position.
+
+    Raises:
+        ImageError: the file is open in text mode.
+    """
     if getattr(file, "seekable", bool)():
         file.seek(0)
     data = file.read(MAX_BYTES + 1)
@@ -140,7 +146,7 @@ def check_bytes(size: int, name: str) -> None:
 
 
 def open_encoded(content: bytes | BinaryIO, name: str) -> Image.Image:
-    """Decode an image; where that fails, decode it again without its metadata, which may be what is broken."""
+    """Decode an image; if that fails, decode it again without its metadata, which may be the broken part."""
     if isinstance(content, bytes):
         check_bytes(len(content), name)
     try:
@@ -170,7 +176,7 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
 
 
 def open_pil(image: Image.Image, name: str) -> Image.Image:
-    """Bring a PIL image into mode RGB, by the rules that hold for files: it may be one that is not yet decoded."""
+    """Convert a PIL image to mode RGB, by the rules for files; the image may not be decoded yet."""
     check_size(image.width, image.height, name)
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
         raise ImageError(f"{name} is of the format {image.format}, which is refused unless it is decoded", UNSUPPORTED)
@@ -186,13 +192,13 @@ def open_pil(image: Image.Image, name: str) -> Image.Image:
 
 @lru_cache
 def supported() -> tuple[str, ...]:
-    """Return those of `FORMATS` that this build of Pillow reads."""
+    """Return the formats out of `FORMATS` that this build of Pillow reads."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-"""An entry of `warnings.filters` that ignores what Pillow's modules warn of."""
+"""An entry of `warnings.filters` that ignores the warnings of Pillow's modules."""
 
 lock = threading.Lock()
 opening = 0
@@ -200,11 +206,11 @@ opening = 0
 
 @contextmanager
 def ignore_pillow_warnings() -> Iterator[None]:
-    """Ignore what Pillow warns of (odd metadata, sizes that are checked here) while images are opened.
+    """Return a context that ignores Pillow's warnings (of odd metadata, and of sizes, which are checked here).
 
-    A program may turn warnings into errors, and an image that can be used would then be refused. The filters belong to
-    all threads: the first that opens an image adds the entry, the last removes it. `warnings.catch_warnings` is not
-    made for threads, and has every other warning shown again.
+    A program may turn warnings into errors, which would refuse a usable image. The filters are shared by all threads:
+    the first thread in this context adds the entry, the last one removes it. `warnings.catch_warnings` is not made for
+    threads, and shows all other warnings again.
     """
     global opening
     with lock:
@@ -217,5 +223,5 @@ def ignore_pillow_warnings() -> Iterator[None]:
         with lock:
             opening -= 1
             if opening == 0:
-                with suppress(ValueError):  # a test that ended meanwhile has set all filters back
+                with suppress(ValueError):  # a test that ended in the meantime has restored all filters
                     warnings.filters.remove(PILLOW)  # type: ignore[attr-defined]

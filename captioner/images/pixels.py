@@ -1,16 +1,16 @@
-"""From any pixels to 8-bit RGB, by rules that look at the kind of the pixels and never at how bright an image is.
+"""Convert any pixels to 8-bit RGB, by rules that depend on the type of the pixels, and never on their values.
 
-| pixels                                            | become 8 bits by                                              |
+| pixels                                            | rule                                                          |
 |---------------------------------------------------|---------------------------------------------------------------|
-| 8 bits, a palette, two levels                     | nothing                                                       |
+| 8 bits, a palette, two levels                     | unchanged                                                     |
 | 16 bits                                           | 0 is black, 65535 white: `value // 257`                       |
 | of a TIFF that declares another depth, such as 12 | 0 is black, the largest number of that depth white            |
 | 32-bit integers of a file                         | as 16 bits; below 0 black, above 65535 white                  |
 | floating point                                    | 0.0 is black, 1.0 white; below black, above white, NaN black  |
 
-So the same value has the same brightness in every image of a set. The numbers of a 12-bit camera in a file that says
-16 bits come out dark: multiply them by 16 before. Where more than a tenth of an image lies outside the range of the
-last two rows, the image is refused, since the range cannot be the one that was meant (floats from 0 to 255, say).
+So the same value has the same brightness in every image of a set. Values of a 12-bit camera in a file that declares 16
+bits become dark: multiply them by 16 first. If more than a tenth of the values of an image are outside the range of the
+last two rows, the image is refused, because its range must be another one (floats from 0 to 255, for example).
 """
 
 from typing import Any, cast
@@ -24,17 +24,17 @@ MAX_PIXELS = 128 * 2**20
 """Pixels above which an image is refused as a decompression bomb; a 128-megapixel camera still passes."""
 
 MAX_RATIO = 1000
-"""How many times longer than the other one side may be: scaled so that the shorter fits, an image grows by that."""
+"""Largest ratio of the two sides: an image that is scaled until its shorter side fits grows by this factor."""
 
 OUTSIDE = 0.1
-"""Share of values outside the range of their kind above which an image is refused."""
+"""Share of values outside the range of their type above which an image is refused."""
 
 
 def check_size(width: int, height: int, name: str) -> None:
     """Refuse an image without pixels, with more than `MAX_PIXELS`, or with a side over `MAX_RATIO` times the other.
 
     Raises:
-        ImageError: it is of such a size.
+        ImageError: the image has such a size.
     """
     if width < 1 or height < 1:
         raise ImageError(f"{name} has no pixels: it is {width}x{height}", "without pixels")
@@ -49,14 +49,14 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Turn a loaded PIL image of any mode into mode RGB; what is transparent is laid on white.
+    """Convert a loaded PIL image of any mode to mode RGB; transparent parts become white.
 
     Args:
-        image: upright or not, it stays as it is turned.
-        name: what a message calls the image.
+        image: the image; its orientation is unchanged.
+        name: name of the image in messages.
 
     Raises:
-        ImageError: its numbers are not within the range of their kind.
+        ImageError: too many values are outside the range of their type.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return deep_to_rgb(image, name)
@@ -71,9 +71,9 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Tell whether some of an image may be transparent.
+    """Return whether some of an image may be transparent.
 
-    The transparent colour of a 16-bit PNG is given in 16 bits; its pixels are 8 bits here, so that it is left out.
+    The transparent colour of a 16-bit PNG has 16 bits, but its pixels have 8 bits here, so it is ignored.
     """
     key = image.info.get("transparency")
     if image.mode in ("RGB", "L", "1") and key is not None:
@@ -83,7 +83,7 @@ def has_transparency(image: Image.Image) -> bool:
 
 
 def deep_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Turn a grey image of more than 8 bits into mode RGB, by the rules above."""
+    """Convert a grey image of more than 8 bits to mode RGB, by the rules above."""
     values = np.asarray(image if image.mode == "F" else image.convert("I"))
     key = image.info.get("transparency")
     clear = values == key if isinstance(key, int) else None
@@ -99,7 +99,7 @@ def deep_to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def tiff_depth(image: Image.Image) -> tuple[int, bool]:
-    """Return the bits of a TIFF's 16-bit values, as it declares them, and whether 0 is white; 16 and no for others."""
+    """Return the declared depth of a TIFF's 16-bit values, and whether 0 is white; 16 and false for other images."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.mode.startswith("I;16"):
         return 16, False
     bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
@@ -108,7 +108,7 @@ def tiff_depth(image: Image.Image) -> tuple[int, bool]:
 
 
 def lab_to_rgb(image: Image.Image) -> Image.Image:
-    """Turn CIE L*a*b* into sRGB, which Pillow does only by colour profiles."""
+    """Convert CIE L*a*b* to sRGB; Pillow does this only by colour profiles."""
     from PIL import ImageCms
 
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -116,14 +116,14 @@ def lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def array_to_rgb(array: Any) -> Image.Image:
-    """Turn an array into mode RGB.
+    """Convert an array to an image of mode RGB.
 
     Args:
         array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), the last with an alpha channel; as a torch tensor, which has
             channels first, (H, W), (1, H, W), (3, H, W) or (4, H, W). Of type bool, uint8, uint16 or floating point.
 
     Raises:
-        ImageError: the shape or type is another, there are no pixels or too many, or floats are not within 0 and 1.
+        ImageError: the array has another shape or type, no pixels or too many, or floats outside 0 to 1.
     """
     name = quote_name(array)
     if is_tensor(array):
@@ -145,13 +145,13 @@ def array_to_rgb(array: Any) -> Image.Image:
 
 
 def reduce_depth(values: np.ndarray, name: str, bits: int = 16) -> np.ndarray:
-    """Return values of any kind as uint8, in their shape, by the rules above.
+    """Convert values of any type to uint8, in the same shape, by the rules above.
 
     Args:
         bits: depth of 16-bit values.
 
     Raises:
-        ImageError: an unusual type, or numbers outside the range of their kind.
+        ImageError: the type is not one of pixels, or too many values are outside its range.
     """
     if values.dtype == np.uint8:
         return values
@@ -170,10 +170,10 @@ def reduce_depth(values: np.ndarray, name: str, bits: int = 16) -> np.ndarray:
 
 
 def within(values: np.ndarray, low: int, high: int, name: str) -> np.ndarray:
-    """Clip values to a range, NaN to its lower end.
+    """Clip values to a range; NaN becomes its lower end.
 
     Raises:
-        ImageError: more than `OUTSIDE` of them lie outside.
+        ImageError: a share of more than `OUTSIDE` of the values is outside the range.
     """
     if np.count_nonzero((values < low) | (values > high)) > OUTSIDE * values.size:
         raise ImageError(

@@ -1,9 +1,9 @@
-"""What may be given as an image, what it is called in messages, and the error of one that cannot be used."""
+"""The types of images that callers may pass, their names in messages, and the error of an unusable image."""
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard, cast
 
 import numpy as np
 from PIL import Image
@@ -26,11 +26,11 @@ IN_MEMORY = "image in memory"
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names it and says why.
+    """An image cannot be used; the message names it and the reason.
 
     Args:
         message: one line that names the image.
-        kind: the reason without the image's name, in a few words, so that errors can be counted by it.
+        kind: the reason in a few words, without the image's name, so that errors can be counted by kind.
     """
 
     def __init__(self, message: str, kind: str = "unusable"):
@@ -39,15 +39,15 @@ class ImageError(ValueError):
 
 
 def is_tensor(source: Any) -> "TypeGuard[torch.Tensor]":
-    """Tell whether this is a tensor of torch, without importing torch."""
+    """Return whether this is a tensor of torch, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(source, torch.Tensor)
 
 
 def is_array(source: Any) -> bool:
-    """Tell whether this is an array of pixels: numpy's, torch's, or of another library that numpy can read.
+    """Return whether this is an array of pixels: of numpy, of torch, or of another library that numpy can read.
 
-    A column of a data frame is none: it is a sequence, of paths for example.
+    A column of a data frame is not one: it is a sequence, of paths for example.
     """
     if isinstance(source, np.ndarray) or is_tensor(source):
         return True
@@ -55,32 +55,37 @@ def is_array(source: Any) -> bool:
 
 
 def is_file(source: Any) -> TypeGuard[BinaryIO]:
-    """Tell whether this is an open file, or an object that reads as one."""
+    """Return whether this is an open file, or an object that reads as one."""
     return callable(getattr(source, "read", None))
 
 
 def is_single(images: Any) -> bool:
-    """Tell whether this stands for one image, and not for several in a list, a generator or another iterable.
+    """Return whether this stands for one image, and not for several in a list, a generator or another iterable.
 
-    An array and an open file are one image each, although both can be iterated over. What is neither an image nor
-    iterable counts as one, which `open_image` then refuses.
+    An array and an open file are one image each, although both can be iterated over. An object that is neither an image
+    nor iterable counts as one image, which `open_image` refuses.
     """
     one = (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)
     return isinstance(images, one) or is_array(images) or is_file(images) or not hasattr(images, "__iter__")
 
 
+def each_image(images: "ImageSource | Iterable[ImageSource]") -> Iterator[ImageSource]:
+    """Iterate over images, which may be one image or several (see `is_single`)."""
+    return iter(cast("Iterable[ImageSource]", [images] if is_single(images) else images))
+
+
 def name_source(source: Any) -> str:
-    """Name an image: its path, where it has one, or `image in memory`."""
+    """Return the name of an image: its path if it has one, or `image in memory`."""
     if isinstance(source, Mapping):
         source = source.get("path")
     elif is_file(source):
-        source = getattr(source, "name", None)  # of pipes and temporary files a number
+        source = getattr(source, "name", None)  # for pipes and temporary files, a number
     if isinstance(source, os.PathLike):
         source = os.fsdecode(source)
     return source if isinstance(source, str) else IN_MEMORY
 
 
 def quote_name(source: Any) -> str:
-    """Name an image for a message: its path in quotes and on one line, or `image in memory`."""
+    """Return the name of an image for a message: its path in quotes on one line, or `image in memory`."""
     name = name_source(source)
     return name if name == IN_MEMORY else f"'{escape_name(name)}'"

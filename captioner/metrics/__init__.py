@@ -1,4 +1,4 @@
-"""Scores anyone can trust, without Java: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE where Java is.
+"""The official caption scores. BLEU, ROUGE-L and CIDEr-D need no Java; METEOR and SPICE do.
 
 ```python
 from captioner.metrics import score

@@ -1,4 +1,4 @@
-"""CIDEr-D, fast enough for the inner loop of SCST: references are prepared once, batches scored with numpy.
+"""CIDEr-D, fast enough for each step of SCST: references are prepared once, and numpy scores whole batches.
 
 CIDEr-D is what pycocoevalcap calls CIDEr (Vedantam et al., 2015, https://arxiv.org/abs/1411.5726, section "CIDEr-D"):
 the mean over n = 1..4 of the tf-idf cosine between n-grams, clipped to the reference's counts, times a Gaussian of the
@@ -22,19 +22,19 @@ SIGMA = 6.0
 """Width of the length penalty, in words."""
 
 SCALE = 10.0
-"""What the mean cosine is multiplied by."""
+"""Factor that the mean cosine is multiplied by."""
 
 
 class DocumentFrequency:
-    """In how many images' references each n-gram stands.
+    """For each n-gram, the number of images whose references contain it.
 
-    SCST takes these from the training split, so that a reward does not depend on the batch.
+    SCST takes these counts from the training split, so that a reward does not depend on the batch.
 
     Args:
         references: tokenized captions per image, as from `captioner.metrics.tokenize`.
 
     Raises:
-        ValueError: no images.
+        ValueError: there are no images, or one has no list of references.
     """
 
     def __init__(self, references: Mapping[Any, Sequence[str]]):
@@ -46,11 +46,11 @@ class DocumentFrequency:
 
     @property
     def log_images(self) -> float:
-        """Logarithm of the number of images: the weight of an n-gram no reference has."""
+        """Logarithm of the number of images: the weight of an n-gram that no reference contains."""
         return float(np.log(self.num_images))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to an `.npz` file (no pickle inside)."""
+        """Write the counts to an `.npz` file, without pickle."""
         grams = self.grams
         columns: dict[str, Any] = {f"keys{order}": grams.keys[order] for order in range(MAX_N)}
         columns |= {f"numbers{order}": grams.numbers[order] for order in range(MAX_N)}
@@ -60,11 +60,11 @@ class DocumentFrequency:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
-        """Read what `save` wrote.
+        """Read the counts that `save` wrote.
 
         Raises:
             ValueError: the file holds something else, or is damaged.
-            OSError: there is none, or it cannot be read.
+            OSError: the file does not exist or cannot be read.
         """
         try:
             return cls._load(path)
@@ -94,11 +94,11 @@ class CiderD:
 
     Args:
         references: tokenized captions per image, as from `captioner.metrics.tokenize`.
-        document_frequency: n-gram statistics of another corpus (the training split's, for a reward); by default those
-            of `references`, as pycocoevalcap takes them.
+        document_frequency: n-gram statistics of another corpus (the training split, for a reward); by default those
+            of `references`, as in pycocoevalcap.
 
     Raises:
-        ValueError: no images, or an image without references.
+        ValueError: there are no images, or one has no list of references.
     """
 
     def __init__(self, references: Mapping[Any, Sequence[str]], document_frequency: DocumentFrequency | None = None):
@@ -113,12 +113,12 @@ class CiderD:
     def from_index(
         cls, index: ReferenceIndex, counts: Counts, document_frequency: DocumentFrequency | None = None
     ) -> Self:
-        """Build from references counted already, for `score_counts`; images are known by number only.
+        """Build from references that are counted already. Images have numbers only, so use `score_counts`.
 
         Args:
             index: the references.
-            counts: what `index` was made of.
-            document_frequency: statistics of another corpus, whose table `counts` then continues.
+            counts: the counts from which `index` was built.
+            document_frequency: statistics of another corpus; `counts` must then continue its table of n-grams.
         """
         self = cls.__new__(cls)
         self._prepare(index, counts, document_frequency)
@@ -138,14 +138,14 @@ class CiderD:
         """Score captions, each against its image's references.
 
         Args:
-            image_ids: the image of each caption; an image may come several times, as samples do.
+            image_ids: the image of each caption; an image may occur several times, as with samples in SCST.
             captions: B tokenized captions.
 
         Returns:
             (B,) CIDEr-D, float64, 0 to 10.
 
         Raises:
-            ValueError: an image without references here, or lists of different lengths.
+            ValueError: an image has no references here, or the lists differ in length.
         """
         if len(image_ids) != len(captions):
             raise ValueError(f"{len(image_ids)} image ids for {len(captions)} captions; give one for each")
@@ -156,11 +156,14 @@ class CiderD:
         return self.score_counts(images, self._grams.count(captions))
 
     def score_counts(self, images: np.ndarray, counts: Counts) -> np.ndarray:
-        """Score captions counted already.
+        """Score captions whose n-grams are counted already.
 
         Args:
-            images: (B,) number of each caption's image, in the order the references were given.
+            images: (B,) number of each caption's image, in the order in which the references were given.
             counts: n-grams of the B captions.
+
+        Returns:
+            (B,) CIDEr-D, float64, 0 to 10.
         """
         index = self._index
         known = counts.gram < index.size
@@ -169,14 +172,14 @@ class CiderD:
         weights = counts.count * idf
         norms = _norms(counts, weights, len(images))  # (B, 4)
 
-        # Pairs of a caption and a reference lie in one row, caption by caption.
+        # All pairs of a caption and a reference form one array, ordered by caption.
         num = index.num[images]  # (B,)
         first_pair = num.cumsum() - num  # (B,)
         caption_of = np.repeat(np.arange(len(images)), num)  # (P,)
         reference_of = np.arange(len(caption_of)) + np.repeat(index.first[images] - first_pair, num)  # (P,)
 
         entry, place = index.find(images, counts)
-        times = index.starts[place + 1] - index.starts[place]  # references that have the n-gram
+        times = index.starts[place + 1] - index.starts[place]  # number of references that contain the n-gram
         entry = np.repeat(entry, times)
         where = np.arange(len(entry)) + np.repeat(index.starts[place] - (times.cumsum() - times), times)
         theirs = index.count[where] * idf[entry]
@@ -190,13 +193,13 @@ class CiderD:
 
         scale = norms[caption_of] * self._norms[reference_of]  # (P, 4)
         cosine = np.divide(dot, scale, out=np.zeros_like(scale), where=scale > 0)
-        # pycocoevalcap's length is the number of bigrams: no word and one word are equally long.
+        # pycocoevalcap takes the number of bigrams as the length, so that captions of no word and one word are equal.
         delta = np.maximum(counts.lengths - 1, 0)[caption_of] - np.maximum(index.lengths - 1, 0)[reference_of]  # (P,)
         pairs = cosine.mean(axis=1) * np.exp(-(delta**2) / (2 * SIGMA**2))  # (P,)
         return SCALE * np.bincount(caption_of, weights=pairs, minlength=len(images)) / num  # (B,)
 
 
 def _norms(counts: Counts, weights: np.ndarray, captions: int) -> np.ndarray:
-    """Length of each caption's tf-idf vector, per order: (captions, 4)."""
+    """Return the length of each caption's tf-idf vector for each order, (captions, 4)."""
     squares = np.bincount(counts.caption * MAX_N + counts.order, weights=weights**2, minlength=captions * MAX_N)
     return np.sqrt(squares).reshape(captions, MAX_N)

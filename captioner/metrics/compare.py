@@ -1,7 +1,7 @@
-"""How sure a score is, and whether two systems differ: resampling over images.
+"""Confidence intervals of scores, and tests of the difference of two systems, by resampling images.
 
-BLEU and METEOR are computed anew for each sample from its images' counts; the others are means. CIDEr's document
-frequencies stay those of the whole set.
+For each sample, BLEU and METEOR are computed again from the counts of its images; other scores are means. The document
+frequencies of CIDEr stay those of the whole set.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from captioner.metrics.scores import Scores
 
 Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]
 
-_BLOCK = 200  # samples worked on at once: 200 x 5,000 images are 8 MB
+_BLOCK = 200  # samples computed at once: 200 x 5,000 images take 8 MB
 
 
 class Interval(NamedTuple):
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What a second system gains over a first."""
+    """The difference in one score between two systems."""
 
     first: float
     second: float
@@ -35,25 +35,29 @@ class Difference(NamedTuple):
     high: float
     """Bootstrap interval of the difference."""
     p: float
-    """Chance of a difference as large if each image's two captions had been swapped by the toss of a coin."""
+    """p-value: the probability of a difference this large if, for each image, a coin decided which system wrote which
+    of the two captions."""
 
 
 def signed(value: float) -> str:
-    """Write a difference with its sign, and one that rounds to zero without a minus."""
+    """Format a difference with its sign; one that rounds to zero gets a plus."""
     return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def confidence(scores: Scores, samples: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, Interval]:
-    """Bootstrap confidence intervals of the corpus scores (Efron, 1979; percentiles).
+    """Compute bootstrap confidence intervals of the corpus scores (Efron, 1979; percentiles).
 
     Args:
-        scores: one system's.
-        samples: times the images are drawn, with replacement.
-        level: share of samples inside the interval.
+        scores: the scores of one system.
+        samples: number of times that the images are drawn, with replacement.
+        level: share of the samples that lies inside the interval.
         seed: the same seed gives the same intervals.
 
+    Returns:
+        The interval of each score, by name; absent scores have none.
+
     Raises:
-        ValueError: a level that is no share, or fewer than two samples.
+        ValueError: `level` is not between 0 and 1, or there are fewer than two samples.
     """
     _check(samples, level)
     generator = np.random.default_rng(seed)
@@ -70,18 +74,19 @@ def paired_test(
 ) -> dict[str, Difference]:
     """Compare two systems on the same images.
 
-    The p-value is that of approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), two-sided; the interval
-    is a paired bootstrap's.
+    The p-value comes from approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), two-sided. The interval
+    comes from a paired bootstrap.
 
     Args:
-        first: one system.
-        second: the other, scored against the same references.
-        samples: times the images are drawn, and times they are swapped; the smallest p-value is 1 / (samples + 1).
-        level: share of samples inside the interval.
+        first: the scores of one system.
+        second: the scores of the other system, against the same references.
+        samples: number of times that the images are drawn, and that their captions are swapped. The smallest p-value
+            is 1 / (samples + 1).
+        level: share of the samples that lies inside the interval.
         seed: the same seed gives the same result.
 
     Returns:
-        For each score both have.
+        The difference of each score that both systems have, by name.
 
     Raises:
         ValueError: the two were scored on different images, with different tokens or against different references.
@@ -135,7 +140,7 @@ def _check(samples: int, level: float) -> None:
 
 
 def _resample(statistic: Statistic, count: int, samples: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """Apply a statistic of image weights to bootstrap samples: (samples,) by name."""
+    """Apply a statistic of image weights to bootstrap samples; returns (samples,) by name."""
     blocks = []
     for start in range(0, samples, _BLOCK):
         weights = generator.multinomial(count, np.full(count, 1 / count), min(_BLOCK, samples - start))
@@ -161,7 +166,7 @@ def _in_order(scores: Scores, image_ids: list) -> Scores:
 
 
 def _joined(first: Scores, second: Scores, names: list[str]) -> Scores:
-    """Put both systems' images behind one another, so that weights choose whose caption counts."""
+    """Concatenate the images of both systems, so that weights choose which system's caption counts."""
     per_image = {name: np.concatenate([first.per_image[name], second.per_image[name]]) for name in names}
     statistics = {
         name: np.concatenate([rows, second.statistics[name]])

@@ -1,4 +1,4 @@
-"""Why a caption scores as it does: which of its n-grams stand in which references."""
+"""Explain the score of a caption: which of its n-grams occur in which references."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,24 +9,27 @@ from captioner.metrics.ngrams import MAX_N
 
 @dataclass(frozen=True)
 class NGramMatch:
-    """One n-gram of a caption and the references that have it."""
+    """One n-gram of a caption, and the references that contain it."""
 
     ngram: tuple[str, ...]
     count: int
-    """Times it stands in the caption."""
+    """How often it occurs in the caption."""
     credited: int
-    """Times BLEU counts it: no more often than the reference that has it most."""
+    """How often BLEU counts it: at most as often as it occurs in any one reference."""
     references: tuple[int, ...]
-    """Which references have it, by place; empty where the caption says what nobody said."""
+    """Indices of the references that contain it; empty if none does."""
 
 
 def matched_ngrams(prediction: str, references: Sequence[str], longest: int = MAX_N) -> list[NGramMatch]:
-    """Match the n-grams of a tokenized caption, in the order they stand, shorter before longer.
+    """Match the n-grams of a tokenized caption with its references.
 
     Args:
         prediction: tokens joined by spaces.
         references: tokenized references.
-        longest: up to how many words.
+        longest: words in the longest n-grams.
+
+    Returns:
+        The n-grams in the order in which they first occur in the caption, shorter ones before longer ones.
     """
     others = [_ngrams(reference, longest) for reference in references]
     matches = []

@@ -1,7 +1,7 @@
-"""What is scored against what: results as captioners write them, and reference captions; no image is needed.
+"""Read the files that are scored: results of a captioner, and reference captions. No image is needed.
 
-Results are COCO's: a JSON list of `{"image_id": ..., "caption": ...}`, further keys ignored, or what the command
-`captioner caption` writes. References are COCO's captions JSON or Karpathy's.
+Results are a JSON list of `{"image_id": ..., "caption": ...}` as in COCO (further keys are ignored), or the output of
+the command `captioner caption`. References are the captions JSON of COCO or of Karpathy's splits.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from captioner.images.names import unescape_name
 from captioner.metrics.scores import name_ids
 
 ID_COLUMNS = ("image_id", "path", "file_name", "filename", "image")
-"""What names the image of a result, the first of them that is there; then the other usual names of an image."""
+"""Columns that may name the image of a result; the first one present is used, then the other usual names of images."""
 
 
 @dataclass
@@ -30,14 +30,14 @@ class ReferenceSet:
     captions: dict[ImageId, list[str]] = field(default_factory=dict)
     """The references of each image."""
     files: dict[ImageId, str] = field(default_factory=dict)
-    """Name of each image's file, as the annotations have it; images without one are left out."""
+    """File name of each image, as the annotations give it; images without a file name are left out."""
     split: str = "all"
-    """The split, guessed from the file's name where the format does not hold it."""
+    """The split; taken from the file's name where the format does not store it."""
     warnings: list[str] = field(default_factory=list)
-    """What was left out."""
+    """One line for each kind of entry that was left out."""
 
     def renamed(self, names: dict[ImageId, ImageId]) -> "ReferenceSet":
-        """Return the same set with other ids of images, in the same order.
+        """Return the same set under other image ids, in the same order.
 
         Args:
             names: the new id of each image that gets one.
@@ -53,25 +53,30 @@ def read_references(
     """Read the reference captions of an annotation file.
 
     Args:
-        path: COCO captions JSON or Karpathy's; names of image files may be missing.
-        split: Karpathy's split; a COCO file is one split, so none may be named.
-        restval: join Karpathy's `restval` images to `train`.
-        default_split: Karpathy's split where none is named.
+        path: captions JSON of COCO or of Karpathy's splits; names of image files may be missing.
+        split: split of a Karpathy file. A COCO file holds one split, so none may be given for it.
+        restval: whether Karpathy's `restval` images belong to `train`.
+        default_split: split of a Karpathy file if `split` is None.
 
     Raises:
-        ValueError: not such a file, an unknown split, an image twice, a caption that is no text, nothing left.
+        ValueError: the file has another format, the split is unknown, an image occurs twice, a caption is not text, or
+            no caption is left.
         OSError: the file cannot be read.
     """
     content = load_document(path)
     if isinstance(content, Rows):
-        raise ValueError(f"'{path}' comes last, where the annotations do, and these are COCO's or Karpathy's JSON")
+        raise ValueError(
+            f"'{path}' is a table, but annotations, which come last, are JSON of COCO or of Karpathy's splits"
+        )
     if isinstance(content, list):
-        raise ValueError(f"'{path}' is a list, as results are; annotations come last: RESULTS [RESULTS_B] ANNOTATIONS")
+        raise ValueError(f"'{path}' is a list, as results are, but the last file must hold the annotations")
     found, report = ReferenceSet(), ReadReport()
     if is_karpathy(content):
         records = list(select_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
     elif split is not None:
-        raise ValueError(f"'{path}' is not Karpathy's and has no splits to choose from, but '{split}' was asked for")
+        raise ValueError(
+            f"'{path}' has no splits, so '{split}' cannot be selected; only files of Karpathy's splits have them"
+        )
     else:
         records = list(read_coco(content, path, None, images_needed=False))
         if stray := [record.image_id for record in records if not record.listed]:
@@ -83,7 +88,8 @@ def read_references(
         if isinstance(record.image, str):
             found.files[record.image_id] = record.image
     if report.duplicate_ids:
-        raise ValueError(f"'{path}': {name_ids(report.duplicate_ids)} listed more than once, or with the id of another")
+        fact = f"{name_ids(report.duplicate_ids)} listed more than once, or with the id of another image"
+        raise ValueError(f"'{path}': {fact}")
     if report.unreadable_captions:
         odd = name_ids(dict.fromkeys(report.unreadable_captions))
         raise ValueError(f"'{path}': {odd} with a caption that is no text, or a list that cannot be read")
@@ -98,21 +104,21 @@ def read_references(
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read what a captioner wrote; captions are checked where they are scored.
+    """Read the captions of a captioner. Whether they can be scored is checked by `score`.
 
-    COCO results (a JSON list), one such object a line (JSON Lines), or rows of a table (CSV). Where there is no
-    `image_id`, the name of the image's file stands for it (`ID_COLUMNS`), as in what `captioner caption` writes; rows
-    of images that it could not caption are left out.
+    The file holds COCO results (a JSON list), one such object per line (JSON Lines), or rows of a table (CSV). Where
+    there is no `image_id`, the name of the image's file is the id (`ID_COLUMNS`), as in the output of `captioner
+    caption`. Rows with an error in place of a caption are left out.
 
     Returns:
         Rows with the keys `image_id` (int or str) and `caption`; a caption is empty where a table has `nan`.
 
     Raises:
-        ValueError: not rows with both, or an image id that is neither a number nor text.
+        ValueError: a row lacks an image or a caption, or an image id is neither a number nor text.
         OSError: the file cannot be read.
     """
     if path.suffix.lower() == ".txt":
-        raise ValueError(f"'{path}': results end in .json, .jsonl or .csv; let the captioner write one of these")
+        raise ValueError(f"'{path}' is a .txt file; results must be a .json, .jsonl or .csv file")
     content = load_document(path)
     table = content if isinstance(content, Rows) else None
     rows: Any = content if table is None else table.rows
@@ -163,7 +169,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=1024)
 def find_keys(names: tuple[str, ...]) -> tuple[str | None, str | None]:
-    """Find the keys of a result that hold what names its image, and its caption."""
+    """Find the keys of a result that hold the id or name of its image, and its caption."""
     image = next((name for name in ID_COLUMNS if name in names), None)
     caption = "caption" if "caption" in names else find_caption_column(names)
     if image is None:
@@ -172,7 +178,7 @@ def find_keys(names: tuple[str, ...]) -> tuple[str | None, str | None]:
 
 
 def _entries(places: list[int], table: Rows | None, first: int = 3) -> str:
-    """Count entries and say where the first of them stand."""
+    """Return the number of entries and where the first of them are in the file, for a message."""
     if table is None:
         shown = "number " + ", ".join(str(place + 1) for place in places[:first])
     else:

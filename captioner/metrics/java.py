@@ -1,7 +1,8 @@
-"""METEOR and SPICE, which exist only as Java programs; both optional.
+"""METEOR and SPICE, which exist only as Java programs. Both are optional.
 
-One process a call: all input is handed over at once, standard error is read along, the locale is fixed, a time limit
-kills the process, and it is waited for in every case. Nothing is downloaded and nothing is written beside the jars.
+Each call starts one process, gives it all input at once, and reads its standard output and standard error. The locale
+is fixed. A process that exceeds the time limit is killed. Nothing is downloaded, and nothing is written into the
+folders of the jars.
 """
 
 import contextlib
@@ -18,34 +19,35 @@ from pathlib import Path
 import numpy as np
 
 TIMEOUT = 1800.0
-"""Seconds a Java program may take."""
+"""Longest time that a Java program may take, in seconds."""
 
-# METEOR 1.5, English, task "rank" (Denkowski and Lavie, 2014): the values the jar uses by default.
+# METEOR 1.5, English, task "rank" (Denkowski and Lavie, 2014): the default values of the jar.
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
 _WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
 
 
 class JavaError(OSError):
-    """A Java program that is missing, failed, or took too long; the message says which and what to do."""
+    """A Java program is missing, failed, or took too long; the message names it and says what to do."""
 
 
 def missing_java() -> str | None:
-    """Say why Java programs cannot run here, or None."""
+    """Return why Java programs cannot run on this machine, or None if they can."""
     return None if shutil.which("java") else "java is not on the PATH; install a Java runtime (Debian: default-jre)"
 
 
 def meteor_statistics(
     predictions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = TIMEOUT
 ) -> np.ndarray:
-    """Align captions with their references by the METEOR 1.5 jar in pycocoevalcap.
+    """Align captions with their references, by the METEOR 1.5 jar in pycocoevalcap.
 
     Args:
         predictions: B tokenized captions.
         references: the tokenized references of each.
-        timeout: seconds.
+        timeout: longest time in seconds.
 
     Returns:
-        (B, 23) the jar's statistics against the best reference; sums over captions give the corpus (see `meteor`).
+        (B, 23) the jar's statistics for the best reference of each caption. `meteor` turns them, or sums of them over
+        captions, into scores.
 
     Raises:
         JavaError: Java is missing, the jar failed, or the time is up.
@@ -58,19 +60,19 @@ def meteor_statistics(
     output = _run(["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"], lines, timeout, "METEOR")
     rows = [line.split() for line in output.splitlines() if line.strip()]
     if len(rows) != len(lines) or any(len(row) != 23 for row in rows):
-        raise JavaError(f"METEOR answered {len(rows)} lines for {len(lines)} captions; leave METEOR out")
+        raise JavaError(f"METEOR returned {len(rows)} lines for {len(lines)} captions; leave METEOR out")
     try:
         statistics = np.array(rows, np.float64)
     except ValueError as error:
-        raise JavaError(f"METEOR answered what are no numbers ({error}); leave METEOR out") from None
-    # A caption matched whole in one piece has no fragments, also within a sum.
+        raise JavaError(f"METEOR returned values that are not numbers ({error}); leave METEOR out") from None
+    # A caption that matches its reference as a whole, in one piece, counts no fragment, also within a sum.
     whole = (statistics[:, 21] == statistics[:, 0]) & (statistics[:, 22] == statistics[:, 1]) & (statistics[:, 20] == 1)
     statistics[whole, 20] = 0
     return statistics
 
 
 def meteor(statistics: np.ndarray) -> np.ndarray:
-    """Turn statistics (..., 23), of one caption or summed over many, into METEOR (...,).
+    """Compute METEOR (...,) from statistics (..., 23) of one caption, or summed over many.
 
     The formula of Denkowski and Lavie (2014), section 2: a weighted F-mean less a penalty for fragments.
     """
@@ -93,14 +95,14 @@ def spice(
     models: str | os.PathLike,
     timeout: float = TIMEOUT,
 ) -> np.ndarray:
-    """SPICE F-scores by the jar in pycocoevalcap.
+    """Compute SPICE F-scores (Anderson et al., 2016), by the jar in pycocoevalcap.
 
     Args:
         predictions: B tokenized captions.
         references: the tokenized references of each.
         models: folder with `stanford-corenlp-3.6.0.jar` and `stanford-corenlp-3.6.0-models.jar`, from
-            http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip (SPICE wants Java 8).
-        timeout: seconds.
+            http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip (SPICE needs Java 8).
+        timeout: longest time in seconds.
 
     Returns:
         (B,) F-scores; NaN where the program gives none.
@@ -126,7 +128,7 @@ def spice(
             values = [found.get(number) for number in range(len(items))]
             return np.array([np.nan if value is None else value for value in values], np.float64)
         except (ValueError, KeyError, TypeError) as error:
-            raise JavaError(f"SPICE wrote what are no scores ({error}); leave SPICE out") from None
+            raise JavaError(f"SPICE wrote values that are not scores ({error}); leave SPICE out") from None
 
 
 def spice_models(folder: str | os.PathLike) -> list[Path]:
@@ -150,7 +152,7 @@ def _package() -> Path:
 
 
 def _field(caption: str) -> str:
-    """One field of METEOR's line protocol: no separators, no line breaks."""
+    """Return a caption as one field of METEOR's line protocol: without separators and line breaks."""
     return caption.replace("|||", "").replace("  ", " ").translate({10: 32, 13: 32})
 
 
@@ -179,14 +181,14 @@ def _run(arguments: list[str], lines: list[str], timeout: float, name: str) -> s
             _stop(process)
     if process.returncode:
         lines = errors.decode(errors="replace").strip().splitlines() or ["no message"]
-        # The last line of a stack trace says nothing.
+        # A stack trace ends with lines of code; the error stands above them.
         reason = next((line for line in lines if "Exception" in line or "Error" in line), lines[-1])
         raise JavaError(f"{name} failed with exit code {process.returncode}: {reason[:200]}")
     return output.decode(errors="replace")
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Kill a program and those it started, as a `java` that is a script does."""
+    """Kill a program and the programs that it started: `java` may be a script that starts the real one."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -195,6 +197,6 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Divide, 0 where there is nothing to divide by."""
+    """Divide two arrays; the result is 0 where the divisor is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, np.float64), np.asarray(below, np.float64))
     return np.divide(above, below, out=np.zeros(above.shape), where=below != 0)

@@ -1,4 +1,4 @@
-"""Which image of the annotations a result means, where the two write ids in different ways."""
+"""Find the image of the annotations that a result is about, where the two write ids in different ways."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,21 +10,22 @@ from captioner.metrics.files import ReferenceSet
 
 
 def match_ids(rows: list[dict[str, Any]], references: ReferenceSet) -> tuple[list[dict[str, Any]], str | None]:
-    """Find the images that results mean, where they write ids in another way than the annotations.
+    """Translate the ids of results into ids of the annotations, where the two write them in different ways.
 
-    Only if not one id is known as it stands: then numbers written as text (or the reverse) are tried, and names of
-    image files: the longest ending of a path that both sides share, with or without the file's ending.
+    Nothing is translated if at least one id of the results is an id of the annotations. Otherwise the ids are compared
+    as numbers, as text, and as names of image files: then an image is found by the longest ending of its path that
+    both sides share, with or without the file's suffix.
 
     Returns:
-        The rows, with ids of the annotations where they were found, and what was done, or None. A name that several
-        images have stays as it is.
+        The rows, with ids of the annotations where they were found; and a note of how they were matched, or None. A
+        name that fits several images stays as it is.
     """
     known = references.captions
     if any(row["image_id"] in known for row in rows):
         return rows, None
     ways: dict[str, Callable[[ImageId], ImageId]] = {
-        "by number, which they write as text": _number,
-        "as text, which they write as numbers": str,
+        "as numbers; they are written as text": _number,
+        "as text; they are written as numbers": str,
         "by the names of image files": ImageNames(references.files).find,
     }
     for how, translate in ways.items():
@@ -38,7 +39,7 @@ class ImageNames:
     """Finds images by the names of their files.
 
     Args:
-        files: the name of each image's file, with its folders as far as the annotations have them.
+        files: the name of each image's file, with its folders as far as the annotations give them.
     """
 
     def __init__(self, files: Mapping[ImageId, str]):
@@ -54,7 +55,7 @@ class ImageNames:
                 self.stems.setdefault(ending, []).append(image_id)
 
     def candidates(self, name: str) -> list[ImageId]:
-        """Return the images of the longest ending of a path that any image has."""
+        """Return the images whose path shares the longest ending with a name."""
         name = portable_name(clean_text(name))
         if found := self.whole.get(name):
             return found
@@ -65,19 +66,19 @@ class ImageNames:
         return []
 
     def find(self, name: ImageId) -> ImageId:
-        """Return the image that a name means, or the name where it means none, or several."""
+        """Return the id of the image with this name, or the name itself if no image or several images fit."""
         found = self.candidates(str(name))
         return found[0] if len(found) == 1 else name
 
 
 def path_endings(name: str) -> list[str]:
-    """Return a path, then without its first folder, and so on, to the name of the file."""
+    """Return a path, the path without its first folder, and so on, up to the file name alone."""
     parts = name.split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def without_suffix(name: str) -> str:
-    """Return a path without the ending of its file."""
+    """Return a path without the suffix of its file."""
     head, _, ending = name.rpartition(".")
     return head if head and "/" not in ending and not head.endswith("/") else name
 
@@ -85,7 +86,7 @@ def without_suffix(name: str) -> str:
 def check_names(
     rows: list[dict[str, Any]], matched: list[dict[str, Any]], references: ReferenceSet, path: Path, partial: bool
 ) -> None:
-    """Refuse results whose names of images do not tell these apart.
+    """Refuse results whose names do not identify one image each.
 
     Args:
         rows: the results as they were read.
@@ -94,7 +95,7 @@ def check_names(
         partial: whether a name that several images of the annotations have may be left out.
 
     Raises:
-        ValueError: two names mean one image of the annotations, or one name may mean several.
+        ValueError: two names stand for one image of the annotations, or one name may stand for several.
     """
     meant: dict[ImageId, ImageId] = {}
     unknown = []
@@ -103,7 +104,9 @@ def check_names(
         if image_id not in references.captions:
             unknown.append(written)
         elif (other := meant.setdefault(image_id, written)) != written:
-            raise ValueError(f"'{path}': '{other}' and '{written}' both mean image {image_id!r} of the annotations")
+            raise ValueError(
+                f"'{path}': '{other}' and '{written}' both stand for image {image_id!r} of the annotations"
+            )
     if partial or not unknown:
         return
     names = ImageNames(references.files)
@@ -112,21 +115,21 @@ def check_names(
             files = " or ".join(f"'{references.files[image_id]}'" for image_id in several[:2])
             raise ValueError(
                 f"'{path}': the image '{written}' may be {files} of the annotations; "
-                "the results must write more of the path"
+                "give more of its path in the results"
             )
 
 
 def names_in_results(
     rows: list[dict[str, Any]], matched: list[dict[str, Any]], references: ReferenceSet
 ) -> dict[ImageId, ImageId]:
-    """Return what each image is called by results that name files; of images they lack, the annotations' file.
+    """Return the file name of each image as the results write it; for other images, the annotations' file name.
 
     Args:
         rows: the results as they were read.
         matched: the same rows with ids of the annotations, as `match_ids` returns them.
 
     Returns:
-        The name of each image of the annotations that has one. Nothing if the results give ids, not names of files.
+        The name of each image of the annotations that has one; empty if the results give ids and not names of files.
     """
     written = {new["image_id"]: old["image_id"] for old, new in zip(rows, matched, strict=True)}
     by_name = {i: name for i, name in written.items() if i in references.captions and _number(i) != _number(name)}
@@ -139,6 +142,6 @@ def names_in_results(
 
 
 def _number(image_id: ImageId) -> ImageId:
-    """Return the whole number that a text writes, also with `.0`, as data frames do; other ids as they are."""
+    """Return an id that is a number written as text (also `7.0`, as data frames write it) as int; others unchanged."""
     digits = str(image_id).removesuffix(".0")
     return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 20 else image_id

@@ -1,4 +1,4 @@
-"""Integer n-grams: the table BLEU, CIDEr-D and the SCST reward count with.
+"""N-grams as integers: the tables in which BLEU, CIDEr-D and the SCST reward count.
 
 Letters: B captions, T words in all captions together, E distinct n-grams summed over captions, R references, U
 distinct n-grams summed over images.
@@ -11,14 +11,14 @@ from typing import Any, Self
 import numpy as np
 
 MAX_N = 4
-"""Longest n-gram counted; both BLEU-4 and CIDEr-D go to four."""
+"""Longest n-gram that is counted; BLEU-4 and CIDEr-D both go up to four."""
 
 _WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How often each n-gram stands in each caption; sorted by caption, then n-gram."""
+    """How often each n-gram occurs in each caption, sorted by caption, then by n-gram."""
 
     caption: np.ndarray
     """(E,) index of the caption."""
@@ -33,12 +33,14 @@ class Counts:
 
 
 class NGrams:
-    """Numbers for n-grams: a word by a dictionary, a longer one by the number of its beginning and its last word.
+    """A table that gives each n-gram a number.
 
-    N-grams never seen before get numbers from `size` up, which hold for one call only.
+    A word has its number in a dictionary. A longer n-gram is looked up by the number of the n-gram without its last
+    word, and the last word. N-grams that are not in the table get numbers from `size` up, which are valid within one
+    call.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.words: dict[str, int] = {}
         empty = np.empty(0, np.int64)
         self.keys = [empty] * MAX_N  # sorted, one array per order
@@ -56,7 +58,7 @@ class NGrams:
 
         Args:
             captions: B captions.
-            learn: keep the numbers given to new n-grams.
+            learn: whether new n-grams are added to the table.
         """
         split = [caption.split() for caption in captions]
         lengths = np.fromiter(map(len, split), np.int64, len(split))  # (B,)
@@ -89,7 +91,7 @@ class NGrams:
         return Counts(caption[first], gram[first], orders[first], count, lengths)
 
     def _number(self, order: int, keys: np.ndarray, size: int, learn: bool) -> tuple[np.ndarray, int]:
-        """Look up keys, giving unknown ones numbers from `size` up; return the numbers and the next free one."""
+        """Look up keys. Unknown ones get numbers from `size` up. Returns the numbers and the next free number."""
         table = self.keys[order]
         place = np.searchsorted(table, keys)
         place[place == len(table)] = 0
@@ -107,13 +109,13 @@ class NGrams:
 
 
 class ReferenceIndex:
-    """References of a set of images, arranged so that one search finds an n-gram in all references of its image.
+    """The references of a set of images, arranged so that one search finds an n-gram in all references of an image.
 
     Args:
-        counts: n-grams of the R references, image by image.
-        image_of: (R,) ascending number of each reference's image.
-        num_images: images in all.
-        size: numbers given to n-grams so far.
+        counts: n-grams of the R references, ordered by image.
+        image_of: (R,) number of each reference's image, ascending.
+        num_images: number of images.
+        size: number of n-grams in the table that counted the references.
     """
 
     def __init__(self, counts: Counts, image_of: np.ndarray, num_images: int, size: int):
@@ -129,7 +131,7 @@ class ReferenceIndex:
         self.count = counts.count[ranks].astype(np.int32)  # (E,)
 
     def document_counts(self) -> np.ndarray:
-        """Count the images each n-gram stands in: (size,) float64."""
+        """Count, for each n-gram, the images whose references contain it; returns (size,) float64."""
         return np.bincount(self.keys % max(self.size, 1), minlength=self.size).astype(np.float64)
 
     def find(self, images: np.ndarray, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +142,8 @@ class ReferenceIndex:
             counts: n-grams of the B captions.
 
         Returns:
-            Indices into `counts` of the n-grams that stand in some reference, and for each its place in `keys`.
+            Indices into `counts` of the n-grams that occur in a reference of their image, and the place of each in
+            `keys`.
         """
         known = np.flatnonzero(counts.gram < self.size)
         keys = images[counts.caption[known]] * self.size + counts.gram[known]
@@ -153,13 +156,13 @@ class ReferenceIndex:
 
 
 def flatten(references: Mapping[Any, Sequence[str]]) -> tuple[np.ndarray, list[str]]:
-    """List the references of all images, image by image.
+    """Put the references of all images into one list, ordered by image.
 
     Returns:
         (R,) number of each reference's image, and the R references.
 
     Raises:
-        ValueError: no images, or an image without a list of references.
+        ValueError: there are no images, or one has no list of references.
     """
     if not references:
         raise ValueError("no references; give at least one image with at least one caption")

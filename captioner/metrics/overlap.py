@@ -1,7 +1,9 @@
 """BLEU-1..4 and ROUGE-L as pycocoevalcap computes them.
 
-BLEU (Papineni et al., 2002) with the closest reference length; ROUGE-L (Lin, 2004) with beta 1.2, precision and
-recall each taken from the reference where it is best. Letters: B captions, R references, P caption-reference pairs.
+BLEU (Papineni et al., 2002) takes the closest reference length. ROUGE-L (Lin, 2004) has beta 1.2, and takes precision
+and recall each from the reference where it is highest.
+
+Letters: B captions, R references, P pairs of a caption and a reference, U distinct n-grams summed over images.
 """
 
 from collections.abc import Sequence
@@ -14,12 +16,12 @@ BETA = 1.2
 """Weight of recall against precision in ROUGE-L."""
 
 LONG = 1000
-"""Words of a caption above which the words of its references are turned into bits: a word's take as many as there are
-words, which would fill the memory."""
+"""Words in a caption above which `rouge_l` turns the words of its references into bits, not those of the caption. Each
+word takes as many bits as the text has words, which would fill the memory."""
 
 
 def bleu_statistics(index: ReferenceIndex, images: np.ndarray, counts: Counts) -> np.ndarray:
-    """Count what BLEU is made of; sums over captions give the corpus.
+    """Count the numbers from which BLEU is computed, for each caption.
 
     Args:
         index: the references.
@@ -27,8 +29,8 @@ def bleu_statistics(index: ReferenceIndex, images: np.ndarray, counts: Counts) -
         counts: n-grams of the B captions.
 
     Returns:
-        (B, 10): n-grams that match for n = 1..4, n-grams there are for n = 1..4, words, words of the reference
-        closest in length (the shorter of two equally close).
+        (B, 10): matching n-grams for n = 1..4, all n-grams for n = 1..4, words, and words of the reference that is
+        closest in length (the shorter one of two equally close). Sums over captions are the numbers of a corpus.
     """
     captions = len(images)
     entry, place = index.find(images, counts)
@@ -44,14 +46,14 @@ def bleu_statistics(index: ReferenceIndex, images: np.ndarray, counts: Counts) -
     starts = num.cumsum() - num
     reference = np.arange(num.sum()) + np.repeat(index.first[images] - starts, num)  # (P,)
     length = index.lengths[reference]
-    big = length.max() + 1  # orders by distance first, by length second
+    big = length.max() + 1  # the minimum compares distances first, then lengths
     closest = np.minimum.reduceat(np.abs(length - np.repeat(counts.lengths, num)) * big + length, starts) % big
     return np.column_stack([matched, total, counts.lengths, closest]).astype(np.float64)
 
 
 def bleu(statistics: np.ndarray) -> np.ndarray:
-    """Turn statistics (..., 10), of one caption or summed over many, into BLEU-1..4 (..., 4)."""
-    small, tiny = 1e-9, 1e-15  # pycocoevalcap's, so that no match scores nearly, not exactly, zero
+    """Compute BLEU-1..4 (..., 4) from statistics (..., 10) of one caption, or summed over many."""
+    small, tiny = 1e-9, 1e-15  # as in pycocoevalcap, where a caption without a match scores nearly zero
     matched, total = statistics[..., :MAX_N], statistics[..., MAX_N : 2 * MAX_N]
     length, closest = statistics[..., -2], statistics[..., -1]
     precision = np.cumprod((matched + tiny) / (total + small), axis=-1) ** (1 / np.arange(1, MAX_N + 1))
@@ -62,7 +64,7 @@ def bleu(statistics: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L of one tokenized caption, 0 to 1; tokens are what stands between single spaces."""
+    """Compute ROUGE-L of one tokenized caption, 0 to 1; single spaces separate the tokens."""
     tokens = prediction.split(" ")
     places = _places(tokens) if len(tokens) <= LONG else None
     precision = recall = 0.0
@@ -70,7 +72,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
         others = reference.split(" ")
         if places is not None:
             common = _longest_common_subsequence(places, len(tokens), others)
-        else:  # the same the other way round: bits for the words of the shorter
+        else:  # the same with the two texts exchanged
             common = _longest_common_subsequence(_places(others), len(others), tokens)
         precision, recall = max(precision, common / len(tokens)), max(recall, common / len(others))
     if not precision or not recall:
@@ -79,7 +81,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def _places(tokens: list[str]) -> dict[str, int]:
-    """Return the positions of each token as bits."""
+    """Return the positions of each token, as bits."""
     places: dict[str, int] = {}
     for place, token in enumerate(tokens):
         places[token] = places.get(token, 0) | 1 << place
@@ -87,11 +89,11 @@ def _places(tokens: list[str]) -> dict[str, int]:
 
 
 def _longest_common_subsequence(places: dict[str, int], length: int, others: list[str]) -> int:
-    """Length of the longest common subsequence, a word at a time by bit vectors (Hyyrö, 2004).
+    """Compute the length of the longest common subsequence by bit vectors, one word at a time (Hyyrö, 2004).
 
     Args:
-        places: for each token of one sequence, its positions as bits.
-        length: of that sequence.
+        places: positions of each token of one sequence, as bits.
+        length: length of that sequence.
         others: the other sequence.
     """
     everywhere = row = (1 << length) - 1

@@ -1,7 +1,7 @@
-"""The caption scores people report, keyed by image id: `score(predictions, references) -> Scores`.
+"""The usual caption scores, by image id: `score(predictions, references) -> Scores`.
 
-BLEU-1..4, ROUGE-L and CIDEr (that is CIDEr-D) equal pycocoevalcap's and need no Java, METEOR runs where Java is, SPICE
-on request where its models are. Fractions, not percent.
+BLEU-1..4, ROUGE-L and CIDEr (which is CIDEr-D) equal those of pycocoevalcap and need no Java. METEOR needs Java; SPICE
+needs Java and its models, and is computed on request. Scores are fractions, not percent.
 """
 
 import math
@@ -22,10 +22,10 @@ from captioner.metrics.ptb.tokenizer import tokenize
 from captioner.metrics.spaces import count_unsplit
 
 KEYS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-"""Names of the scores, in the order people print them."""
+"""Names of the scores, in the order in which papers print them."""
 
 METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
-"""What `score` computes unless told otherwise; `SPICE` may be added."""
+"""The default metrics of `score`; `SPICE` may be added."""
 
 PTB = "PTB (Python, the tokens of Stanford CoreNLP 3.4.1 as pycocoevalcap runs it)"
 NO_TOKENIZER = "none (captions taken as tokens between spaces)"
@@ -39,25 +39,25 @@ class Scores:
     """Scores of one system on one set of images."""
 
     corpus: dict[str, float | None]
-    """Score of the whole set by name, see `KEYS`; None for one that was asked for and cannot be had."""
+    """Score of the whole set, by name (see `KEYS`); None for a requested score that could not be computed."""
     per_image: dict[str, np.ndarray]
-    """(images,) score of each image by name, in the order of `image_ids`."""
+    """Score of each image (images,), by name, in the order of `image_ids`; NaN where there is none."""
     image_ids: list[Any]
-    """The images scored, in the order of the references."""
+    """Ids of the scored images, in the order of the references."""
     tokenizer: str
-    """How captions became tokens."""
+    """Name of the tokenizer that split the captions into words."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Why a score is None, by name."""
+    """Reason why a score is None, by name."""
     warnings: list[str] = field(default_factory=list)
-    """What to know before believing or comparing a score."""
+    """Facts that limit what the scores mean, or what they can be compared with."""
     partial: dict[str, int] | None = None
-    """With `partial=True`: how many images were scored, were missing from the predictions, and were extra there."""
+    """With `partial=True`, numbers of images: `scored`, `missing` (no prediction) and `extra` (no references)."""
     predictions: list[str] = field(default_factory=list, repr=False)
     """Tokenized predictions, in the order of `image_ids`."""
     references: list[list[str]] = field(default_factory=list, repr=False)
     """Tokenized references, in the order of `image_ids`."""
     statistics: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    """Rows whose sum over images gives a corpus score that is no mean: `BLEU` (images, 10), `METEOR` (images, 23)."""
+    """Rows of numbers whose sum over images gives a corpus score: `BLEU` (images, 10), `METEOR` (images, 23)."""
 
     def __getitem__(self, name: str) -> float | None:
         return self.corpus[name]
@@ -69,23 +69,31 @@ class Scores:
         return "\n".join([*rows, f"{len(self.image_ids)} images, tokenizer: {self.tokenizer}", *notes])
 
     def image(self, image_id: Hashable) -> dict[str, float]:
-        """Return the scores of one image by name."""
+        """Return the scores of one image, by name.
+
+        Raises:
+            ValueError: the image was not scored.
+        """
         place = self._place(image_id)
         return {name: float(values[place]) for name, values in self.per_image.items()}
 
     def explain(self, image_id: Hashable) -> list[NGramMatch]:
-        """Say of each n-gram of an image's caption which references have it: why its scores are what they are."""
+        """Return which references contain each n-gram of an image's caption, which explains its scores.
+
+        Raises:
+            ValueError: the image was not scored.
+        """
         place = self._place(image_id)
         return matched_ngrams(self.predictions[place], self.references[place])
 
     def corpus_of(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute corpus scores as if each image stood there as often as its weight says.
+        """Compute corpus scores in which each image counts as often as its weight.
 
         Args:
-            weights: (..., images), not all zero in a row.
+            weights: (..., images); at least one weight of a row is not zero.
 
         Returns:
-            For each score that is not absent, an array (...,).
+            An array (...,) for each score that is not absent, by name.
         """
         results: dict[str, np.ndarray] = {}
         for name, values in self.per_image.items():
@@ -99,10 +107,10 @@ class Scores:
         return results
 
     def to_dict(self) -> dict:
-        """Return plain values for JSON: corpus and per-image scores, and all that qualifies them."""
+        """Return plain values for JSON: scores of the corpus and of each image, tokenizer, warnings."""
         images = [
             {"image_id": image_id, **{name: _plain(values[place]) for name, values in self.per_image.items()}}
-            for place, image_id in enumerate(map(_plain_id, self.image_ids))
+            for place, image_id in enumerate(map(python_id, self.image_ids))
         ]
         return {
             "corpus": {name: None if value is None else _plain(value) for name, value in self.corpus.items()},
@@ -135,20 +143,21 @@ def score(
 
     Args:
         predictions: one caption per image id; or COCO results, a list of `{"image_id": ..., "caption": ...}`.
-        references: the references of each image id. Their order matters as little as in pycocoevalcap (`ptb.py`).
+        references: the references of each image id. Their order changes tokens only where pycocoevalcap's does, see
+            `captioner.metrics.ptb.tokenizer`.
         metrics: any of `BLEU`, `METEOR`, `ROUGE-L`, `CIDEr`, `SPICE`.
-        partial: score the images both sides have, and record how many that leaves out.
-        allow_empty: score an empty prediction (it gets zeros) instead of refusing it.
-        tokenized: the captions are tokens already, joined by single spaces.
+        partial: whether to score only the images that both sides have; the numbers of the others are recorded.
+        allow_empty: whether an empty prediction gets zeros instead of an error.
+        tokenized: whether the captions are tokens already, joined by single spaces.
         document_frequency: n-gram statistics for CIDEr from another corpus; by default from `references`.
         spice_models: folder with SPICE's models, see `captioner.metrics.java.spice`.
-        java_timeout: seconds METEOR and SPICE may take, each.
+        java_timeout: longest time in seconds that METEOR and SPICE may take, each.
 
     Raises:
-        ValueError: ids missing, extra or given twice, captions that are not text or empty, an unknown metric.
+        ValueError: an id is missing, extra or given twice, a caption is not text or is empty, or a metric is unknown.
     """
     if not 0 < java_timeout < math.inf:
-        raise SettingError(f"java_timeout is a positive number of seconds, not {java_timeout}", "java_timeout")
+        raise SettingError(f"java_timeout must be a positive number of seconds, not {java_timeout}", "java_timeout")
     unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
     if unknown:
         raise ValueError(f"no metric '{unknown[0]}'; choose from {', '.join((*METRICS, 'SPICE'))}")
@@ -185,7 +194,7 @@ def score(
     corpus = scores.corpus_of(np.ones(len(image_ids)))
     named = [name for name in KEYS if name in corpus or name in scores.absent]
     scores.corpus = {name: float(corpus[name]) if name in corpus else None for name in named}
-    scores.warnings = _doubts(scores, captions, counts, document_frequency is None)
+    scores.warnings = _limits(scores, captions, counts, document_frequency is None)
     if unsplit := count_unsplit([*scores.predictions, *(text for group in scores.references for text in group)]):
         scores.warnings.append(
             f"captions without spaces between words (as in Chinese, Japanese, Thai): {unsplit}; each counts as few "
@@ -195,7 +204,7 @@ def score(
 
 
 def _count_ngrams(scores: Scores, metrics: Sequence[str], document_frequency: DocumentFrequency | None) -> None:
-    """Add BLEU and CIDEr, which count the same n-grams."""
+    """Add BLEU and CIDEr to the scores; both count the same n-grams."""
     grams = document_frequency.grams.copy() if document_frequency else NGrams()
     image_of, references = flatten(dict(enumerate(scores.references)))
     counts = grams.count(references, learn=True)
@@ -217,18 +226,22 @@ def _tokenize_groups(groups: list[list[str]]) -> list[list[str]]:
 
 
 def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
-    """Turn COCO results into a mapping."""
+    """Return predictions as a mapping; COCO results become one.
+
+    Raises:
+        ValueError: a row lacks a key, or an id is unusable or given twice.
+    """
     if isinstance(predictions, Mapping):
         return predictions
     if not isinstance(predictions, Iterable):
-        raise ValueError(f"predictions are a mapping or COCO results, not {type(predictions).__name__}")
+        raise ValueError(f"predictions must be a mapping or COCO results, not {type(predictions).__name__}")
     rows = list(predictions)
     bad = [row for row in rows if not isinstance(row, Mapping) or not {"image_id", "caption"} <= set(row)]
     if bad:
         raise ValueError(f"{len(bad)} results lack 'image_id' or 'caption', such as {str(bad[0])[:80]}")
     odd = [row["image_id"] for row in rows if not _is_hashable(row["image_id"])]
     if odd:
-        raise ValueError(f"{name_ids(odd)} with an id that cannot be looked up; ids are numbers or text")
+        raise ValueError(f"{name_ids(odd)} with an id that is neither a number nor text")
     times = Counter(row["image_id"] for row in rows)
     twice = [image_id for image_id, number in times.items() if number > 1]
     if twice:
@@ -237,13 +250,17 @@ def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
 
 
 def _common_ids(captions: Mapping, references: References, partial: bool) -> tuple[list[Any], dict[str, int]]:
+    """Return the ids that both sides have, and the numbers of `Scores.partial`."""
     if not isinstance(references, Mapping):
-        raise ValueError(f"references are a mapping of image ids to captions, not {type(references).__name__}")
+        raise ValueError(f"references must be a mapping of image ids to captions, not {type(references).__name__}")
     missing = [image_id for image_id in references if image_id not in captions]
     extra = [image_id for image_id in captions if image_id not in references]
     if (missing or extra) and not partial:
-        parts = [f"{name_ids(missing)} without a prediction"] * bool(missing)
-        parts += [f"{name_ids(extra)} predicted but without references"] * bool(extra)
+        parts = []
+        if missing:
+            parts.append(f"{name_ids(missing)} without a prediction")
+        if extra:
+            parts.append(f"{name_ids(extra)} predicted but without references")
         ours, theirs = ({type(image_id).__name__ for image_id in ids} for ids in (captions, references))
         differ = ours and theirs and ours.isdisjoint(theirs)
         hint = f" (ids are {'/'.join(ours)} in the one, {'/'.join(theirs)} in the other)" if differ else ""
@@ -273,39 +290,44 @@ def _check_text(captions: Mapping, references: References, image_ids: list[Any],
         raise ValueError(f"{name_ids(empty)} with an empty reference; remove it")
 
 
-def _doubts(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequency: bool) -> list[str]:
-    """Say where a score means less than it seems to."""
-    doubts = []
+def _limits(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequency: bool) -> list[str]:
+    """Return the warnings of `Scores`: facts that limit what the scores mean."""
+    limits = []
     if counts["missing"] or counts["extra"]:
-        doubts.append(describe_counts(counts))
+        limits.append(describe_counts(counts))
     if len(scores.image_ids) == 1 and own_frequency and "CIDEr" in scores.corpus:
-        doubts.append("CIDEr of a single image is always 0: every n-gram stands in all documents, so none has weight")
+        limits.append("CIDEr of a single image is always 0: every n-gram stands in all documents, so none has weight")
     few = sum(len(others) < 5 for others in scores.references)
     if few:
-        doubts.append(f"images with fewer than five references: {few}; scores are not comparable with published ones")
+        limits.append(f"images with fewer than five references: {few}; scores are not comparable with published ones")
     pairs = zip(scores.predictions, scores.references, strict=True)
     copied = sum(tokens in others for tokens, others in pairs)
     if copied > len(scores.predictions) / 2:
-        doubts.append(f"predictions equal to one of their own references: {copied}; do the references hold them?")
+        limits.append(
+            f"predictions equal to one of their own references: {copied}; the references may contain the predictions"
+        )
     unscored = int(np.isnan(scores.per_image.get("SPICE", np.zeros(1))).sum())
     if unscored:
-        doubts.append(f"images that SPICE gave no score, left out of its mean: {unscored}")
+        limits.append(f"images that SPICE gave no score, left out of its mean: {unscored}")
     silent = sum(not tokens for tokens in scores.predictions)
     if silent:
-        doubts.append(f"predictions without words: {silent}")
-    return doubts
+        limits.append(f"predictions without words: {silent}")
+    return limits
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
-    """Say how many images a partial score is of, and how many it leaves out."""
+    """Return how many images a partial score covers and leaves out, as a line of text."""
     return "images scored: {scored}; without a prediction: {missing}; without references: {extra}".format(**counts)
 
 
 def name_ids(image_ids: Iterable[Hashable], first: int = 3) -> str:
-    """Name the first few ids and how many there are."""
+    """Return the number of images and the first few ids, for a message."""
     image_ids = list(image_ids)
-    shown = ", ".join(f"{image_id!r}"[:60] for image_id in image_ids[:first])
-    return f"{len(image_ids)} image{'s' * (len(image_ids) > 1)} ({shown}{', ...' * (len(image_ids) > first)})"
+    shown = [f"{image_id!r}"[:60] for image_id in image_ids[:first]]
+    if len(image_ids) > first:
+        shown.append("...")
+    count = "1 image" if len(image_ids) == 1 else f"{len(image_ids)} images"
+    return f"{count} ({', '.join(shown)})"
 
 
 def _is_hashable(value: Any) -> bool:
@@ -320,8 +342,8 @@ def _is_group(captions: Any) -> bool:
     return isinstance(captions, Collection) and not isinstance(captions, str | bytes) and len(captions) > 0
 
 
-def _plain_id(image_id: Hashable) -> Hashable:
-    """Turn numpy's numbers into Python's."""
+def python_id(image_id: Hashable) -> Hashable:
+    """Return an id that is a number of numpy, or a tensor of one number, as one of Python; others are unchanged."""
     return image_id.item() if hasattr(image_id, "item") else image_id
 
 

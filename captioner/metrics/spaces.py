@@ -1,4 +1,4 @@
-"""Captions that scores cannot split into words, because their language writes no spaces between them."""
+"""Find captions whose language writes no spaces between words: scores cannot split them into words."""
 
 import re
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ UNSPACED = re.compile(
     "|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"  # Thai, Lao, Burmese, Khmer
 )
 LONG = {True: 4, False: 10}
-"""Characters of a word above which it is taken for several: of Han and Kana, and of the alphabets, whose words are
-longer."""
+"""Characters from which a word is taken for several words: in Han and Kana (True), and in the other scripts (False),
+whose words are longer."""
 
 
 def count_unsplit(captions: Iterable[str]) -> int:
-    """Count the captions whose words are not apart: those whose words would have too many letters on average.
+    """Count the captions without spaces between words: those whose words have too many letters on average.
 
     Args:
         captions: tokens joined by spaces.
@@ -22,7 +22,7 @@ def count_unsplit(captions: Iterable[str]) -> int:
 
 
 def is_unsplit(caption: str) -> bool:
-    """Tell whether a caption consists of words that are not apart."""
+    """Return whether a caption lacks spaces between its words."""
     words = [word for word in caption.split() if UNSPACED.search(word)]
     letters = [letter for word in words for letter in UNSPACED.findall(word)]
     ideographic = sum(letter >= "\u3040" for letter in letters) * 2 > len(letters)

@@ -1,4 +1,4 @@
-"""What captions are like: how long, how varied, how much of it was copied from the training set."""
+"""Statistics of captions: their length, their variety, and the share that occurs in the training set."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,38 +11,42 @@ from captioner.metrics.ptb.tokenizer import tokenize
 
 @dataclass(frozen=True)
 class CaptionStatistics:
-    """Statistics over tokenized captions (lower case, no punctuation)."""
+    """Statistics of tokenized captions (lower case, no punctuation)."""
 
     captions: int
+    """Number of captions."""
     mean_length: float
-    """Words in a caption."""
+    """Mean number of words in a caption."""
     std_length: float
+    """Standard deviation of the number of words."""
     min_length: int
+    """Words in the shortest caption."""
     max_length: int
+    """Words in the longest caption."""
     vocabulary: int
-    """Different words in all captions."""
+    """Number of different words in all captions."""
     distinct_1: float
-    """Different words as a share of all words (Li et al., 2016)."""
+    """Share of different words among all words (Li et al., 2016)."""
     distinct_2: float
-    """Different pairs of neighbouring words as a share of all such pairs."""
+    """Share of different pairs of neighbouring words among all such pairs."""
     unique: float
-    """Different captions as a share of all."""
+    """Share of different captions among all captions."""
     seen_in_training: float | None
-    """Share of captions that stand word for word in the training set; None if none was given."""
+    """Share of captions that occur word for word in the training set; None if no training set was given."""
 
 
 def caption_statistics(
     captions: Iterable[str], training: Iterable[str] | None = None, tokenized: bool = False
 ) -> CaptionStatistics:
-    """Describe captions.
+    """Compute the statistics of captions.
 
     Args:
-        captions: plain captions.
-        training: plain captions of the training set.
-        tokenized: both are tokens already, joined by single spaces.
+        captions: captions as plain text.
+        training: captions of the training set, as plain text.
+        tokenized: whether both are tokens already, joined by single spaces.
 
     Raises:
-        ValueError: no captions.
+        ValueError: there are no captions.
     """
     tokens = list(captions) if tokenized else tokenize(captions)
     if not tokens:

@@ -1,4 +1,4 @@
-"""One or two captioners measured on the same images: scores, how sure they are, what the captions are like."""
+"""Measure one or two captioners on the same images: scores, confidence intervals, statistics of the captions."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +15,11 @@ from captioner.metrics.statistics import CaptionStatistics, caption_statistics
 
 @dataclass(frozen=True)
 class System:
-    """What one captioner wrote and all that was measured of it."""
+    """The captions of one captioner, and everything that was measured on them."""
 
     name: str
     captions: dict[ImageId, Any]
-    """Its captions as it wrote them, also of images that were not scored."""
+    """Its captions before tokenization, by image id; also those of images that were not scored."""
     scores: Scores
     intervals: dict[str, Interval]
     statistics: CaptionStatistics
@@ -39,22 +39,22 @@ class Evaluation:
 
     systems: tuple[System, ...]
     differences: dict[str, Difference] | None
-    """What the second gains over the first, by score; None for one system."""
+    """Differences between the second system and the first, by score; None for one system."""
     references: CaptionStatistics
-    """What the references of the scored images are like."""
+    """Statistics of the references of the scored images."""
     level: float
-    """Share of samples inside the intervals."""
+    """Share of the bootstrap samples that lies inside the intervals."""
     samples: int
-    """Bootstrap samples behind them."""
+    """Number of bootstrap samples."""
 
     @property
     def image_ids(self) -> list[ImageId]:
-        """The images scored."""
+        """Ids of the scored images."""
         return self.systems[0].scores.image_ids
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the scores doubtful, each once; led by the name of the system if only one of two is meant."""
+        """Warnings of all systems, each once; one that concerns only one of two systems starts with its name."""
         shared = set.intersection(*(set(system.scores.warnings) for system in self.systems))
         return list(
             dict.fromkeys(
@@ -82,22 +82,22 @@ def evaluate_systems(
     level: float = 0.95,
     seed: int = 0,
     partial: bool = False,
-    **options,
+    **options: Any,
 ) -> Evaluation:
-    """Score one system, or two against each other.
+    """Score one system, or compare two.
 
     Args:
-        results: COCO results (see `read_results`) by the system's name; one or two.
-        references: what they are scored against.
-        training: plain captions of the training set, for the share that was copied from it.
-        samples: bootstrap samples, and swaps of the paired test.
-        level: share of samples inside an interval.
-        seed: of both.
-        partial: score the images that all sides have, and say so.
+        results: COCO results (see `read_results`) of one or two systems, by name.
+        references: the reference captions.
+        training: captions of the training set, for the share of captions that occur there.
+        samples: number of bootstrap samples, and of swaps in the paired test.
+        level: share of the samples that lies inside an interval.
+        seed: seed of samples and swaps.
+        partial: whether to score only the images that all sides have; a warning states the numbers of the others.
         **options: further options of `score`.
 
     Raises:
-        ValueError: what `score` refuses, led by the system's name.
+        ValueError: `score` refuses the captions of a system; the message starts with its name.
     """
     captions = {name: {row["image_id"]: row["caption"] for row in rows} for name, rows in results.items()}
     shared = set(references.captions)
@@ -123,9 +123,9 @@ def evaluate_systems(
 
 
 def score_shared(
-    rows: Sequence[Mapping], references: Mapping[ImageId, list[str]], shared: Collection[ImageId], **options
+    rows: Sequence[Mapping], references: Mapping[ImageId, list[str]], shared: Collection[ImageId], **options: Any
 ) -> Scores:
-    """Score the rows of the images that all systems share; what that leaves out is counted as of this system alone."""
+    """Score the images that all systems share; the warnings count the images that this system lacks or adds itself."""
     if len(shared) == len(references):
         return score(rows, references, **options)
     scores = score(

@@ -1,13 +1,14 @@
-"""An `update` / `compute` object in the manner of torchmetrics, for batches on many processes."""
+"""A metric object with `update` and `compute` as in torchmetrics, for batches on many processes."""
 
 import sys
 from collections.abc import Hashable, Sequence
+from typing import Any
 
-from captioner.metrics.scores import Scores, score
+from captioner.metrics.scores import Scores, python_id, score
 
 
 class CaptionMetric:
-    """Collects captions of all processes and scores them together.
+    """Collects the captions of all processes and scores them together.
 
     ```python
     metric = CaptionMetric()
@@ -16,21 +17,21 @@ class CaptionMetric:
     scores = metric.compute()
     ```
 
-    An image met twice, as samplers that pad the last batch make happen, counts once. Images are scored in the order of
-    their ids, so that the number of processes changes nothing.
+    An image that is added twice counts once: samplers repeat images to fill the last batch. Images are scored in the
+    order of their ids, so that the number of processes does not change the scores.
 
     Args:
-        metrics: as for `score`; METEOR, which starts Java on every process, only if named.
+        metrics: as for `score`. METEOR is not a default here, because each process would start Java.
         **options: further options of `score`.
     """
 
-    def __init__(self, metrics: Sequence[str] = ("BLEU", "ROUGE-L", "CIDEr"), **options):
+    def __init__(self, metrics: Sequence[str] = ("BLEU", "ROUGE-L", "CIDEr"), **options: Any):
         self.metrics = tuple(metrics)
         self.options = options
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was collected."""
+        """Drop all captions collected so far."""
         self._rows: dict[Hashable, tuple[str, str | list[str]]] = {}
 
     def update(
@@ -44,20 +45,21 @@ class CaptionMetric:
             references: the references of each.
 
         Raises:
-            ValueError: lists of different lengths.
+            ValueError: the lists differ in length.
         """
         if not len(image_ids) == len(predictions) == len(references):
             found = f"{len(image_ids)} image ids, {len(predictions)} predictions, {len(references)} lists of references"
             raise ValueError(f"{found}; give one of each for each image")
         for image_id, prediction, others in zip(image_ids, predictions, references, strict=True):
-            key = image_id.item() if hasattr(image_id, "item") else image_id
-            self._rows.setdefault(key, (prediction, others if isinstance(others, str) else list(others)))
+            self._rows.setdefault(
+                python_id(image_id), (prediction, others if isinstance(others, str) else list(others))
+            )
 
     def compute(self) -> Scores:
-        """Score what all processes collected; every process gets the same result and must call this.
+        """Score the captions of all processes. Every process must call this and gets the same result.
 
         Raises:
-            ValueError: nothing was collected, or `score` refuses it.
+            ValueError: there are no captions, or `score` refuses them.
         """
         rows: dict[Hashable, tuple[str, str | list[str]]] = {}
         for part in _gather(self._rows):
@@ -72,7 +74,7 @@ class CaptionMetric:
 
 
 def _gather(rows: dict) -> list[dict]:
-    """Collect every process's rows, in the order of ranks."""
+    """Return the rows of every process, in the order of ranks."""
     distributed = sys.modules.get("torch.distributed")  # not imported means no process group, and imports stay light
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return [rows]

@@ -29,25 +29,25 @@ from captioner.runs.digests import digest_text
 from captioner.runs.progress import progress_bar
 
 FITTED_VIEWS = 4
-"""Views of a described image that a regression from teachers is fitted on, where a run draws new views every time."""
+"""Views of each described image on which a regression is fitted, where a run draws new views each time."""
 
 
 def run_at(teacher: Teacher, pixels: torch.Tensor, places: torch.Tensor) -> Targets:
-    """Run a teacher on the views (B, 3, S, S) at some places of the batch (b,)."""
+    """Run a teacher on some of the views (B, 3, S, S): those at the places (b,) in the batch."""
     return teacher(pixels[places.to(pixels.device)])
 
 
 class Batches:
-    """Views with their targets: teachers' outputs, class labels, caption words, tags.
+    """Makes batches of views with their targets: teachers' outputs, class labels, caption words, tags.
 
     Attributes:
         store: the images.
-        words: words of the captions, which the first images in the store have, if there are captions.
-        tags: labels of a label file, if there is one.
+        words: words of the captions, which the first images in the store have; None without captions.
+        tags: labels of a label file; None without one.
         shapes: shapes of each teacher's outputs, without the batch.
 
     Raises:
-        ValueError: no image can be opened, or none with the classes or words to learn.
+        ValueError: no image can be opened, or no image has the classes or words to learn.
         OSError: the disk is full.
     """
 
@@ -83,7 +83,7 @@ class Batches:
         self.shapes = [{k: tuple(v.shape[1:]) for k, v in targets.items()} for targets in outputs]
         self.target_stores: list[TargetStore] = []
         if config.views is not None:
-            with accelerator.main_process_first():  # one process lays the files out
+            with accelerator.main_process_first():  # one process creates the files
                 folders = [folder / f"teacher_{number + 1}" for number in range(len(teachers))]
                 self.target_stores = [self.open_targets(n, place, config.views) for n, place in enumerate(folders)]
         self.words = self.describe_by_words(captions).to(self.device) if captions else None
@@ -106,7 +106,13 @@ class Batches:
             self.mixup = Mixup(**options, label_smoothing=config.label_smoothing, num_classes=kinds)
 
     def open_targets(self, number: int, folder: Path, versions: int) -> TargetStore:
-        """Open the store of a teacher's outputs for the views."""
+        """Open the store of a teacher's outputs.
+
+        Args:
+            number: number of the teacher.
+            folder: folder of the store.
+            versions: distinct views of each image.
+        """
         config = self.config
         view = (config.seed, config.image_size, config.min_crop, self.store.stamp)
         stamp = f"{view} {self.teachers[number].stamp}"
@@ -125,7 +131,7 @@ class Batches:
         return DescribedImages(words.words, np.arange(len(captions)), words.targets, len(self.store))
 
     def settings(self) -> dict:
-        """Return what a resumed run cannot change: images, words, tags, teachers."""
+        """Return the settings that a resumed run cannot change: images, words, tags, teachers."""
         settings: dict[str, Any] = {"digest of the images": self.store.stamp, "teachers": len(self.teachers)}
         if self.words is not None:
             settings["digest of the captions' words"] = self.words.digest
@@ -137,7 +143,7 @@ class Batches:
         return settings
 
     def batch(self, position: int) -> dict:
-        """Return B views from a position of the run on, with their targets, as `Student.forward` takes them."""
+        """Return the B views from a position of the run on, and their targets: the arguments of `Student.forward`."""
         config = self.config
         rows, versions = self.order.views(position, config.batch_size)
         index = torch.from_numpy(rows)
@@ -173,13 +179,13 @@ class Batches:
         return self.accelerator.reduce(value.to(self.device)).cpu()
 
     def cut(self, rows: np.ndarray, versions: np.ndarray) -> torch.Tensor:
-        """Return pixels (B, 3, S, S) in [0, 1] of views."""
+        """Return the pixels (B, 3, S, S) of views, in [0, 1]."""
         config = self.config
         views = draw_views(config.seed, rows, versions, config.min_crop)
         return cut_views(self.store.batch(torch.from_numpy(rows), self.device), views, config.image_size)
 
     def teacher_targets(self, pixels: torch.Tensor, rows: np.ndarray, versions: np.ndarray) -> list[Targets]:
-        """Return the outputs of each teacher for views, from disk where they were computed before."""
+        """Return the outputs of each teacher for views; those that were computed before are read from disk."""
         found = []
         for number, teacher in enumerate(self.teachers):
             with self.accelerator.autocast():

@@ -11,7 +11,7 @@ from captioner.errors import SettingError, check_positive, check_shares
 
 
 def read_options(words: list[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` words; a value that is no Python literal is text.
+    """Parse `KEY=VALUE` words; a value that is not a Python literal is text.
 
     Raises:
         ValueError: a word is not of that form.
@@ -92,7 +92,7 @@ class TeacherConfig:
     temperature: float = 2.0
     """Softens both class distributions before they are compared."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         first, colon, end = self.map_classes.partition(":")
         if not colon or not all(part.isdecimal() or not part for part in (first, end)):
             raise SettingError(
@@ -247,7 +247,7 @@ class PretrainConfig:
         """Side in pixels of the student's view at the end of the run."""
         return self.late_size or self.image_size
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.grids or min(self.grids) < 1:
             raise SettingError(f"grids must be positive, not {self.grids}", "grids")
         check_positive(self, "image_size", "early_size", "late_size", "store_size", "views", "captions_repeat")

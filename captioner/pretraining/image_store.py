@@ -1,7 +1,9 @@
-"""Images for pretraining, decoded once: small uint8 squares that fit in memory, or on the GPU, and stay there.
+"""Images for pretraining, decoded once into small uint8 squares, which stay in memory or on the GPU.
 
-Decoding a JPEG costs more than a training step of a small student, so every image of every source is opened once,
-squashed to a square and written into one memory-mapped file. Letters: n images, R side of a square in pixels.
+Decoding a JPEG costs more than a training step of a small student. So each image of each source is opened once, resized
+to a square, and written into one memory-mapped file.
+
+Letters: n images, B images of a batch, R side of a square in pixels.
 """
 
 import glob
@@ -28,17 +30,17 @@ from captioner.runs.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 CHUNK = 1024
-"""Images decoded between two writes."""
+"""Images that are decoded at a time."""
 
 
 @dataclass
 class Source:
-    """Images of one kind and, where known, the class of each.
+    """Images from one place, and the class of each where it is known.
 
     Attributes:
-        name: what a person wrote for it.
-        items: pairs of an image and its class name, `None` where it has none.
-        stamp: changes when the source's content does.
+        name: the path or glob pattern of the images, as in the settings.
+        items: pairs of an image and its class name, or `None` where the class is unknown.
+        stamp: a text that changes when the content of the source changes.
     """
 
     name: str
@@ -60,11 +62,14 @@ def file_name(image: ImageSource) -> str:
 
 
 def open_source(name: str) -> Source:
-    """Open a folder (images of a subfolder are a class), parquet files or WebDataset shards, by path or glob.
+    """Open a folder (each subfolder is a class), parquet files or WebDataset shards.
+
+    Args:
+        name: a path or a glob pattern.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a file is unreadable, has no column `image`, or is of another kind.
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a file cannot be read, has no column `image`, or has another format.
     """
     if Path(name).is_dir():
         return open_folder(Path(name))
@@ -81,10 +86,10 @@ def open_source(name: str) -> Source:
 
 
 def open_folder(root: Path) -> Source:
-    """List a folder's images; where all lie in subfolders, the first one down names the class.
+    """List the images of a folder. If all lie in subfolders, the subfolder of the root names the class.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are no images.
     """
     found = search_folder(root)
     for reason in found.unreadable:
@@ -100,7 +105,7 @@ def open_folder(root: Path) -> Source:
 
 
 def stamp_files(files: Iterable[str | Path]) -> str:
-    """Digest names, sizes and times of change of files."""
+    """Digest the names, sizes and modification times of files."""
     lines = []
     for file in files:
         try:
@@ -113,13 +118,20 @@ def stamp_files(files: Iterable[str | Path]) -> str:
 
 
 def stamp_images(images: Iterable[Mapping]) -> str:
-    """Digest the images of a `datasets` column, not decoded: bytes as they are, files as `stamp_files` does."""
+    """Digest the images of a `datasets` column without decoding them: their bytes, or their files as `stamp_files`."""
     found = [(image["bytes"], image["path"]) for image in images]
     return digest_json([stamp_files([path]) if data is None else digest_bytes(data) for data, path in found])
 
 
 def read_parquet(name: str, files: list[str]) -> Iterable[tuple[Mapping, str | None]]:
-    """Read the columns `image` and, if it holds classes, `label` of parquet files."""
+    """Read the columns `image` and, if it is a class label, `label` of parquet files.
+
+    Returns:
+        Pairs of an image and its class name, as in `Source`.
+
+    Raises:
+        ValueError: a file is not parquet, or has no column `image`.
+    """
     import datasets
 
     try:
@@ -137,7 +149,11 @@ def read_parquet(name: str, files: list[str]) -> Iterable[tuple[Mapping, str | N
 
 
 def read_shards(files: list[str]) -> Iterator[tuple[bytes, str | None]]:
-    """Stream WebDataset shards: a sample's image, and the class in its `.cls` or `.cls.txt`."""
+    """Yield the image of each sample of WebDataset shards, and the class in its `.cls` or `.cls.txt`.
+
+    Raises:
+        ValueError: webdataset is not installed, or a shard cannot be read.
+    """
     try:
         import webdataset
     except ImportError:
@@ -154,16 +170,16 @@ def read_shards(files: list[str]) -> Iterator[tuple[bytes, str | None]]:
 
 
 class ImageStore:
-    """Decoded squares of several sources, and their classes.
+    """The decoded squares of several sources, and their classes.
 
     Attributes:
-        stamp: digest of the squares and their classes, wherever they came from.
+        stamp: digest of the squares and their classes; it does not depend on where the images came from.
         squares: uint8 (n, 3, R, R), memory-mapped or on the device.
         labels: int64 (n,), -1 where an image has no class.
-        classes: class names; sources that share a name share the class.
+        classes: class names; equal names in several sources are one class.
         ranges: rows of each source.
         names: name of each image's file, empty where it has none.
-        usable: rows whose image could be opened.
+        usable: whether the image of each row could be opened, bool (n,).
     """
 
     def __init__(self, folder: Path):
@@ -176,31 +192,34 @@ class ImageStore:
         broken[meta["broken"]] = True
         self.usable = ~broken
         shape = (len(self.labels), 3, self.side, self.side)
-        mapped = np.memmap(folder / "images.u8", np.uint8, "r+", shape=shape)  # read only; torch warns if mapped so
+        # Nothing is written to it, but torch warns of arrays that cannot be written.
+        mapped = np.memmap(folder / "images.u8", np.uint8, "r+", shape=shape)
         self.squares = torch.from_numpy(mapped)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device, share: float = 0.4) -> "ImageStore":
-        """Move the squares onto a GPU if they fill at most a `share` of its free memory."""
+        """Move the squares onto a GPU if they fill at most a `share` of its free memory; returns self."""
         if device.type == "cuda" and self.squares.numel() <= share * torch.cuda.mem_get_info(device)[0]:
             self.squares = self.squares.to(device)
         return self
 
     def batch(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Pick squares (B, 3, R, R) and bring them to the device."""
+        """Return the squares (B, 3, R, R) of some rows (B,), on the device."""
         return self.squares[rows.to(self.squares.device)].to(device, non_blocking=True)
 
 
 def store_images(sources: list[Source], side: int, folder: Path, workers: int = 4) -> ImageStore:
-    """Decode every image into `folder`, or reuse what is there if it was made from the same sources.
+    """Decode all images into a folder, or open the store in it if it was made from the same sources.
 
-    An image that cannot be opened is named once, counted, and never used.
+    An image that cannot be opened is never used; a warning names it, and another states the number of these images.
 
     Args:
-        side: R in pixels; one image takes 3 R^2 bytes of disk.
-        workers: decoding threads.
+        sources: the images.
+        side: R, the side of a square in pixels; an image takes 3 R^2 bytes of disk.
+        folder: folder of the store.
+        workers: number of threads that decode.
 
     Raises:
         ValueError: no image can be opened.

@@ -1,7 +1,7 @@
-"""Encoder pretraining: from class labels, from teachers that see the same view, and from the words of captions.
+"""Encoder pretraining: the student learns from class labels, from teachers that see the same view, and from captions.
 
-Images are decoded once (image_store.py); views are cut on the device (views.py); the teachers' outputs for a view stay
-on disk where views repeat (targets.py); batches.py joins all that; heads and losses are in student.py.
+Images are decoded once (`image_store.py`). Views are cut on the device (`views.py`). Where views repeat, the teachers'
+outputs for them are stored on disk (`targets.py`). `batches.py` joins these; heads and losses are in `student.py`.
 """
 
 import time
@@ -19,7 +19,7 @@ from torch import nn
 from captioner.data.stream import draw_grid
 from captioner.encoders import TokenEncoder, create_encoder, describe_encoder
 from captioner.encoders.registry import has_weights
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.grids import Grid, write_grid
 from captioner.pretraining.batches import Batches
 from captioner.pretraining.config import PretrainConfig
@@ -35,32 +35,35 @@ from captioner.runs.processes import pick_precision, start_processes
 from captioner.runs.schedule import learning_rates
 
 CHECK_EVERY, SLOW = 10, 0.5
-"""Steps between two checks of the clock and of signals, as a check waits for the device; and the seconds of a step
-above which every step checks."""
+"""Steps between two checks of the clock and of signals, because a check waits for the device; and the seconds of a step
+from which each step checks."""
 
 FIXED = (
     *("encoder", "encoder_options", "train_stem", "optimizer", "seed", "ema", "grids", "image_size", "early_size"),
     *("early_share", "late_size", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
     *("label_weight", "label_smoothing", "word_weight", "words_from", "tag_weight", "tags_from"),
 )
-"""Settings that a resumed run cannot change, besides images and teachers."""
+"""Settings that a resumed run cannot change, in addition to images and teachers."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run the pretraining job and return the folder of the exported encoder.
 
     Raises:
-        ValueError: no data, unknown names, a teacher that does not fit, a checkpoint or the results of another run in
-            the output folder, or a loss that is not finite.
-        OSError: the disk is full; earlier checkpoints are as they were.
-        SystemExit: a signal stopped the run (SIGTERM, SIGINT), which has saved; the code is 128 + the signal.
+        ValueError: there are no data, a name is unknown, a teacher does not fit, the output folder holds the results of
+            another run, or the loss is not finite.
+        OSError: the disk is full; earlier checkpoints are unchanged.
+        SystemExit: a signal (SIGTERM, SIGINT) stopped the run, which saved a checkpoint; the code is 128 + the signal.
     """
     with Interruption() as interruption:
         return run(config, interruption)
 
 
 def run(config: PretrainConfig, interruption: Interruption) -> Path:
-    """Set up, then train: take a step, save when due, at the end export and probe; see `pretrain`."""
+    """Set up the run, then train. Each turn of the loop is one step; checkpoints are saved when due.
+
+    At the end, the encoder is exported and probed. For errors see `pretrain`.
+    """
     if not config.images and not config.captions:
         raise SettingError("there is nothing to train on", "images", "captions")
     accelerator = start_processes(
@@ -79,14 +82,14 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             )
         check_views(encoder, config)
         if config.probe_train:
-            with accelerator.main_process_first():  # the others find them decoded
+            with accelerator.main_process_first():  # the other processes then find the images decoded
                 open_images(config)
         batches = Batches(config, accelerator, teachers)
     words, tags = (described.prior if described else None for described in (batches.words, batches.tags))
     student = Student(encoder, config, batches.shapes, len(batches.store.classes), words, tags)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each grid and size
-        student.encode = torch.compile(student.encode)
+    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
 
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = create_optimizer_v2(student, opt=config.optimizer, **options)
@@ -110,7 +113,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         save_config(config, config.output)
 
     student.train()
-    saved = began = checked = time.monotonic()
+    saved = started = checked = time.monotonic()
     checked_step, next_check = step, step + 1
     while step < config.steps:
         batch = batches.batch(step * per_step + accelerator.process_index * config.batch_size)
@@ -141,7 +144,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
         over = due = False
         if step == next_check:
             now = time.monotonic()
-            over = config.max_minutes is not None and now - began > 60 * config.max_minutes
+            over = config.max_minutes is not None and now - started > 60 * config.max_minutes
             due = now - saved > 60 * config.save_minutes
             slow = now - checked > SLOW * (step - checked_step)
             signal, (over, due, slow) = interruption.agree(accelerator, over, due, slow)
@@ -154,7 +157,9 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             break
     log.close()
     if step < config.steps:
-        accelerator.print(f"stopped at step {step} of {config.steps}, saved in '{checkpoints}'; run again to go on")
+        accelerator.print(
+            f"stopped at step {step} of {config.steps}, saved in '{checkpoints}'; run it again to continue"
+        )
         accelerator.end_training()
         if signal:
             raise SystemExit(128 + signal)
@@ -174,13 +179,13 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
 
 
 def load_initial_weights(encoder: TokenEncoder, config: PretrainConfig, teachers: list[Teacher]) -> nn.Module | None:
-    """Give the encoder the weights to start from: those of the network that the run names, or of a teacher that fits.
+    """Load the weights that the encoder starts from: those of `init_from`, or of a teacher that fits.
 
     Returns:
-        The part of the encoder that is cut from a pretrained network, if there is one.
+        The part of the encoder that is cut from a pretrained network, or None.
 
     Raises:
-        ValueError: the weights cannot be had or do not fit.
+        ValueError: the weights cannot be loaded or do not fit.
     """
     part = encoder.pretrained_part
     if config.init_from is not None:
@@ -199,7 +204,7 @@ def load_initial_weights(encoder: TokenEncoder, config: PretrainConfig, teachers
 
 @torch.no_grad()
 def check_views(encoder: TokenEncoder, config: PretrainConfig) -> None:
-    """Encode an empty view of each size and the probe's largest grid, to find out before a run what cannot be.
+    """Check before the run that the encoder takes views of all sizes, and has all grids.
 
     Raises:
         SettingError: the encoder does not take views of a size, or a grid is larger than its map of cells.
@@ -210,9 +215,8 @@ def check_views(encoder: TokenEncoder, config: PretrainConfig) -> None:
         try:
             encoder.forward_maps(torch.zeros(1, 3, size, size), (1, 1) if encoder.chooses_grid else None)
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
             raise SettingError(
-                f"'{config.encoder}' does not take views of {size} px ({reason})",
+                f"'{config.encoder}' does not take views of {size} px ({first_line(error)})",
                 *("late_size", "early_size", "encoder_options"),
             ) from None
     if encoder.chooses_grid or config.probe_train:
@@ -227,10 +231,16 @@ def check_views(encoder: TokenEncoder, config: PretrainConfig) -> None:
 
 
 def draw_square_grid(encoder: TokenEncoder, config: PretrainConfig, step: int, size: int) -> Grid | None:
-    """Draw the compressed grid of a step, the same in every process; `None` for an encoder that does not choose one.
+    """Draw the compressed grid of a step, which is the same in every process.
 
     Args:
-        size: side in pixels of the views; small ones have a smaller map of cells, which bounds the grid.
+        encoder: the student's encoder.
+        config: the run.
+        step: number of the step.
+        size: side of the views in pixels. Small views have a smaller map of cells, which limits the grid.
+
+    Returns:
+        The grid; `None` for an encoder that does not choose its grid.
     """
     if not encoder.chooses_grid:
         return None
@@ -239,14 +249,16 @@ def draw_square_grid(encoder: TokenEncoder, config: PretrainConfig, step: int, s
 
 
 def export_encoder(encoder: TokenEncoder, options: dict, size: int, folder: Path) -> None:
-    """Write the encoder as timm reads it, for `create_encoder("local-dir:FOLDER")`.
+    """Write the encoder as a folder of timm, for `create_encoder("local-dir:FOLDER")`.
 
     Args:
+        encoder: the encoder.
         options: keyword arguments that build the encoder again.
-        size: side in pixels of the images that it is made for.
+        size: side in pixels of the images that the encoder is made for.
+        folder: the folder.
 
     Raises:
-        OSError: the disk is full or not writable; the encoder that was in the folder before is unchanged.
+        OSError: the disk is full or not writable; an earlier encoder in the folder is unchanged.
     """
     encoder.timm_model.pretrained_cfg["input_size"] = (3, size, size)
     settings = {"model_config": {"num_classes": 0}, "model_args": options, "safe_serialization": True}

@@ -1,4 +1,4 @@
-"""Probes of frozen tokens: a linear classifier and nearest neighbours on labelled images, at each grid.
+"""Probes of frozen tokens at each grid: a linear classifier and nearest neighbours, on labelled images.
 
 Letters: n images, D token width, K classes.
 """
@@ -18,16 +18,20 @@ from captioner.pretraining.image_store import ImageStore, open_source, store_ima
 from captioner.pretraining.views import cut_views, whole_views
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the nearest-neighbour vote (Wu et al., CVPR 2018, as DINO uses it)."""
+"""Number of neighbours and temperature of the nearest-neighbour vote (Wu et al., CVPR 2018), as in DINO."""
 
 
 def open_images(config: PretrainConfig) -> list[ImageStore]:
-    """Open the images to fit the probe on and those to validate it on; images that no run has decoded yet are decoded.
+    """Open the images on which the probe is fitted, and those on which it is measured.
+
+    Images that no run has decoded yet are decoded.
 
     Raises:
-        SettingError: the two have no classes, or not the same ones.
+        SettingError: a set has no classes, or the images to measure on have a class that the others lack.
         OSError: there are no such images, or the disk is full.
     """
+    assert config.probe_train is not None, "the run has a probe"
+    assert config.probe_val is not None, "PretrainConfig refuses one without the other"
     folder = config.store or config.output / "store"
     stores = [
         store_images([open_source(name)], config.store_size, folder / part, config.workers)
@@ -47,25 +51,27 @@ def probe_encoder(
     head: nn.Linear | None = None,
     classes: Sequence[str] = (),
 ) -> list[dict]:
-    """Probe an encoder at each of the config's grids; one process does this.
+    """Probe an encoder at each grid of the run; only one process calls this.
 
     Args:
+        encoder: the encoder.
+        config: the run, with the grids and the images of the probe.
+        device: device of the encoder.
         head: the classifier (D -> K) that was trained with the encoder on class labels.
-        classes: names of its K classes; it is measured if the validation images have no others.
+        classes: names of its K classes. The head is measured if the validation images have no other classes.
 
     Returns:
-        A record for each grid: `grid`, `probe_top1` (linear) and `knn_top1`, and `label_top1` of the head; shares of
-        the validation images.
+        A record for each grid: `grid`, `probe_top1` of the linear probe, `knn_top1` of nearest neighbours, and
+        `label_top1` of the head. The accuracies are shares of the validation images.
 
     Raises:
-        SettingError: the two sets of images have no classes, or not the same ones, or a grid is larger than the
-            encoder's map.
+        SettingError: see `open_images`, or a grid is larger than the encoder's map.
     """
     stores = open_images(config)
     rows = [pick_rows(store, count) for store, count in zip(stores, (config.probe_images, None), strict=True)]
     labels = [numbers_of(store, r, stores[0].classes).to(device) for store, r in zip(stores, rows, strict=True)]
     head_labels = None
-    if set(stores[1].classes) <= set(classes):
+    if head is not None and set(stores[1].classes) <= set(classes):
         head_labels = numbers_of(stores[1], rows[1], classes).to(device)
     encoder.eval()
     records = []
@@ -75,7 +81,7 @@ def probe_encoder(
             for store, r in zip(stores, rows, strict=True)
         )
         record = {"grid": grid}
-        if head_labels is not None:
+        if head is not None and head_labels is not None:
             with torch.no_grad():
                 guess = head(val[:, : head.in_features]).argmax(1)
             record["label_top1"] = (guess == head_labels).float().mean().item()
@@ -89,12 +95,12 @@ def probe_encoder(
 
 
 def numbers_of(store: ImageStore, rows: torch.Tensor, classes: Sequence[str]) -> torch.Tensor:
-    """Return the classes of rows as numbers in a list of classes (n,)."""
+    """Return the class of each row (n,), as its number in a list of classes."""
     return torch.tensor([classes.index(name) for name in store.classes])[store.labels[rows]]
 
 
 def pick_rows(store: ImageStore, count: int | None) -> torch.Tensor:
-    """Take up to `count` usable, labelled rows, spread evenly over the store."""
+    """Return up to `count` usable, labelled rows (n,), spread evenly over the store; all of them for `None`."""
     rows = np.flatnonzero(store.usable & (store.labels.numpy() >= 0))
     if count is not None and count < len(rows):
         rows = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
@@ -105,9 +111,9 @@ def pick_rows(store: ImageStore, count: int | None) -> torch.Tensor:
 def pooled_features(
     encoder: TokenEncoder, store: ImageStore, rows: torch.Tensor, grid: Grid, size: int, device: torch.device
 ) -> torch.Tensor:
-    """Encode whole images at a grid, and join class token and mean of the grid's tokens: (n, 2 D).
+    """Encode whole images at a grid; returns the class token and the mean of the grid's tokens, (n, 2 D).
 
-    An encoder without a class token has the mean alone: (n, D).
+    For an encoder without a class token, returns the mean alone, (n, D).
     """
     mean, std = (torch.tensor(encoder.default_cfg[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
     features = []
@@ -120,7 +126,7 @@ def pooled_features(
 
 
 def fit_linear(features: torch.Tensor, labels: torch.Tensor, classes: int, decay: float = 1e-3) -> nn.Linear:
-    """Fit multinomial logistic regression (n, 2 D) -> K by L-BFGS."""
+    """Fit a multinomial logistic regression to features (n, 2 D) and their classes (n,), by L-BFGS."""
     layer = nn.Linear(features.shape[1], classes).to(features.device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -138,7 +144,7 @@ def fit_linear(features: torch.Tensor, labels: torch.Tensor, classes: int, decay
 
 
 def vote(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, classes: int) -> torch.Tensor:
-    """Classify queries by their nearest neighbours' votes, weighted by similarity: classes (n,)."""
+    """Classify queries by the votes of their nearest neighbours, weighted by similarity; returns classes (n,)."""
     train, queries = F.normalize(train), F.normalize(queries)
     near, index = (queries @ train.mT).topk(min(NEIGHBOURS, len(train)))
     votes = torch.zeros(len(queries), classes, device=train.device)

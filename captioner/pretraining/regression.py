@@ -1,8 +1,8 @@
 """A ridge regression from teachers' outputs to what people said of images: words of captions, labels of classes.
 
-An encoder soon knows the words and labels of a few thousand images by heart, which helps with no other image. The
-regression avoids that. It is a fixed function of the view, and also holds for images that nobody described. The targets
-of an image that was described are predicted by a fit on *other* images (cross-fitting).
+An encoder soon memorises the words and labels of a few thousand images, which does not help with other images. The
+regression avoids this. It is a fixed function of the view, and also gives targets for images that nobody described. The
+targets of an image that was described are predicted by a fit on *other* images (cross-fitting).
 
 Letters: B views, F features, V targets: words or classes.
 """
@@ -14,16 +14,17 @@ import torch
 from captioner.pretraining.targets import Targets
 
 FOLDS = 5
-"""Parts of the images; the targets of each part are predicted by a fit on the others."""
+"""Parts of the described images; the targets of each part are predicted by a fit on the other parts."""
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Penalties to choose from, in units of a feature's variance, per view that is fitted on."""
+"""Penalties from which the best is chosen, in units of a feature's variance, for each view of the fit."""
 
 
 def describe(targets: list[Targets]) -> torch.Tensor:
-    """Join the outputs of all teachers for views into features (B, F), the last of which is 1.
+    """Concatenate the outputs of all teachers for views into features (B, F); the last feature is 1.
 
-    Features of a teacher are its pooled feature (else the mean of its map, else the square roots of its class
-    probabilities) and, of class maps, the maximum and the square root of the mean of each class over the cells.
+    The features of a teacher are its pooled feature, or the mean of its map, or the square roots of its class
+    probabilities: the first that it has. Class maps add the maximum of each class over the cells, and the square root
+    of its mean.
     """
     parts = []
     for target in targets:
@@ -40,7 +41,7 @@ def describe(targets: list[Targets]) -> torch.Tensor:
 
 
 class TeacherRegression:
-    """A ridge regression from features of views to what is known about their images, fitted in one pass.
+    """A ridge regression from features of views to what people said of their images, fitted in one pass.
 
     Args:
         examples: rows of images (B,), features of a view of each (B, F) and its targets (B, V).
@@ -49,9 +50,9 @@ class TeacherRegression:
         sum_processes: returns the sum of a tensor over the processes, where several share the examples.
 
     Attributes:
-        weights: (FOLDS + 1, F, V): those that predict each fold, fitted on the others; and their mean, for images
-            without targets.
-        explained: share of the targets' variance that is predicted for images that a fit has not seen.
+        weights: (FOLDS + 1, F, V): the weights that predict each fold, fitted on the other folds; then their mean, for
+            images without targets.
+        explained: share of the targets' variance that is explained on images outside the fit.
 
     Raises:
         ValueError: there are no examples.
@@ -82,36 +83,37 @@ class TeacherRegression:
         self.explained = 1 - ((spread.sum() + error) / around_mean.sum()).item()
 
     def to(self, device: torch.device) -> "TeacherRegression":
-        """Move to a device."""
+        """Move the weights to a device; returns self."""
         self.weights = self.weights.to(device)
         return self
 
     def predict(self, rows: torch.Tensor, features: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
-        """Return the expected targets (B, V), within 0 and 1.
+        """Predict targets (B, V), within 0 and 1.
 
         Args:
             rows: image of each view, (B,).
             features: features of the views, (B, F).
             fitted: whether each image has targets, and may have been fitted on, (B,).
         """
-        expected = features.new_empty(len(rows), self.weights.shape[2])
+        predicted = features.new_empty(len(rows), self.weights.shape[2])
         folds = torch.where(fitted, rows % FOLDS, FOLDS)
         for fold, weights in enumerate(self.weights):
-            expected[folds == fold] = features[folds == fold] @ weights
-        return expected.clamp(0, 1)
+            predicted[folds == fold] = features[folds == fold] @ weights
+        return predicted.clamp(0, 1)
 
 
 def fit_folds(squares: torch.Tensor, products: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
-    """Fit the regression without each fold in turn.
+    """Fit the regression once for each fold, on all other folds.
 
     Args:
-        squares: sums of x x^T over each fold's views (FOLDS, F, F), float64; the last feature is 1, and not penalised.
+        squares: sums of x x^T over each fold's views (FOLDS, F, F), float64. The last feature is 1; its weight gets no
+            penalty.
         products: sums of x y^T (FOLDS, F, V).
         ridge: penalty in units of a feature's variance, per view.
 
     Returns:
-        Weights (FOLDS + 1, F, V), the last their mean; and the squared error on the folds left out, minus that of a
-        prediction of 0.
+        Weights (FOLDS + 1, F, V), of which the last are the mean; and the squared error on the folds outside the fits,
+        minus the squared error of predicting 0.
     """
     counts, all_squares, all_products = squares[:, -1, -1], squares.sum(0), products.sum(0)
     mean = all_squares[-1] / counts.sum()

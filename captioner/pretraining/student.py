@@ -1,4 +1,4 @@
-"""The student in training: an encoder with the heads through which it learns, and which are not exported.
+"""The student in training: an encoder, and the heads through which it learns. The heads are not exported.
 
 Letters: B batch, (r, c) compressed grid, D student width, C teacher channels, K classes, V caption words.
 """
@@ -16,11 +16,11 @@ from captioner.pretraining.targets import Targets
 
 
 class TeacherHeads(nn.Module):
-    """Predicts one teacher's outputs from the student's tokens, and measures the error.
+    """Predicts the outputs of one teacher from the student's tokens, and computes the losses.
 
-    The summary predicts the teacher's class probabilities and pooled feature; each token the teacher's feature map at
-    its place; tokens and dense tokens the classes present there. Teacher features are standardised per channel by
-    running statistics, so that every channel counts alike.
+    The summary predicts the teacher's class probabilities and pooled feature. Each token predicts the teacher's feature
+    map at its place. Tokens and dense tokens predict the class map at their places. Running statistics standardise each
+    channel of the teacher's features, so that all channels have the same weight.
 
     Args:
         config: the teacher, with the weights of the losses.
@@ -40,10 +40,10 @@ class TeacherHeads(nn.Module):
         }
         learned = {name: shape for name, shape in shapes.items() if self.weights[name] > 0}
         self.heads = nn.ModuleDict({name: nn.Linear(dim, shape[0]) for name, shape in learned.items()})
-        if dense and "maps" in learned:  # as LookupViT's lookup tokens; checkpoints have this name
+        if dense and "maps" in learned:  # checkpoints call this head by LookupViT's dense tokens
             self.heads["lookup"] = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, learned["maps"][0]))
         for name in ("maps", "lookup"):
-            if name in self.heads:  # most cells hold nothing of a class: start there
+            if name in self.heads:  # most classes are absent from most cells, so predictions start near 0
                 head = self.heads[name]
                 nn.init.constant_((head if name == "maps" else head[1]).bias, -5.0)
         if "grid" in learned:
@@ -52,7 +52,7 @@ class TeacherHeads(nn.Module):
             self.pooled_norm = nn.BatchNorm1d(learned["pooled"][0], affine=False, momentum=0.02)
 
     def forward(self, maps: TokenMaps, targets: Targets) -> dict[str, torch.Tensor]:
-        """Return the losses, unweighted, by output.
+        """Return the unweighted losses (scalars), by output.
 
         Args:
             maps: the student's tokens of B views.
@@ -66,7 +66,7 @@ class TeacherHeads(nn.Module):
             pooled = self.pooled_norm(targets["pooled"].float())
             losses["pooled"] = F.mse_loss(self.heads["pooled"](maps.summary).float(), pooled)
         if "grid" in self.heads:
-            grid = maps.tokens.shape[1:3]
+            grid = (maps.tokens.shape[1], maps.tokens.shape[2])
             features = resize_map(self.grid_norm(targets["grid"].float()), grid).movedim(1, -1)  # (B, r, c, C)
             losses["grid"] = F.mse_loss(self.heads["grid"](maps.tokens).float(), features)
         if "maps" in self.heads:
@@ -88,7 +88,7 @@ class Student(nn.Module):
         tag_prior: mean target of each tag (T,), if there is a label file.
 
     Raises:
-        SettingError: there is nothing to learn from.
+        SettingError: there are no teachers, labels or captions to learn from.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Student(nn.Module):
     ):
         super().__init__()
         self.encoder, self.config = encoder, config
+        self.encode = torch.compile(encoder.forward_maps) if config.compile else encoder.forward_maps
         cfg, dim = encoder.default_cfg, encoder.embed_dim
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1))
@@ -132,15 +133,15 @@ class Student(nn.Module):
         words: torch.Tensor | None = None,
         tags: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Compare the student on views (B, 3, S, S) in [0, 1] with everything that is known about them.
+        """Compute the losses of the student on views.
 
         Args:
-            pixels: the views.
+            pixels: the views (B, 3, S, S), in [0, 1].
             grid: compressed grid; `None` for an encoder that does not choose its grid.
             targets: each teacher's outputs for the same views.
-            labels: class probabilities (B, K); a row of zeros has no label.
-            words: share of captions with each word (B, V); a row of NaN has no captions.
-            tags: probability of each tag (B, T); a row of NaN has no labels.
+            labels: class probabilities (B, K); a row of zeros stands for an image without a label.
+            words: share of captions with each word (B, V); a row of NaN stands for an image without captions.
+            tags: probability of each tag (B, T); a row of NaN stands for an image without tags.
 
         Returns:
             `loss`, the weighted sum, and its unweighted parts, all scalars.
@@ -152,22 +153,21 @@ class Student(nn.Module):
                 total = total + heads.weights[name] * loss
                 parts[name if number == 0 else f"{name}_{number + 1}"] = loss
         if self.label_head is not None:
+            assert labels is not None, "a batch has class labels where these have a weight"
             known = labels.sum(1) > 0.5
             logits = self.label_head(maps.summary).float()
             loss = -(labels * logits.log_softmax(-1)).sum()  # a row of zeros adds nothing
             parts["labels"] = loss / known.sum().clamp(min=1)
             total = total + self.config.label_weight * parts["labels"]
         if self.word_head is not None:
+            assert words is not None, "a batch has caption words where these have a weight"
             parts["words"] = multi_label_loss(self.word_head(maps.summary), words)
             total = total + self.config.word_weight * parts["words"]
         if self.tag_head is not None:
+            assert tags is not None, "a batch has tags where these have a weight"
             parts["tags"] = multi_label_loss(self.tag_head(maps.summary), tags)
             total = total + self.config.tag_weight * parts["tags"]
         return {"loss": total, **parts}
-
-    def encode(self, pixels: torch.Tensor, grid: Grid | None) -> TokenMaps:
-        """Encode normalised pixels (B, 3, S, S) into tokens at their places."""
-        return self.encoder.forward_maps(pixels, grid)
 
 
 def prior_head(dim: int, prior: np.ndarray) -> nn.Linear:
@@ -186,18 +186,25 @@ def multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Kullback-Leibler divergence of softened class distributions (Hinton et al., 2015), both as logits (B, K)."""
+    """Compute the Kullback-Leibler divergence of softened class distributions (Hinton et al., 2015).
+
+    Args:
+        student: logits (B, K).
+        teacher: logits (B, K).
+        temperature: divides both logits.
+    """
     student, teacher = (logits.float() / temperature for logits in (student, teacher))
     kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
     return kl * temperature**2
 
 
 def map_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of a class map, summed over classes and averaged over cells.
+    """Compute the binary cross-entropy of a class map, summed over classes and averaged over cells.
 
     Args:
-        logits: the student's (B, h, w, K).
-        probabilities: the teacher's (B, K, H, W); a cell that covers several takes the most probable.
+        logits: logits of the student (B, h, w, K).
+        probabilities: probabilities of the teacher (B, K, H, W). A cell of the student that covers several cells takes
+            their maximum for each class.
     """
     size = logits.shape[1:3]
     shrinks = min(probabilities.shape[-2:]) >= max(size)
@@ -208,7 +215,7 @@ def map_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def resize_map(feature_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Bring a map (B, C, h, w) to (B, C, *grid): averaged when it shrinks, bilinear when it grows."""
+    """Resize a map (B, C, h, w) to (B, C, *grid): by averages to a smaller grid, bilinearly to a larger one."""
     if grid[0] <= feature_map.shape[-2] and grid[1] <= feature_map.shape[-1]:
         return F.adaptive_avg_pool2d(feature_map, tuple(grid))
     return F.interpolate(feature_map, size=tuple(grid), mode="bilinear")

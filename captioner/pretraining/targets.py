@@ -1,4 +1,4 @@
-"""Outputs of teachers for each view, stored on disk, so that a teacher computes each of them once.
+"""The outputs of teachers for each view, stored on disk, so that a teacher computes each of them once.
 
 Letters: n images, V versions (views) of each, B batch.
 """
@@ -15,17 +15,19 @@ from captioner.runs.digests import digest_text
 from captioner.runs.files import open_whole
 
 Targets = dict[str, torch.Tensor]
+"""Outputs of a teacher by name: `logits` (B, K), `pooled` (B, C), `grid` (B, C, h, w), `maps` (B, K, h, w)."""
 
 
 class TargetStore:
-    """Teacher outputs of V fixed views of n images, half precision, memory-mapped and filled as training goes.
+    """A teacher's outputs for V fixed views of n images, in half precision, in memory-mapped files.
 
-    Several processes of one machine may share a folder: they then write different entries, or the same values. Where
-    the files do not exist yet, one process must lay them out before the others open them.
+    Training fills the files. Several processes of one machine may share a folder: they write different entries, or
+    equal values. One process must create the files before the others open them.
 
     Args:
-        folder: folder of the files; it is made where it does not exist.
-        stamp: all that the outputs depend on (images, views, teachers); other outputs in the folder are replaced.
+        folder: folder of the files; it is created if it does not exist.
+        stamp: everything that the outputs depend on (images, views, teacher), as a text. Files with another stamp are
+            replaced.
         images: n.
         versions: V.
         shapes: shape of each output, without the batch.
@@ -51,7 +53,7 @@ class TargetStore:
         self.files: dict[str, np.memmap] = maps
 
     def holds(self, stamp: str, sizes: dict[str, int]) -> bool:
-        """Return whether the folder has whole files of this stamp."""
+        """Return whether the folder holds complete files with this stamp."""
         try:
             known = json.loads((self.folder / "targets.json").read_text())["stamp"]
             return known == stamp and all((self.folder / f"{n}.bin").stat().st_size == s for n, s in sizes.items())
@@ -59,11 +61,11 @@ class TargetStore:
             return False
 
     def lay_out(self, stamp: str, sizes: dict[str, int]) -> None:
-        """Make the files, sparse: they take disk as they are filled."""
+        """Create the files. They are sparse, so that they take disk space only as they are filled."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "targets.json").unlink(missing_ok=True)
         for old in self.folder.glob("*.bin"):
-            old.unlink()  # a run that maps the file still reads it
+            old.unlink()  # another run that maps the old file can still read it
         for name, size in sizes.items():
             with (self.folder / f"{name}.bin").open("wb") as file:
                 file.truncate(size)
@@ -71,12 +73,12 @@ class TargetStore:
             json.dump({"stamp": stamp}, file)
 
     def get(self, rows: np.ndarray, versions: np.ndarray, compute: Callable[[torch.Tensor], Targets]) -> Targets:
-        """Return the outputs (B, ...) for views, and store those that `compute` returns for the first time.
+        """Return the outputs (B, ...) for views; missing ones are computed and stored.
 
         Args:
             rows: image of each view, (B,).
             versions: version of each view, (B,).
-            compute: takes the places (b,) in the batch whose outputs are missing, and returns these (b, ...).
+            compute: takes the places (b,) in the batch whose outputs are missing, and returns their outputs (b, ...).
         """
         keys = rows * self.versions + versions
         missing = np.flatnonzero(self.filled[keys] == 0)

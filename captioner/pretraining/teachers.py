@@ -1,4 +1,4 @@
-"""Teachers: frozen networks, of timm, of transformers or in an ONNX file, whose outputs a student predicts.
+"""Teachers: frozen networks of timm, of transformers or in an ONNX file. A student predicts their outputs.
 
 Letters: B batch, S side of a view, K teacher classes, C teacher channels, (h, w) the teacher's map.
 """
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from captioner.encoders.registry import create_timm
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.hub import hub_options
 from captioner.pretraining.config import TeacherConfig
 from captioner.pretraining.targets import Targets
@@ -26,14 +26,14 @@ from captioner.runs.digests import digest_file, digest_tensors, digest_text
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("logit_weight", "pooled_weight", "grid_weight", "map_weight", "temperature")
-"""Settings of a teacher that its outputs do not depend on."""
+"""Settings of a teacher that do not change its outputs."""
 
 
 class Teacher(nn.Module):
-    """Base of all teachers: prepares the views, then runs the network.
+    """Base class of all teachers: it prepares the views and runs the network.
 
-    `forward` returns those of these outputs that the network has: `logits` (B, K), `pooled` (B, C), `grid`
-    (B, C, h, w) and `maps` (B, K, h, w), class probabilities of each cell.
+    `forward` returns the outputs that the network has, out of `logits` (B, K), `pooled` (B, C), `grid` (B, C, h, w) and
+    `maps` (B, K, h, w), the class probabilities of each cell.
     """
 
     def __init__(self, config: TeacherConfig):
@@ -41,18 +41,24 @@ class Teacher(nn.Module):
         self.config, self.source = config, ""
 
     def set_range(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
-        """Set the mean and standard deviation of the input: the config's, else those the network was trained with."""
+        """Set mean and standard deviation of the input.
+
+        Args:
+            mean: mean that the network was trained with, for pixels in [0, 1]; the setting `mean` comes before it.
+            std: standard deviation, likewise.
+        """
         mean, std = self.config.mean or mean, self.config.std or std
         if mean is None or std is None:
             logger.warning(
-                "'%s' does not say the mean and std of its input: taking 0.5; or give both", self.config.name
+                "the mean and std of the input of '%s' are unknown, so 0.5 is taken; set both if they differ",
+                self.config.name,
             )
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values or (0.5,) * 3, dtype=torch.float32).view(3, 1, 1))
 
     @cached_property
     def stamp(self) -> str:
-        """Name and digest of all that its outputs depend on: weights and settings, wherever its files are."""
+        """Name and digest of everything that its outputs depend on: weights and settings, but not paths of files."""
         files, input_range = ("name", "checkpoint"), ("mean", "std")  # the range is among the tensors
         settings = {
             key: value for key, value in asdict(self.config).items() if key not in (*files, *input_range, *WEIGHTS)
@@ -61,11 +67,11 @@ class Teacher(nn.Module):
         return f"{Path(self.config.name).name} {digest_text(f'{settings} {self.source} {tensors}')}"
 
     def fits(self, name: str, options: dict[str, Any]) -> bool:
-        """Return whether it is the timm network of this name, built with these options."""
+        """Return whether this teacher is the timm network of this name, built with these options."""
         return False
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in eval mode."""
+        """Do nothing: a teacher stays in eval mode."""
         return super().train(False)
 
     def outputs(self, pixels: torch.Tensor) -> Targets:
@@ -81,7 +87,7 @@ class Teacher(nn.Module):
         if self.config.channel_order == "bgr":
             pixels = pixels.flip(1)
         pixels = (pixels - self.mean) / self.std
-        return self.outputs(pixels.contiguous(memory_format=torch.channels_last))  # convolutions are faster so
+        return self.outputs(pixels.contiguous(memory_format=torch.channels_last))  # makes convolutions faster
 
 
 class TimmTeacher(Teacher):
@@ -96,8 +102,14 @@ class TimmTeacher(Teacher):
         known = self.model.pretrained_cfg
         self.set_range(known.get("mean"), known.get("std"))
 
-    def load(self, path) -> None:
-        """Load local weights; where batch norm was folded into the convolutions, it stays the identity."""
+    def load(self, path: Path) -> None:
+        """Load weights from a file. Batch norms may be missing: folded into the convolutions, they stay the identity.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            SettingError: the weights are those of another network.
+            ValueError: the file is not safetensors, or lacks weights.
+        """
         try:
             weights = load_file(path)
         except FileNotFoundError:
@@ -119,12 +131,12 @@ class TimmTeacher(Teacher):
         self.model.load_state_dict(weights, strict=False)
 
     def fits(self, name: str, options: dict[str, Any]) -> bool:
-        """Return whether it is this timm network, of RGB input, so that its weights can serve an encoder's part."""
+        """Return whether this teacher is this timm network with RGB input, so that an encoder can take its weights."""
         same = (self.model.pretrained_cfg["architecture"], dict(self.config.options)) == (name, options)
         return same and self.config.channel_order == "rgb"
 
     def outputs(self, pixels: torch.Tensor) -> Targets:
-        """Return logits (if there are classes), pooled features and the feature map."""
+        """Return `pooled`, `grid`, and `logits` if the network has classes."""
         features = self.model.forward_features(pixels)
         pooled = self.model.forward_head(features, pre_logits=True)
         targets = {"pooled": pooled}
@@ -148,18 +160,18 @@ class TransformersTeacher(Teacher):
             options = hub_options(config.name)
             model = AutoModel.from_pretrained(config.name, use_safetensors=True, **options)
         except (OSError, ValueError) as error:
-            raise ValueError(f"no teacher at '{config.name}': {str(error).splitlines()[0]}") from None
-        self.model = getattr(model, "vision_model", model)  # of an image-text model, the image half
+            raise ValueError(f"no teacher at '{config.name}': {first_line(error)}") from None
+        self.model = getattr(model, "vision_model", model)  # the image encoder of an image-text model
         try:
             prepares = AutoImageProcessor.from_pretrained(config.name, **options)
-        except (OSError, ValueError):  # it has none
+        except (OSError, ValueError):  # the model has no image processor
             return self.set_range()
         if not getattr(prepares, "do_normalize", True):
             return self.set_range((0.0,) * 3, (1.0,) * 3)
         self.set_range(getattr(prepares, "image_mean", None), getattr(prepares, "image_std", None))
 
     def outputs(self, pixels: torch.Tensor) -> Targets:
-        """Return the feature map, and the pooled feature where the model has one (else the map's mean)."""
+        """Return `grid`, and `pooled`: the model's own pooled feature, or the mean of the map if it has none."""
         output = self.model(pixel_values=pixels)
         features = output.last_hidden_state
         if features.ndim == 3:
@@ -170,7 +182,7 @@ class TransformersTeacher(Teacher):
 
 
 class OnnxTeacher(Teacher):
-    """An ONNX file with named outputs, run in torch through onnx2torch."""
+    """An ONNX file with named outputs, which onnx2torch runs in torch."""
 
     def __init__(self, config: TeacherConfig):
         super().__init__(config)
@@ -196,7 +208,7 @@ class OnnxTeacher(Teacher):
         self.classes = slice(int(first) if first else None, int(end) if end else None)
 
     def outputs(self, pixels: torch.Tensor) -> Targets:
-        """Return the named outputs, and the class maps merged over scales."""
+        """Return the outputs in `nodes`, and `maps`, merged over scales by their maximum."""
         values = self.model(pixels)
         values = dict(zip(self.output_names, [values] if isinstance(values, torch.Tensor) else values, strict=True))
         targets = {kind: values[name] for kind, name in self.config.nodes.items()}
@@ -206,7 +218,7 @@ class OnnxTeacher(Teacher):
         return targets
 
     def probabilities(self, values: torch.Tensor) -> torch.Tensor:
-        """Class probabilities of one scale (B, C, h, w), as (B, K, map_size, map_size)."""
+        """Return the class probabilities (B, K, map_size, map_size) of one scale (B, C, h, w)."""
         classes = values[:, self.classes]
         if self.config.map_objectness is not None:
             classes = classes * values[:, self.config.map_objectness, None]
@@ -223,14 +235,14 @@ def create_teacher(config: TeacherConfig) -> Teacher:
     """Build a frozen teacher.
 
     Raises:
-        ValueError: there is no such network, or its weights or outputs are not those that the config names.
-        FileNotFoundError: its file is missing.
+        ValueError: there is no such network, or it lacks the weights or outputs that the config names.
+        FileNotFoundError: a file does not exist.
     """
     return KINDS[config.kind](config).requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def lay_out(tokens: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Return the tokens of a ViT (B, prefix + N, C) as its square map (B, C, h, w)."""
+    """Return the tokens of a ViT (B, prefix + N, C) as a square map (B, C, h, w), without the prefix."""
     patches = tokens[:, prefix:]
     side = int(patches.shape[1] ** 0.5)
     return patches.mT.unflatten(-1, (side, -1))

@@ -1,4 +1,4 @@
-"""Random views of images: which comes when, drawn from a seed, and cut on the device the images are on.
+"""Random views of images. A seed decides their order and their content; they are cut on the device of the images.
 
 Letters: B batch, R side of a stored square, S side of a view, both in pixels.
 """
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 
 JITTER = 0.2
-"""Most by which brightness, contrast and saturation change, relative."""
+"""Largest relative change of brightness, contrast and saturation."""
 
 
 class ViewOrder:
-    """Which view of which image comes at each position of an endless run; the position alone decides.
+    """The view at each position of an endless run. It depends on seed and position alone.
 
-    Epoch after epoch, every image comes in a fresh order. So a job shards by position, and resumes at any.
+    Each epoch has all images in a new order. So processes can share the positions, and a run can resume at any of them.
 
     Args:
         groups: rows of the images of each source.
-        repeats: how often each source's images come in an epoch.
-        seed: decides the order.
-        versions: number of distinct views of an image, taken in turn; `None` for a new one every time.
+        repeats: how often the images of each source occur in an epoch.
+        seed: seed of the order.
+        versions: number of distinct views of an image, used in turn; `None` for a new view each time.
     """
 
     def __init__(self, groups: Sequence[np.ndarray], repeats: Sequence[int], seed: int, versions: int | None = None):
@@ -36,7 +36,7 @@ class ViewOrder:
 
     @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as the run
     def shuffled(self, epoch: int) -> np.ndarray:
-        """Return the order of an epoch."""
+        """Return the order of an epoch, a permutation of `rows`."""
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
 
     def views(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,9 +48,15 @@ class ViewOrder:
 
 
 def uniforms(seed: int, rows: np.ndarray, versions: np.ndarray, count: int) -> np.ndarray:
-    """Draw `count` numbers in [0, 1) for each view, the same ones for the same view, as (B, count).
+    """Draw `count` numbers in [0, 1) for each view, (B, count). The same view always gets the same numbers.
 
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a hash of seed, image and version.
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) hashes seed, image and version.
+
+    Args:
+        seed: seed of the run.
+        rows: image of each view, (B,).
+        versions: version of each view, (B,).
+        count: numbers for each view.
     """
     state = np.full((len(rows), count), seed, np.uint64)
     with np.errstate(over="ignore"):
@@ -65,17 +71,18 @@ def uniforms(seed: int, rows: np.ndarray, versions: np.ndarray, count: int) -> n
 def draw_views(seed: int, rows: np.ndarray, versions: np.ndarray, min_crop: float) -> torch.Tensor:
     """Draw a random resized crop, flip and colour change for each view.
 
-    As in Inception's augmentation (Szegedy et al., CVPR 2015): a rectangle of a share of the area in [min_crop, 1] and
+    The crop is that of Inception (Szegedy et al., CVPR 2015): a rectangle with a share of the area in [min_crop, 1] and
     an aspect ratio in [4/5, 5/4].
 
     Args:
+        seed: seed of the run. Seed, image and version decide everything.
         rows: image of each view, (B,).
-        versions: version of each view, (B,); seed, image and version decide all.
-        min_crop: least share of the image's area.
+        versions: version of each view, (B,).
+        min_crop: smallest share of the image's area.
 
     Returns:
-        Parameters (B, 8): centre x and y, half width and height, in [-1, 1] coordinates of the square; flip (1 or -1);
-        factors of brightness, contrast and saturation.
+        Parameters (B, 8): x and y of the centre, half the width and half the height (the square is [-1, 1] in both
+        directions); flip (1 or -1); factors of brightness, contrast and saturation.
     """
     area, ratio, x, y, flip, *colour = uniforms(seed, rows, versions, 8).T
     area, ratio = min_crop + (1 - min_crop) * area, np.exp(math.log(1.25) * (2 * ratio - 1))
@@ -91,7 +98,16 @@ def whole_views(count: int) -> torch.Tensor:
 
 
 def cut_views(squares: torch.Tensor, views: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut views (B, 8) out of uint8 squares (B, 3, R, R): pixels (B, 3, S, S) in [0, 1]."""
+    """Cut views out of squares.
+
+    Args:
+        squares: images (B, 3, R, R), uint8.
+        views: parameters (B, 8), as `draw_views` returns them.
+        size: S, the side of a view in pixels.
+
+    Returns:
+        Pixels (B, 3, S, S) in [0, 1].
+    """
     x, y, width, height, flip, brightness, contrast, saturation = views.to(squares.device).unbind(1)
     zero = torch.zeros_like(x)
     affine = torch.stack([torch.stack([flip * width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)  # (B, 2, 3)

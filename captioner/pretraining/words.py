@@ -10,11 +10,11 @@ import numpy as np
 class CaptionWords:
     """For each image, the share of its captions in which each frequent word occurs.
 
-    Predicting them needs no decoder and teaches an encoder what people write about (Joulin et al., ECCV 2016).
+    An encoder that predicts these shares learns what people write about, without a decoder (Joulin et al., ECCV 2016).
 
     Attributes:
-        words: the vocabulary, most frequent first.
-        targets: float32 (images, words).
+        words: the V words, the most frequent first.
+        targets: share of captions with each word, float32 (images, V).
     """
 
     def __init__(self, captions: Sequence[list[str]], size: int):
@@ -30,5 +30,5 @@ class CaptionWords:
 
     @property
     def prior(self) -> np.ndarray:
-        """Mean target of each word, (words,)."""
+        """Mean target of each word, (V,)."""
         return self.targets.mean(0)

@@ -1,4 +1,4 @@
-"""Reports: one HTML file that needs nothing else, no network included."""
+"""Reports: an HTML page in one file, which needs no other files and no network."""
 
 from captioner.report.page import write_report
 

@@ -7,16 +7,16 @@ from captioner.report.svg import COLOURS, SOFT, drawing
 from captioner.runs.files import open_whole
 
 PANELS = (("Loss", ("loss", "loss_val")), ("CIDEr", ("CIDEr",)), ("Reward", ("reward", "reward_greedy")))
-"""Title of each panel and the fields of `log.jsonl` in it; panels without values are left out."""
+"""Title of each panel, and the fields of `log.jsonl` that it shows; panels without values are left out."""
 
 
 def write_curves(records: Sequence[dict], path: Path) -> None:
-    """Draw the records of a run over its steps.
+    """Plot the records of a run over its steps, as an SVG file.
 
     Args:
         records: lines of `log.jsonl`, each with `step` and some of the fields of `PANELS`. A field is drawn once it
             has two values.
-        path: the SVG file to write; it is replaced whole.
+        path: the SVG file, which is written completely or not at all.
 
     Raises:
         OSError: the file cannot be written.

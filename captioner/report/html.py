@@ -1,7 +1,7 @@
-"""Parts of HTML pages that need nothing else, and run and load nothing from elsewhere.
+"""Parts of HTML pages in one file, which load nothing and run no code from elsewhere.
 
-Captions, file names and ids come from others. In HTML they are escaped; data for a script lies in JSON blocks in which
-no tag can begin. The content security policy of a page allows one script, one style sheet and embedded images.
+Captions, file names and ids are untrusted. In HTML they are escaped; data for scripts are in JSON blocks, in which no
+tag can start. The content security policy of a page allows one script, one style sheet and embedded images.
 """
 
 import base64
@@ -13,17 +13,17 @@ from typing import Any
 
 
 def resource(name: str) -> str:
-    """Read a file that lies beside the code of the pages."""
+    """Return the text of a file beside this module."""
     return files("captioner.report").joinpath(name).read_text("utf-8")
 
 
 def page_start(title: str, style: str, script: str = "") -> str:
-    """Return a page up to the beginning of its content; `page_end` closes it.
+    """Return a page up to the start of its content; `page_end` closes it.
 
     Args:
         title: plain text.
         style: the only style sheet that the page may use.
-        script: the only script that the page may run, which `page_end` writes.
+        script: the only script that the page may run; pass it to `page_end`, too.
     """
     policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; base-uri 'none'; form-action 'none'"
     if script:
@@ -37,12 +37,12 @@ def page_start(title: str, style: str, script: str = "") -> str:
 
 
 def page_end(script: str = "") -> str:
-    """Return the end of a page, with the script that `page_start` allowed."""
+    """Return the end of a page, with the script that was passed to `page_start`."""
     return (f"<script>{script}</script>\n" if script else "") + "</body>\n</html>\n"
 
 
 def data_block(name: str, value: Any) -> str:
-    """Embed JSON; without `<` in it, neither a tag nor a comment nor the block's end can stand in it.
+    """Return a JSON block for a script; `<` is escaped, so that no tag, comment or end of the block can be in it.
 
     Raises:
         ValueError: a number is infinite or not a number, which JSON cannot hold.
@@ -53,12 +53,12 @@ def data_block(name: str, value: Any) -> str:
 
 
 def section(name: str, title: str, content: str) -> str:
-    """Lay out a section with a heading; `title` and `content` are HTML."""
+    """Return a section with a heading; `title` and `content` are HTML."""
     return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{content}</section>'
 
 
 def table(head: str, rows: list[str], name: str) -> str:
-    """Lay out a table that can be scrolled sideways, by keyboard too.
+    """Return a table that can be scrolled sideways, also by keyboard.
 
     Args:
         head: the `<thead>`.
@@ -70,7 +70,7 @@ def table(head: str, rows: list[str], name: str) -> str:
 
 
 def figure(title: str, note: str, plot: str) -> str:
-    """Lay out a plot below its title and a note, both plain text."""
+    """Return a plot below its title and a note, both plain text."""
     caption = f"<figcaption><b>{escape(title)}</b> <span>{escape(note)}</span></figcaption>"
     return f"<figure>{caption}{plot}</figure>"
 

@@ -2,8 +2,8 @@
 
 The script of the page shows captions as text only, never as HTML (see `captioner.report.html`).
 
-Images are small WebP files in blocks of `BLOCK`, read when the list comes to one of them: a page of 5,000 images is
-24 MB, yet only those on show are decoded.
+Images are small WebP files in blocks of `BLOCK`. The page decodes only the images that it shows: a page of 5,000
+images has 24 MB.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,26 +24,26 @@ from captioner.report.plots import Range, histogram, intervals
 from captioner.report.thumbnails import thumbnail
 
 SIDE, QUALITY, BLOCK = 160, 45, 250
-"""Longer side of an image in pixels, its WebP quality, and how many lie in one block."""
+"""Longer side of an image in pixels, its WebP quality, and the number of images in a block."""
 
 PLOTTED = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-"""Scores with a histogram: BLEU-1 to 3 of single images say little beside BLEU-4."""
+"""Scores with a histogram; for single images, BLEU-1 to 3 add little to BLEU-4."""
 
 EVEN = 5e-5
-"""Difference of two scores of one image below which they count as even; BLEU of no match is not exactly 0."""
+"""Difference of two scores of one image up to which they count as equal; BLEU without a match is not exactly 0."""
 
 
 def write_report(file: IO[str], evaluation: Evaluation, annotations: str, images: Mapping[ImageId, Path]) -> int:
     """Write the page.
 
     Args:
-        file: open for text in UTF-8.
+        file: a file that is open for text in UTF-8.
         evaluation: one or two systems.
-        annotations: name of what they were scored against.
-        images: file of each image that has one.
+        annotations: name of the annotation file.
+        images: file of each image that has one, by image id.
 
     Returns:
-        How many images could not be read; the page shows a blank in their place.
+        The number of images that could not be read; the page shows a blank in their place.
 
     Raises:
         OSError: the file cannot be written.
@@ -67,7 +67,7 @@ def write_report(file: IO[str], evaluation: Evaluation, annotations: str, images
 
 
 def _thumbnail(path: Path | None) -> str:
-    """Encode an image; the result is empty if there is none that can be read."""
+    """Return a thumbnail of an image; empty if there is no image or it cannot be read."""
     if path is None:
         return ""
     try:
@@ -77,7 +77,7 @@ def _thumbnail(path: Path | None) -> str:
 
 
 def _data(evaluation: Evaluation, images: bool) -> dict:
-    """Return what the list of captions shows."""
+    """Return the data of the list of captions."""
     ids = evaluation.image_ids
     systems = [
         {
@@ -92,7 +92,7 @@ def _data(evaluation: Evaluation, images: bool) -> dict:
         for system in evaluation.systems
     ]
     references = evaluation.systems[0].scores.references
-    # A number of JavaScript is exact to 2**53 only.
+    # Numbers in JavaScript are exact only up to 2**53.
     ids = [image_id if isinstance(image_id, str) or abs(image_id) < 2**53 else str(image_id) for image_id in ids]
     return {"ids": ids, "systems": systems, "references": references, "block": BLOCK, "images": images}
 
@@ -104,8 +104,8 @@ def _header(evaluation: Evaluation, annotations: str) -> str:
     names = [_name(system.name, place, evaluation) for place, system in enumerate(evaluation.systems)]
     title = ' <span class="versus">against</span> '.join(names)
     notes = [f"{name} absent: {why}" for system in evaluation.systems for name, why in system.scores.absent.items()]
-    notes = "".join(f"<li>{escape(text)}</li>" for text in dict.fromkeys([*evaluation.warnings, *notes]))
-    warnings = f'<ul class="warnings" aria-label="Warnings">{notes}</ul>' if notes else ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in dict.fromkeys([*evaluation.warnings, *notes]))
+    warnings = f'<ul class="warnings" aria-label="Warnings">{items}</ul>' if items else ""
     return (
         f'<header><p class="kicker">Caption scores</p><h1>{title}</h1>'
         f"<p>{images} of <b>{escape(annotations)}</b>, {each:.1f} references each.</p>"
@@ -114,13 +114,13 @@ def _header(evaluation: Evaluation, annotations: str) -> str:
 
 
 def _name(name: str, place: int, evaluation: Evaluation) -> str:
-    """Write a system's name, led by its letter where there are two."""
+    """Return a system's name; if there are two systems, after its letter."""
     letter = f'<b class="letter">{"AB"[place]}</b> ' if evaluation.differences is not None else ""
     return f'<span class="name name-{place}">{letter}{escape(name)}</span>'
 
 
 def _scores(evaluation: Evaluation) -> str:
-    """Write the scores as a table and their intervals as plots."""
+    """Return the section of the scores: a table, and plots of their intervals."""
     systems, gains = evaluation.systems, evaluation.differences
     percent = f"{100 * evaluation.level:g}% interval"
     heads = "".join(f'<th scope="col">{_name(s.name, n, evaluation)}</th>' for n, s in enumerate(systems))
@@ -156,7 +156,7 @@ def _scores(evaluation: Evaluation) -> str:
 
 
 def _intervals(evaluation: Evaluation, percent: str) -> str:
-    """Plot the scores of all systems, and what the second gains over the first."""
+    """Return plots of the scores of all systems, and of the differences between two systems."""
     systems, gains = evaluation.systems, evaluation.differences or {}
     names = [name for name in systems[0].scores.corpus if any(name in system.intervals for system in systems)]
     found = {name: [system.intervals.get(name) for system in systems] for name in names}
@@ -177,7 +177,7 @@ def _verdict(gain: Difference, level: float) -> str:
 
 
 def _distributions(evaluation: Evaluation) -> str:
-    """Plot how the scores of single images and the lengths of captions are distributed."""
+    """Return the section of histograms: scores of single images, and lengths of captions."""
     systems = evaluation.systems
     figures = []
     for name in PLOTTED:
@@ -205,14 +205,14 @@ def _medians(series: list[tuple[str, np.ndarray]]) -> str:
 
 
 def _statistics(evaluation: Evaluation) -> str:
-    """Write how long and how varied the captions are."""
+    """Return the section of the captions' statistics."""
     columns: dict[str, Callable[[CaptionStatistics], str]] = {
         "Words": lambda s: f"{s.mean_length:.1f}",
         "Spread": lambda s: f"± {s.std_length:.1f}",
         "Shortest, longest": lambda s: f"{s.min_length}, {s.max_length}",
         "Vocabulary": lambda s: f"{s.vocabulary:,}",
     }
-    shared = len(columns)  # the rest depends on how many captions there are, and there are more references
+    shared = len(columns)  # the others depend on the number of captions, and there are more references than captions
     columns["Distinct-1"] = lambda s: f"{s.distinct_1:.3f}"
     columns["Distinct-2"] = lambda s: f"{s.distinct_2:.3f}"
     columns["Different captions"] = lambda s: f"{s.unique:.1%}"

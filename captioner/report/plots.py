@@ -1,6 +1,6 @@
 """The plots of the report page: histograms of scores, and scores with their confidence intervals.
 
-Colours come from the page's style sheet by classes, so that a dark page has its own.
+The page's style sheet sets the colours by classes, so that a dark page can have others.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from captioner.report.svg import drawing
 
 BINS, MOST_BINS = 25, 60
-"""Bars of a histogram, and the most of one of whole numbers: a broken captioner writes captions of any length."""
+"""Bars of a histogram, and most bars of one of whole numbers: a broken captioner writes captions of any length."""
 
 
 class Range(NamedTuple):
@@ -23,17 +23,17 @@ class Range(NamedTuple):
 
 
 def histogram(series: Sequence[tuple[str, np.ndarray]], label: str, whole: bool = False, signed: bool = False) -> str:
-    """Draw how values are distributed, one or more series over each other, each as shares of its own values.
+    """Draw a histogram of one or more series in one plot; bars are shares of the values of their series.
 
     Args:
         series: name and values (N,) of each, at most three; NaN is left out. The first is drawn as bars, with classes
             `bar bar-0`, the others as outlines, with classes `line line-1` and `line line-2`.
-        label: what the values are, for readers who hear the page.
-        whole: whether the values are whole numbers, with a bar for each.
+        label: name of the values, for screen readers.
+        whole: whether the values are whole numbers, each with its own bar.
         signed: whether the values are differences. 0 is marked, and bars have the class `less`, `even` or `more`.
 
     Returns:
-        An `<svg>` element, or an empty string where there is no value.
+        An `<svg>` element, or an empty string if there are no values.
     """
     finite = [(name, values[~np.isnan(values)].astype(np.float64)) for name, values in series]
     finite = [(name, values) for name, values in finite if len(values)]
@@ -44,7 +44,7 @@ def histogram(series: Sequence[tuple[str, np.ndarray]], label: str, whole: bool 
     with drawing(300, 150) as drawn:
         axes = drawn.figure.add_subplot()
         for place, (name, values) in enumerate(finite):
-            # Values beyond the axis, half a percent at each end as a rule, are counted in its first or last bar.
+            # The first and the last bar also count the values beyond the axis, mostly half a percent at each end.
             counts, _ = np.histogram(np.clip(values, low, np.nextafter(high, low)), edges)
             shares = counts / len(values)
             if place:
@@ -72,16 +72,16 @@ def histogram(series: Sequence[tuple[str, np.ndarray]], label: str, whole: bool 
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[Range | None]]], label: str, signed: bool = False) -> str:
-    """Draw values as dots on their confidence intervals, a row for each name, from top to bottom.
+    """Draw values as dots on their confidence intervals, with a row for each name.
 
     Args:
-        rows: name of each row and its values, one for each series; `None` where a series has none. The marks of
+        rows: name of each row and its values, one for each series; `None` if a series has no value. The marks of
             series n have the class `of-n`.
-        label: what the values are, for readers who hear the page.
+        label: name of the values, for screen readers.
         signed: whether the values are differences, with the class `of-gain`; 0 is then marked, in the middle.
 
     Returns:
-        An `<svg>` element, or an empty string where there is no value.
+        An `<svg>` element, or an empty string if there are no values.
     """
     ranges = [one for _, found in rows for one in found if one is not None]
     if not ranges:
@@ -115,7 +115,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[Range | None]]], label: str, si
 
 
 def _edges(values: np.ndarray, whole: bool, signed: bool) -> np.ndarray:
-    """Return the edges of the bars, which hold all but the outermost half percent at each end."""
+    """Return the edges of the bars; they cover all values but half a percent at each end."""
     low, high = (float(value) for value in np.quantile(values, [0.005, 0.995]))
     if whole:
         low = np.floor(low)

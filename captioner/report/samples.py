@@ -1,4 +1,4 @@
-"""Sample captions beside their images, at each validation: one HTML page that needs nothing else."""
+"""Sample captions beside their images, at each validation, as an HTML page in one file."""
 
 from html import escape
 from pathlib import Path
@@ -17,20 +17,22 @@ if TYPE_CHECKING:
     import datasets
 
 COUNT, SIDE, QUALITY = 12, 224, 80
-"""Images on a page, the longer side of each in pixels, and its WebP quality."""
+"""Number of images on a page, longer side of an image in pixels, and its WebP quality."""
 
 
 def write_samples(
     accelerator: Accelerator, table: "datasets.Dataset", results: list[dict], record: dict, folder: Path
 ) -> None:
-    """Write `folder/step_00001200.html`, and show the images to trackers that can; the main process calls this.
+    """Write `folder/step_00001200.html`, and send the images to trackers that accept images.
+
+    Only the main process calls this.
 
     Args:
-        accelerator: its trackers get the images.
+        accelerator: accelerator with the trackers.
         table: the validation images.
         results: a caption for each of them, in the table's order.
         record: `step` and the scores of the validation.
-        folder: folder of the pages; it is made where it does not exist.
+        folder: folder of the pages; it is created if it does not exist.
 
     Raises:
         OSError: the page cannot be written.

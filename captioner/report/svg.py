@@ -1,9 +1,9 @@
-"""Figures by matplotlib as SVG that is the same on each run and safe in any page.
+"""Figures of matplotlib as SVG, which is the same in each run and safe in any page.
 
 matplotlib's own output is a document with inline styles, ids and references. A page with a strict content security
 policy blocks inline styles, and two figures in one page must not share ids. `Drawing.svg` therefore turns styles into
-attributes (which the style sheet of the page may override, by the classes of `Drawing.mark`) and leaves no id, no
-reference and no metadata.
+attributes (which the style sheet of the page may override, by the classes of `Drawing.mark`), and removes ids,
+references and metadata.
 """
 
 import io
@@ -22,7 +22,7 @@ NAMESPACE = "http://www.w3.org/2000/svg"
 REFERENCE = "{http://www.w3.org/1999/xlink}href"
 
 COLOURS = ("#0b6e8a", "#c2571a", "#5a7d2a", "#7a4aa0")
-"""Colours of lines and points, by the number of their series; each is readable on white and as text."""
+"""Colours of lines and points, by the number of their series; on white, text in each of them is readable."""
 
 INK, SOFT, LINE = "#1d2126", "#5d656e", "#dedcd4"
 """Colours of titles, of labels, and of axes and grid lines, as in the pages."""
@@ -69,7 +69,7 @@ class Drawing:
         self.marks: dict[str, tuple[str, str]] = {}
 
     def mark(self, artist: "Artist", classes: str, tooltip: str = "") -> None:
-        """Give an artist CSS classes, separated by spaces, and a text that browsers show when it is pointed at."""
+        """Give an artist CSS classes, separated by spaces, and a tooltip."""
         name = f"mark-{len(self.marks)}"
         artist.set_gid(name)
         self.marks[name] = (classes, tooltip)
@@ -78,7 +78,7 @@ class Drawing:
         """Return the figure as one `<svg>` element for an HTML page; the page gives it its size.
 
         Args:
-            label: what the figure shows, for readers who hear the page.
+            label: content of the figure, for screen readers.
             classes: CSS classes of the element.
         """
         root = self._element(label)
@@ -87,33 +87,33 @@ class Drawing:
         return ElementTree.tostring(root, "unicode")
 
     def document(self, label: str) -> str:
-        """Return the figure as the content of an SVG file, on a white ground.
+        """Return the figure as the content of an SVG file, with a white background.
 
         Args:
-            label: what the figure shows, for readers who hear it.
+            label: content of the figure, for screen readers.
         """
         self.figure.set_facecolor("white")
-        self.figure.get_layout_engine().set(w_pad=MARGIN / 72, h_pad=MARGIN / 72)
+        self.figure.set_layout_engine("constrained", w_pad=MARGIN / 72, h_pad=MARGIN / 72)
         root = self._element(label)
-        width, height = root.get("viewBox").split()[2:]
+        width, height = root.attrib["viewBox"].split()[2:]
         root.attrib = {"xmlns": NAMESPACE, "width": width, "height": height, **root.attrib}
         return ElementTree.tostring(root, "unicode") + "\n"
 
     def _element(self, label: str) -> ElementTree.Element:
         file = io.StringIO()
         with warnings.catch_warnings():
-            # The reader's fonts draw the text; those that measure it here need not have each letter.
+            # The fonts here only measure the text, which the reader's fonts draw; they may lack some letters.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             self.figure.savefig(file, format="svg")
         drawn = ElementTree.fromstring(file.getvalue())
         _expand_references(drawn)
-        root = ElementTree.Element("svg", {"viewBox": drawn.get("viewBox"), "role": "img", "aria-label": label})
+        root = ElementTree.Element("svg", {"viewBox": drawn.attrib["viewBox"], "role": "img", "aria-label": label})
         root.attrib |= {"font-family": "system-ui, sans-serif", "stroke-linejoin": "round", "stroke-linecap": "butt"}
         root.extend(self._simplify(drawn))
         return root
 
     def _simplify(self, parent: ElementTree.Element) -> Iterator[ElementTree.Element]:
-        """Yield the content of an element without ids, styles and groups that say nothing."""
+        """Yield the content of an element, without ids, styles and groups that have no effect."""
         for child in parent:
             tag = child.tag.rpartition("}")[2]
             if tag in ("metadata", "defs"):
@@ -123,7 +123,7 @@ class Drawing:
             if tag == "path":
                 found.set("d", _rounded(" ".join(child.get("d", "").split())))
                 if not found.get("d") or (found.get("fill") == "none" and "stroke" not in found.attrib):
-                    continue  # nothing to see: the ground of a transparent figure, say
+                    continue  # invisible, such as the background of a transparent figure
             classes, tooltip = self.marks.get(child.get("id", ""), ("", ""))
             if classes:
                 found.set("class", classes)
@@ -138,7 +138,7 @@ class Drawing:
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Drawing]:
-    """Open a figure to draw in, in the style of the pages; take its SVG before the block ends.
+    """Return a context with a figure in the style of the pages; its SVG must be taken inside the context.
 
     Args:
         width: width in CSS pixels, at which text has its natural size.
@@ -148,23 +148,23 @@ def drawing(width: float, height: float) -> Iterator[Drawing]:
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE]):
-        yield Drawing(Figure(figsize=(width / 72, height / 72), layout="constrained"))  # 72 units an inch
+        yield Drawing(Figure(figsize=(width / 72, height / 72), layout="constrained"))  # 72 units per inch
 
 
 def _expand_references(root: ElementTree.Element) -> None:
-    """Put the shapes themselves where matplotlib refers to them: a page then needs no ids."""
+    """Replace matplotlib's references to shapes by the shapes, so that the figure needs no ids."""
     shapes = {element.get("id"): element for element in root.iter(f"{{{NAMESPACE}}}path") if element.get("id")}
     for element in root.iter(f"{{{NAMESPACE}}}use"):
         shape = shapes[element.attrib.pop(REFERENCE).removeprefix("#")]
         x, y = (float(element.attrib.pop(name)) for name in ("x", "y"))
         element.tag = shape.tag
-        element.attrib |= {"d": shape.get("d"), "transform": f"translate({x:.2f} {y:.2f})"}
+        element.attrib |= {"d": shape.attrib["d"], "transform": f"translate({x:.2f} {y:.2f})"}
         element.set("style", f"{shape.get('style', '')}; {element.get('style', '')}")
 
 
 def _attributes(element: ElementTree.Element) -> dict[str, str]:
-    """Return the attributes that show: declarations of the inline style as attributes, numbers rounded."""
-    found = {name: _rounded(element.get(name)) for name in ("x", "y", "transform") if element.get(name)}
+    """Return the visible attributes of an element: also those of its inline style; numbers are rounded."""
+    found = {name: _rounded(element.attrib[name]) for name in ("x", "y", "transform") if element.get(name)}
     if found.get("transform", "").startswith(("rotate(-0 ", "rotate(0 ")):
         del found["transform"]
     for declaration in element.get("style", "").split(";"):

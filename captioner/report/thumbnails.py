@@ -1,4 +1,4 @@
-"""Small copies of images that a page can hold."""
+"""Small copies of images for HTML pages."""
 
 import base64
 import io
@@ -7,15 +7,15 @@ from PIL import Image
 
 
 def thumbnail(image: Image.Image, side: int, quality: int) -> str:
-    """Encode an image anew as WebP, small and without metadata.
+    """Encode a small copy of an image as WebP, without metadata.
 
     Args:
-        image: mode RGB, as `open_image` returns it; it is left as it is.
+        image: image of mode RGB, as `open_image` returns it; it is not changed.
         side: longer side of the copy in pixels; a smaller image is not enlarged.
-        quality: WebP's, 0 to 100.
+        quality: WebP quality, 0 to 100.
 
     Returns:
-        The file's bytes in base64, for `data_address`.
+        The bytes of the file in base64, for `data_address`.
     """
     small = image.copy()
     small.thumbnail((side, side))
@@ -25,5 +25,5 @@ def thumbnail(image: Image.Image, side: int, quality: int) -> str:
 
 
 def data_address(encoded: str) -> str:
-    """Return the address under which a page shows a thumbnail."""
+    """Return the data URL of a thumbnail."""
     return f"data:image/webp;base64,{encoded}"

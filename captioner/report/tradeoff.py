@@ -1,4 +1,4 @@
-"""A plot of what a score costs: one line per encoder, as an SVG file."""
+"""Plot scores over their costs, with one line per encoder, as an SVG file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from captioner.report.svg import COLOURS, drawing
 
 @dataclass
 class Point:
-    """One way to encode an image: its cost and its score with the ends of an interval."""
+    """One way to encode images: its cost, and its score with a confidence interval."""
 
     series: str
     name: str
@@ -20,10 +20,10 @@ class Point:
 
 
 def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
-    """Draw scores over costs, the costs on a logarithmic axis; points of a series are joined.
+    """Plot scores over costs, with costs on a logarithmic axis; a line joins the points of a series.
 
     Args:
-        points: what to draw; those of one series have one colour.
+        points: the points; those of one series have one colour.
         cost: label of the horizontal axis.
         score: label of the vertical axis.
 
@@ -33,6 +33,8 @@ def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
     Raises:
         ValueError: there are no points, or a cost is not positive.
     """
+    from matplotlib.ticker import LogLocator  # see `drawing`
+
     if not points or min(point.cost for point in points) <= 0:
         raise ValueError("a trade-off needs points, with costs above 0")
     with drawing(640, 400) as drawn:
@@ -52,7 +54,7 @@ def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
                 axes.annotate(p.name, (p.cost, p.score), offset, textcoords="offset points", color=colour)
         low, high = min(p.cost for p in points) / 1.25, max(p.cost for p in points) * 1.25
         axes.set_xlim(low, high)
-        axes.xaxis.get_major_locator().set_params(subs=_tick_steps(high / low))
+        axes.xaxis.set_major_locator(LogLocator(subs=_tick_steps(high / low)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
         axes.legend(loc="upper left")
@@ -61,7 +63,7 @@ def draw_tradeoff(points: Sequence[Point], cost: str, score: str) -> str:
 
 
 def _tick_steps(reach: float) -> tuple[float, ...]:
-    """Return the steps of a power of ten that get a label, so that an axis from 1 to `reach` has two to ten labels."""
+    """Return the multiples of powers of ten that get a label; an axis from 1 to `reach` then has two to ten labels."""
     if reach > 2000:
         return (1,)
     return (1, 2, 5) if reach > 5 else (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)

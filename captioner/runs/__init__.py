@@ -1,1 +1,1 @@
-"""What every long job shares and that knows no model."""
+"""The parts that all long jobs share: processes, checkpoints, logs, files. They do not depend on a model."""

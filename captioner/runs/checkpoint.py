@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there, and resuming from the newest whole one.
+"""Checkpoints that are complete or absent, and resuming from the newest complete one.
 
-A checkpoint is a directory `step_00001200` holding what `accelerate` saves (model, optimiser, scaler, random state of
-every process) and `progress.json` (position in the data, best score, number of processes, and the size and digest of
-every other file). It is written under a temporary name, synced to disk, then renamed.
+A checkpoint is a directory `step_00001200`. It contains the files of `accelerate` (model, optimiser, scaler, random
+state of each process) and `progress.json` (step, best score, number of processes, and the size and digest of every
+other file). It is written under a temporary name, synced to disk, then renamed.
 
-The model is safetensors. Optimiser and random state are torch files, read with `weights_only`: tensors, numbers and
-containers, never code; a checkpoint that holds more is refused.
+The model is in safetensors. Optimiser and random state are torch files, read with `weights_only`: they hold tensors,
+numbers and containers, and no code. A checkpoint that holds anything else is refused.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, load
 from torch import nn
 
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.runs.digests import digest_file
 from captioner.runs.files import folder_whole, part_of, recover_folder, replace_folder
 
@@ -30,14 +30,14 @@ PROGRESS = "progress.json"
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, progress: dict, newest: int = 2) -> Path:
-    """Write the checkpoint of a step and drop all but the newest; every process calls this.
+    """Write the checkpoint of a step and delete old ones; every process calls this.
 
     Args:
-        accelerator: holds what is saved, as it was prepared.
-        folder: directory that holds the checkpoints of this run, on a disk that every process reads.
+        accelerator: accelerator that prepared the model and the optimiser.
+        folder: directory of the checkpoints of this run, on a disk that every process reads.
         step: number of steps done.
-        progress: JSON-able state of the loop beyond what accelerate saves.
-        newest: number of newest checkpoints that stay.
+        progress: further state of the loop, in types that JSON can hold.
+        newest: number of newest checkpoints that are not deleted.
 
     Returns:
         The checkpoint's directory.
@@ -70,7 +70,7 @@ def describe_files(folder: Path) -> dict[str, list]:
 
 
 def tidy(folder: Path) -> None:
-    """Undo what a kill left half done among the checkpoints of a run."""
+    """Remove or finish checkpoints that a killed process left incomplete."""
     for left in folder.glob(".step_*"):
         recover_folder(folder / left.name.removeprefix(".").partition(".")[0])
         shutil.rmtree(left, ignore_errors=True)
@@ -82,7 +82,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_damage(path: Path) -> str | None:
-    """Say what is wrong with the files of a checkpoint; None if they are as they were written."""
+    """Return what is wrong with the files of a checkpoint, or None if they are as they were written."""
     try:
         files = json.loads((path / PROGRESS).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -100,16 +100,16 @@ def find_damage(path: Path) -> str | None:
 
 
 def find_results(folder: Path, model: Path, log: Path, choice: str) -> list[str]:
-    """Name what an earlier run left that a run which begins anew would replace.
+    """List the results of an earlier run that a new run would replace.
 
-    A run makes the folder of its checkpoints before its first step. Where that folder is empty, the run was stopped
-    before its first checkpoint: its log is one that `auto` may begin again.
+    A run creates the folder of its checkpoints before its first step. If that folder is empty, the run was stopped
+    before its first checkpoint, and `auto` may replace its log.
 
     Args:
         folder: directory of the checkpoints.
-        model: the model that a run writes.
-        log: the log that a run writes.
-        choice: as `resume` takes it.
+        model: path of the model that a run writes.
+        log: path of the log that a run writes.
+        choice: see `resume`.
     """
     checkpoints = list_checkpoints(folder)
     stopped_early = choice == "auto" and folder.is_dir() and not checkpoints
@@ -132,20 +132,21 @@ def resume(
     """Restore a run from its checkpoints; every process calls this.
 
     Args:
-        folder: directory that holds the checkpoints of this run; made where the run begins anew.
-        choice: `auto` takes the newest checkpoint that is whole, if there is any; `never` insists on beginning anew;
-            anything else is the directory of one checkpoint.
-        settings: what must be as it was when the checkpoint was saved (its `settings`).
-        model: the model that the run writes.
-        log: the log that the run writes.
+        accelerator: accelerator that prepared the model and the optimiser.
+        folder: directory of the checkpoints of this run; it is created if the run starts from step 0.
+        choice: `auto` takes the newest complete checkpoint, if there is any; `never` starts from step 0; anything else
+            is the directory of one checkpoint.
+        settings: settings that must equal those in the checkpoint.
+        model: path of the model that the run writes.
+        log: path of the log that the run writes.
         strict: see `load_checkpoint`.
 
     Returns:
-        The checkpoint's progress; None where the run begins anew.
+        The progress in the checkpoint; None if the run starts from step 0.
 
     Raises:
-        ValueError: checkpoints that are all damaged or of other settings; a model, a log or checkpoints of an earlier
-            run that this one would replace without going on from them.
+        ValueError: all checkpoints are damaged, or one has other settings; or the run would replace the model, the log
+            or the checkpoints of an earlier run without continuing it.
     """
     if accelerator.is_main_process:
         tidy(folder)
@@ -170,13 +171,13 @@ def resume(
             continue
         progress = load_checkpoint(accelerator, path, settings, strict)
         accelerator.print(f"resumed from {path}")
-        if accelerator.is_main_process:  # else the damaged or left ones would count as the newest next time
+        if accelerator.is_main_process:  # otherwise these would be the newest checkpoints at the next start
             for newer in [other for other in found if other.name > path.name]:
                 replace_folder(newer, newer.with_name(f"unused_{newer.name}"))
         accelerator.wait_for_everyone()
         return progress
     if candidates:
-        raise SettingError(f"every checkpoint in '{folder}' is damaged; delete that folder to begin anew", "output")
+        raise SettingError(f"every checkpoint in '{folder}' is damaged; delete that folder to start again", "output")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     return None
@@ -186,12 +187,14 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
     """Restore a checkpoint in every process and return its progress.
 
     Args:
-        settings: what must equal the checkpoint's own `settings`. Those with `digest` in their names were digested
-            otherwise by earlier versions of this package; where a checkpoint lacks them, a warning says so.
-        strict: whether every weight of the model must be in the checkpoint; frozen ones are not.
+        accelerator: accelerator that prepared the model and the optimiser.
+        path: directory of the checkpoint.
+        settings: settings that must equal those in the checkpoint. Earlier versions of this package computed those with
+            `digest` in their names in another way; if a checkpoint lacks them, a warning names them.
+        strict: whether every weight of the model must be in the checkpoint; frozen weights are not.
 
     Raises:
-        ValueError: it was saved by another number of processes, with other settings or for another model, or holds
+        ValueError: the checkpoint comes from another number of processes, other settings or another model, or holds
             more than tensors and numbers.
     """
     progress = json.loads((path / PROGRESS).read_text())
@@ -203,29 +206,35 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
     saved = progress.get("settings", {})
     absent = [name for name in settings if "digest" in name and name not in saved]
     if absent:
-        logger.warning("'%s' is of an earlier version: not compared are its %s", path, ", ".join(absent))
+        logger.warning("'%s' is of an earlier version, so these settings are not compared: %s", path, ", ".join(absent))
     for name, value in json.loads(json.dumps(settings, default=str)).items():
         if name not in absent and saved.get(name) != value:
             raise SettingError(
                 f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}; "
-                "a run goes on with the settings it began with",
+                "a resumed run must have the settings of its checkpoint",
                 "output",
             )
     try:
-        for custom in path.glob("custom_checkpoint_*.pkl"):  # accelerate would unpickle these
+        for custom in path.glob("custom_checkpoint_*.pkl"):  # accelerate would unpickle these files
             torch.load(custom, weights_only=True)
-        load(path / f"random_states_{accelerator.process_index}.pkl")  # accelerate would go on without
+        load(path / f"random_states_{accelerator.process_index}.pkl")  # accelerate ignores a missing or broken file
         accelerator.load_state(str(path), strict=strict)
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"'{path}' does not fit this model: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"'{path}' does not fit this model: {first_line(error)}") from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f"'{path}' holds more than tensors, refused: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"'{path}' holds more than tensors, refused: {first_line(error)}") from None
     return progress
 
 
 def leave_frozen_out(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-    """Drop frozen weights, which never change, and second names of tied ones from a checkpoint: accelerate's hook."""
-    for model, state in zip(models, weights, strict=False):  # sharded models hand over no weights here
+    """Remove frozen weights, and second names of tied weights, from a checkpoint; a hook of accelerate.
+
+    Args:
+        models: the prepared models.
+        weights: state dict of each model, changed in place.
+        folder: directory of the checkpoint, unused.
+    """
+    for model, state in zip(models, weights, strict=False):  # for sharded models, accelerate passes no weights
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         for name, module in model.named_modules():
             parameters = list(module.parameters())
@@ -240,7 +249,7 @@ def leave_frozen_out(models: list[nn.Module], weights: list[dict], folder: str) 
 
 
 def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
-    """Refuse weights that are not finite: saved, they would take the place of good ones.
+    """Refuse weights that are not finite, because a checkpoint of them would replace a good one.
 
     Raises:
         ValueError: a trained weight is infinite or not a number.
@@ -251,9 +260,9 @@ def check_finite(model: nn.Module, step: int, checkpoints: Path) -> None:
 
 
 def not_finite(what: str, step: int, checkpoints: Path) -> SettingError:
-    """Return the error of a run whose numbers went out of range, which says how to go on."""
+    """Return the error of a run with infinite numbers or NaN; it says how to continue."""
     return SettingError(
-        f"{what} at step {step}; with a lower learning rate, the run goes on from the last checkpoint in "
+        f"{what} at step {step}; with a lower learning rate, the run continues from the last checkpoint in "
         f"'{checkpoints}'",
         "learning_rate",
     )

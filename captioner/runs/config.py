@@ -1,4 +1,4 @@
-"""Settings of a run, as they are saved beside its results. Imports nothing heavy."""
+"""Save the settings of a run beside its results. Imports nothing heavy."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
 """The one digest of this package: BLAKE2b of 16 bytes, written as 32 hexadecimal digits.
 
-Caches, stores and checkpoints hold such digests to know what they were made from. They are compared, never reversed.
+Caches, stores and checkpoints contain digests of the data that they were made from, to detect other data.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import torch
 
 
 def new_digest(data: bytes = b"") -> hashlib.blake2b:
-    """Return a digest to which more bytes are added with `update`; `hexdigest` ends it."""
+    """Return a digest object: `update` adds bytes, `hexdigest` returns the 32 digits."""
     return hashlib.blake2b(data, digest_size=16)
 
 
@@ -23,17 +23,17 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_text(text: str) -> str:
-    """Digest a text as UTF-8; it may hold surrogates, as names of files that are not UTF-8 do."""
+    """Digest a text as UTF-8; it may contain surrogates, which Python uses in file names that are not UTF-8."""
     return digest_bytes(text.encode(errors="surrogatepass"))
 
 
 def digest_json(content: Any) -> str:
-    """Digest what JSON can hold; the order of a dictionary's keys does not matter."""
+    """Digest a value of types that JSON can hold; the order of a dictionary's keys does not matter."""
     return digest_text(json.dumps(content, sort_keys=True))
 
 
 def digest_file(path: Path) -> str:
-    """Digest the content of a file, which is never held whole.
+    """Digest the content of a file, read in parts.
 
     Raises:
         OSError: the file cannot be read.
@@ -45,7 +45,8 @@ def digest_file(path: Path) -> str:
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest tensors with their names and shapes; the order of the mapping does not matter.
 
-    Floating point numbers are taken as float16, so that weights saved in half precision are still the same weights.
+    Floating point numbers are converted to float16, so that weights have the same digest after they are saved in half
+    precision.
     """
     digest = new_digest()
     for name, value in sorted(tensors.items()):

@@ -1,7 +1,7 @@
-"""Writing files and folders so that they are there whole or not at all.
+"""Write files and folders completely or not at all.
 
-Each is written under a temporary name beside its own, synced to disk, then renamed. A kill or a power cut at any moment
-leaves what was there before, or what is new, and never half of it.
+Each is written under a temporary name in the same folder, synced to disk, then renamed. If the process is killed or the
+power fails, either the old content or the new content is there, and never a part of it.
 """
 
 import os
@@ -13,16 +13,18 @@ from typing import IO, Literal
 
 from safetensors import SafetensorError
 
+from captioner.errors import first_line
+
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
-"""Words in the RuntimeError that torch raises where a file cannot be written."""
+"""Words in the RuntimeError that torch raises if a file cannot be written."""
 
 
 @contextmanager
 def open_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
-    """Open a file under a temporary name, and rename it once it is written; text is UTF-8.
+    """Open a file under a temporary name, and rename it after the block ends; text is UTF-8.
 
     Raises:
-        OSError: the disk is full or not writable; nothing is left behind, and a file that was there is as it was.
+        OSError: the disk is full or not writable; no temporary file remains, and an existing file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
@@ -31,10 +33,10 @@ def open_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
         with temporary.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the name without the content
+            os.fsync(file.fileno())  # without this, a power failure may leave the name without the content
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # a failed write does not say of which file
+        if error.filename is None and error.errno is not None:  # the error of a failed write has no file name
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -43,15 +45,15 @@ def open_whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
 
 @contextmanager
 def folder_whole(final: Path, name: str = "the folder", remark: str = "") -> Iterator[Path]:
-    """Give a temporary folder to fill, and rename it once it is full; it then replaces a folder of its final name.
+    """Yield a temporary folder to write into, and rename it after the block ends; it replaces an earlier folder.
 
     Args:
-        final: the folder's own place; `recover_folder` undoes what a kill left there.
+        final: final path of the folder; `recover_folder` repairs what a killed process left there.
         name: what the folder is, for the error.
-        remark: a further remark for the error, such as what is still there.
+        remark: further text at the end of the error.
 
     Raises:
-        OSError: the disk is full or not writable; nothing is left behind, and a folder that was there is as it was.
+        OSError: the disk is full or not writable; no temporary folder remains, and an existing folder is unchanged.
     """
     temporary = part_of(final)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -71,16 +73,16 @@ def folder_whole(final: Path, name: str = "the folder", remark: str = "") -> Ite
 
 @contextmanager
 def files_whole(folder: Path, name: str = "the files") -> Iterator[Path]:
-    """Give a temporary folder to fill, and rename each of its files into a folder that holds others too.
+    """Yield a temporary folder to write into, and rename each of its files into a folder that may contain others.
 
-    Each file is whole at any moment; a kill between two renames leaves some of them new and some as they were.
+    Each file is complete at any moment. If the process is killed between two renames, some files are new and some old.
 
     Args:
-        folder: where the files go.
+        folder: folder of the files.
         name: what the files are, for the error.
 
     Raises:
-        OSError: the disk is full or not writable; files that were there are as they were.
+        OSError: the disk is full or not writable; existing files are unchanged.
     """
     temporary = folder / ".files.part"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -100,14 +102,14 @@ def files_whole(folder: Path, name: str = "the files") -> Iterator[Path]:
 
 
 def check_failed_write(error: Exception) -> None:
-    """Raise an error again that is not about writing: torch has one class of error for everything."""
+    """Raise an error again unless it is about writing: torch raises RuntimeError for every kind of fault."""
     if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
         raise error
 
 
 def cannot_write(what: str, error: Exception, remark: str = "") -> OSError:
-    """Return the error that says in one line what could not be written, and why."""
-    return OSError(f"cannot write {what} ({str(error).splitlines()[0]}); free some disk space and run again{remark}")
+    """Return an error that names in one line what could not be written, and why."""
+    return OSError(f"cannot write {what} ({first_line(error)}); free some disk space and run again{remark}")
 
 
 def part_of(final: Path) -> Path:
@@ -116,19 +118,19 @@ def part_of(final: Path) -> Path:
 
 
 def share_weights(folder: Path) -> None:
-    """Give weights the permissions of the `config.json` beside them; safetensors writes them for their owner alone."""
+    """Give weights the permissions of the `config.json` beside them; safetensors lets only their owner read them."""
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file: a power cut then cannot leave it empty under its final name."""
+    """Write a file from the system's buffers to the disk, so that a power failure cannot leave it empty."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Rename a folder to its final name; what stood there is removed only afterwards (see `recover_folder`)."""
+    """Rename a folder to its final name; an existing folder is removed only afterwards (see `recover_folder`)."""
     previous = final.with_name(f".{final.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if final.exists():
@@ -138,7 +140,7 @@ def replace_folder(new: Path, final: Path) -> None:
 
 
 def recover_folder(final: Path) -> None:
-    """Undo what a killed process left of a folder: one half written, or one between the two renames."""
+    """Repair what a killed process left of a folder: an incomplete one, or one between the two renames."""
     previous = final.with_name(f".{final.name}.previous")
     if previous.exists() and not final.exists():
         previous.rename(final)

@@ -1,4 +1,4 @@
-"""Stopping a run as schedulers do: after a signal it saves at its next step, then exits as if the signal killed it."""
+"""Stop a run on a signal, as schedulers send it: the run saves at its next step, then exits with the signal's code."""
 
 import contextlib
 import logging
@@ -17,20 +17,21 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 5.0
-"""Seconds in which a repeated signal means the same."""
+"""Seconds after the first signal in which further signals change nothing."""
 
 
 class Interruption:
-    """While entered, SIGTERM and SIGINT are noted instead of killing the process; a later one kills it as usual.
+    """A context in which SIGTERM and SIGINT do not kill the process: the first signal is stored in `received`.
 
-    Later is `GRACE` seconds after the first: schedulers and launchers often pass on a signal and send one of their own,
-    to each process and to its group.
+    A further signal kills the process as usual if it comes more than `GRACE` seconds after the first. Before that it
+    changes nothing, because schedulers and launchers often send one signal several times: to each process and to its
+    group.
 
-    The exit code is 128 + the signal's number, which is what shells, Slurm and Kubernetes expect: 143 after SIGTERM,
-    130 after SIGINT (Ctrl-C). Outside the main thread, where Python allows no handlers, nothing is noted.
+    The exit code is 128 + the signal's number, as shells, Slurm and Kubernetes expect: 143 after SIGTERM, 130 after
+    SIGINT (Ctrl-C). Outside the main thread, where Python allows no signal handlers, signals act as usual.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._since = 0.0
         self._at_once = False
@@ -62,7 +63,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this, a signal ends the process without waiting for a step: everything is already saved."""
+        """Return a context in which a signal ends the process at once, because there is nothing to save."""
         self._at_once = True
         if self.received is not None:
             raise SystemExit(128 + self.received)
@@ -72,13 +73,15 @@ class Interruption:
             self._at_once = False
 
     def agree(self, accelerator: Accelerator, *flags: bool) -> tuple[int | None, list[bool]]:
-        """Have all processes agree on what to do next; only some of them may have received the signal.
+        """Let all processes agree on what to do next, because only some of them may have received the signal.
 
         Args:
-            flags: further facts; each is true where it is true in any process.
+            accelerator: accelerator of the processes.
+            flags: further facts to agree on.
 
         Returns:
-            The signal to stop for, or None; and the flags, the same in every process.
+            The signal to stop for, or None; and the flags, each true if it is true in any process. All processes get
+            the same.
         """
         votes = [self.received == number for number in SIGNALS] + list(flags)
         counts = accelerator.reduce(torch.tensor(votes, dtype=torch.float32, device=accelerator.device), "sum").tolist()

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar, log lines, `log.jsonl`, trackers."""
+"""The log of a run: a progress bar, lines on the terminal, `log.jsonl`, and trackers."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from captioner.runs.files import cannot_write, open_whole
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate would leave out with a warning.
+    """Refuse trackers that accelerate would ignore with a warning.
 
     Raises:
         ValueError: accelerate knows no such tracker, or its package is not installed.
@@ -30,14 +30,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class RunLog:
-    """The log of a run, which a checkpoint can hold: resumed, it goes on as if the run had never stopped.
+    """The log of a run. A checkpoint stores its state, so that a resumed run continues it without a gap.
 
     Args:
-        accelerator: its main process writes.
-        folder: folder of `log.jsonl`, one record a line.
+        accelerator: its main process writes the log.
+        folder: folder of `log.jsonl`, one record per line.
         total: steps of the run.
-        every: steps between records; each record is the mean over the steps since the one before.
-        counted: what the speed of the run is measured in, `tokens` or `images`.
+        every: steps between records; a record holds means over the steps since the last one.
+        counted: unit of the run's speed, `tokens` or `images`.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, total: int, every: int, counted: str):
@@ -51,18 +51,18 @@ class RunLog:
         self.since = time.monotonic()
 
     def state(self) -> dict:
-        """Return what a checkpoint must hold: the number of lines, and the steps since the last of them."""
+        """Return the state for a checkpoint: the number of lines, and the values of the steps since the last line."""
         lines = len(self.path.read_bytes().splitlines()) if self.path.exists() else 0
         window = {name: [float(value) for value in values] for name, values in self.window.items()}
         return {"lines": lines, "window": window}
 
     def start_over(self) -> None:
-        """Drop the lines of a run that was stopped before its first checkpoint: they come again."""
+        """Delete the lines of a run that was stopped before its first checkpoint: this run repeats those steps."""
         if self.accelerator.is_main_process:
             self.path.unlink(missing_ok=True)
 
     def load_state(self, state: dict, step: int) -> None:
-        """Go back to a checkpoint's state at a step; lines written after it are dropped, they come again."""
+        """Restore the state of a checkpoint at a step. Later lines are deleted, because the run repeats those steps."""
         self.window = state["window"]
         self.bar.update(step - self.bar.n)
         if self.accelerator.is_main_process and self.path.exists():
@@ -71,14 +71,14 @@ class RunLog:
                 file.writelines(lines)
 
     def step(self, step: int, measured: Mapping[str, float | torch.Tensor], learning_rate: float) -> None:
-        """Add what was measured in a step (`loss`, what is counted, ...); write a record when one is due.
+        """Add the values of a step, and write a record when one is due.
 
         Scalars on a device stay there until then, so that no step waits for the device.
 
         Args:
             step: number of the step, from 1.
-            measured: a number for each name.
-            learning_rate: the one that this step used.
+            measured: the values by name: `loss`, the `counted` unit, and any others.
+            learning_rate: learning rate of this step.
         """
         now = time.monotonic()
         if self.first is None:
@@ -131,9 +131,9 @@ class RunLog:
         self.accelerator.log(values, step=record["step"])
 
     def records(self) -> list[dict]:
-        """Read all records written so far."""
+        """Return all records of `log.jsonl`."""
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
     def close(self) -> None:
-        """Take the progress bar away."""
+        """Close the progress bar."""
         self.bar.close()

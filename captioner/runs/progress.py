@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal; elsewhere, as in the log of a scheduler, a line each minute."""
+"""Progress of a job: a bar on a terminal; in files, such as the log of a scheduler, a line each minute."""
 
 import sys
 from typing import Any
@@ -9,20 +9,20 @@ MINUTE = 60.0
 
 
 class MinuteLines(tqdm):
-    """A bar that is printed as a line on standard error, at most once a minute."""
+    """A progress bar that prints a line on standard error, at most once a minute."""
 
     printed = 0.0
     """Seconds since the start at which the last line was printed."""
 
-    def display(self, *args, **kwargs) -> None:
-        """Print where the job is, if the last line is a minute old."""
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        """Print the progress, if the last line is a minute old."""
         elapsed = self.format_dict["elapsed"]
         if elapsed - self.printed >= MINUTE:
             self.printed = elapsed
             print(self, file=sys.stderr, flush=True)
 
-    def clear(self, *args, **kwargs) -> None:
-        """Leave lines as they are."""
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: printed lines stay."""
 
     def close(self) -> None:
         """Print nothing more."""
@@ -30,10 +30,10 @@ class MinuteLines(tqdm):
 
 
 def progress_bar(*iterable: Any, **settings: Any) -> tqdm:
-    """Return a bar of tqdm, which is a line each minute where standard error is no terminal.
+    """Return a bar of tqdm; if standard error is not a terminal, the bar prints a line each minute.
 
     Args:
-        iterable: what to go through, if anything.
+        iterable: the iterable that the bar wraps, if any.
         settings: arguments of tqdm.
     """
     if sys.stderr is None:

@@ -6,14 +6,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, peak: float, warmup: float, step: int, total: int) -> LambdaLR:
-    """Schedule the learning rate from a step on: a function of the step and of this run's settings alone.
+    """Schedule the learning rate from a step on. It depends only on the step and the settings of this run.
 
-    It is therefore not restored from a checkpoint, whose learning rate or length may be what has to change.
+    A checkpoint does not restore it, so that a resumed run may have another learning rate or another length.
 
     Args:
-        optimizer: whose learning rate it is.
+        optimizer: the optimiser.
         peak: highest learning rate.
-        warmup: share of the steps in which it rises linearly; then it falls as a cosine.
+        warmup: share of the steps in which the rate rises linearly; then it falls as a cosine.
         step: steps done.
         total: steps of the run.
     """

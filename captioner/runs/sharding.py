@@ -1,4 +1,4 @@
-"""What fully sharded training (FSDP2, through accelerate) needs beyond `accelerator.prepare`."""
+"""Fully sharded training (FSDP2, by accelerate): checks and helpers in addition to `accelerator.prepare`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,15 +9,16 @@ from torch.distributed.fsdp import FSDPModule, StateDictType
 
 
 def check_sharding(accelerator: Accelerator, unsharded: str) -> None:
-    """Refuse FSDP settings under which a run would fail later, or write checkpoints that hold code.
+    """Refuse FSDP settings with which a run would fail later, or write checkpoints that contain code.
 
     Args:
-        unsharded: name of a module that every process holds whole, as it is frozen and called apart from the model's
-            forward.
+        accelerator: accelerator of the run.
+        unsharded: name of a module that every process holds whole, because it is frozen and is called outside the
+            model's forward.
 
     Raises:
-        ValueError: FSDP's first version; shards as files of their own, which torch indexes with a pickle; loading that
-            leaves all but the first process without weights, which cannot be combined with an unsharded module.
+        ValueError: the settings ask for the first version of FSDP; for one file per shard, which torch indexes with a
+            pickle; or for loading weights in the first process only, which an unsharded module does not allow.
     """
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == "FSDP" else None
     if plugin is None:
@@ -35,14 +36,14 @@ def check_sharding(accelerator: Accelerator, unsharded: str) -> None:
 
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Hold the weights of a sharded model whole on every process, so that each may generate at its own pace.
+    """Return a context in which every process holds all weights of a sharded model, so that each can generate alone.
 
-    Processes whose captions end sooner would otherwise leave the others waiting for their shards. Costs the memory of
-    the whole model while it lasts; does nothing to a model that is not sharded.
+    Without it, processes with shorter captions would end while others still wait for their shards. Each process needs
+    memory for the whole model in this context. A model that is not sharded stays as it is.
     """
     shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
     if shards:
-        model._get_fsdp_state()._lazy_init()  # else, before a first forward, the parts would each take root
+        model._get_fsdp_state()._lazy_init()  # without this, before a first forward, each part would become a root
     for shard in shards:
         shard.set_reshard_after_forward(False, recurse=False)
         shard.unshard()

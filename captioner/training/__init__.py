@@ -1,1 +1,1 @@
-"""Training: the encoder's pretraining, the decoder's cross-entropy and self-critical stages."""
+"""Training of the decoder: the cross-entropy stage and the self-critical stage."""

@@ -1,4 +1,4 @@
-"""The model to train: built from an encoder and a decoder, or loaded as a captioner that was trained before."""
+"""The model to train: built from an encoder and a decoder, or loaded as a trained captioner."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import (
 
 from captioner.data.encoding import token_shapes
 from captioner.encoders import describe_encoder, frozen_encoder
-from captioner.errors import SettingError
+from captioner.errors import SettingError, first_line
 from captioner.fusion import FUSIONS
 from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
@@ -31,11 +31,11 @@ from captioner.transformers_versions import checkpoint_activations
 
 
 def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tuple[CaptionerModel, CaptionerProcessor]:
-    """Build or load the model and processor of a run, and set what is trained and how it generates.
+    """Build or load the model and processor of a run, choose the trained weights, and set how the model generates.
 
     Args:
-        config: the run; its `init_from` and `stage` decide whether the model is built or loaded.
-        captions: returns the captions that a decoder from scratch trains its tokenizer on.
+        config: the run; `init_from` and `stage` decide whether the model is built or loaded.
+        captions: returns the captions on which the tokenizer of a decoder from scratch is trained.
 
     Raises:
         ValueError: an encoder, decoder or captioner cannot be found, or parts do not fit together.
@@ -66,12 +66,12 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         max_new_tokens=config.max_new_tokens,
     )
     prefix_tokens, prompt_tokens = model.encoder.num_tokens(model.config.grid), len(processor.prompt_ids())
-    check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # before an epoch is spent
+    check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # so that no epoch is trained in vain
     return model, processor
 
 
 def training_grids(config: TrainConfig, model: CaptionerModel, processor: CaptionerProcessor) -> list[Grid]:
-    """Return the compressed grids that training steps draw from.
+    """Return the compressed grids from which training steps draw; none for the model's own grid alone.
 
     Raises:
         SettingError: the model's own grid is not among them, a grid is larger than the encoder's map, or its tokens and
@@ -99,7 +99,11 @@ def training_grids(config: TrainConfig, model: CaptionerModel, processor: Captio
 
 
 def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[CaptionerModel, CaptionerProcessor]:
-    """Build a captioner; a decoder from scratch trains its tokenizer on `captions`.
+    """Build a captioner.
+
+    Args:
+        config: the encoder, the decoder and how they are joined.
+        captions: captions on which the tokenizer of a decoder from scratch is trained.
 
     Raises:
         ValueError: an encoder or decoder cannot be found, or they do not fit together.
@@ -134,7 +138,13 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
 
 
 def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> GPT2Config:
-    """Describe the decoder from scratch."""
+    """Return the configuration of a decoder from scratch.
+
+    Args:
+        config: its size.
+        tokenizer: its tokenizer.
+        positions: number of its positions.
+    """
     return GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=positions,
@@ -144,27 +154,28 @@ def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positio
         resid_pdrop=config.dropout,
         embd_pdrop=config.dropout,
         attn_pdrop=config.dropout,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own gelu_new, in one operation
+        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's gelu_new, in one operation
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
 
 
 def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """Fetch tokenizer and configuration of a causal language model; its weights are trained in float32.
+    """Load the tokenizer and the configuration of a causal language model; its weights are trained in float32.
 
     Args:
-        positions: tokens that it must have room for, image tokens included.
+        name: hub id or folder of the model.
+        positions: number of positions that it must have, image tokens included.
 
     Raises:
-        ValueError: there is none of that name, or it has no end token or not the room.
+        ValueError: there is no such model, it has no end token, or it has too few positions.
     """
     try:
         options = hub_options(name)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         text_config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no decoder at '{name}': {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no decoder at '{name}': {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of '{name}' has no end token, so captions could not end; "
@@ -180,25 +191,29 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
         raise SettingError(
             f"'{name}' has room for {room} tokens; image tokens and text need {positions}", "grid", "max_length"
         )
-    text_config.dtype = torch.float32  # many are published in bfloat16, which loses small updates
+    text_config.dtype = torch.float32  # many models are published in bfloat16, in which small updates are lost
     return tokenizer, text_config
 
 
 def copy_weights(name: str, decoder: nn.Module) -> None:
     """Load the weights of a causal language model into a decoder of the same configuration.
 
+    Args:
+        name: hub id or folder of the model.
+        decoder: the decoder, changed in place.
+
     Raises:
-        ValueError: it has no safetensors weights, or those of another architecture.
+        ValueError: the model has no safetensors weights, or another architecture.
     """
     try:
         pretrained = AutoModelForCausalLM.from_pretrained(
             name, config=decoder.config, dtype=torch.float32, use_safetensors=True, **hub_options(name)
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no weights for decoder '{name}': {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no weights for decoder '{name}': {first_line(error)}") from None
     decoder.load_state_dict(pretrained.state_dict())
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Count the numbers that training changes."""
+    """Count the trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

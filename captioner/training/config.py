@@ -26,7 +26,7 @@ class EncoderConfig:
     crop_mode: Literal["squash", "center", "border"] = "squash"
     """How an image becomes a square: squashed whole, its centre cropped, or padded."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "image_size")
 
 
@@ -65,7 +65,7 @@ class ModelConfig(EncoderConfig):
     blind: bool = False
     """Zero the image tokens: the image-blind baseline, which shows what the decoder writes without an image."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "lora_rank", "lora_alpha", "layers", "width", "heads", "vocab_size", "max_length")
         check_shares(self, "dropout", "lora_dropout")
@@ -90,7 +90,7 @@ class ScstConfig:
     bleu_weight: float = 0.0
     """Weight of BLEU-4 (0 to 1) in the reward, beside CIDEr-D (0 to 10) at weight 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = 2 if self.baseline == "mean" else 1
         if self.samples < least:
             raise SettingError(
@@ -168,7 +168,7 @@ class TrainConfig:
     """`auto` goes on from the newest whole checkpoint in `output`, if there is one. `never` begins anew, and refuses an
     `output` with a model, a log or checkpoints. Anything else is the folder of a checkpoint to go on from."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "epochs", "batch_size", "accumulation", "learning_rate", "clip", "evaluate_every")
         check_positive(self, "evaluate_images", "num_beams", "max_new_tokens", "log_every", "patience")
         check_positive(self, "keep_checkpoints", "save_steps")

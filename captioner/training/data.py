@@ -1,4 +1,4 @@
-"""The data of a run, as its loop takes them: a caption table, or the rows of a stream (`data.streaming`)."""
+"""The data of a run: a caption table, or the rows of a stream (`data.streaming`)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TableData:
-    """The training split as a table: every caption at hand, images opened in any order."""
+    """The training split as a table: all captions are in memory, and images are opened in any order."""
 
     def __init__(self, data: DataConfig):
         self.table = read_split(data, data.train_split)
@@ -33,11 +33,11 @@ class TableData:
         return self.table["captions"]
 
     def captions(self) -> list[str]:
-        """Return the text that a tokenizer is trained on: every caption."""
+        """Return the captions on which a tokenizer is trained: all of them."""
         return [caption for group in self.references for caption in group]
 
     def settings(self) -> dict:
-        """Return what a resumed run cannot change: the images, and their captions."""
+        """Return the settings that a resumed run cannot change: digests of the images' ids and of their captions."""
         return {"data.streaming": None, "data digest": digest_json([self.table["image_id"][:], self.references[:]])}
 
     def stream(
@@ -59,7 +59,7 @@ class TableData:
 
 
 class RowData:
-    """The training split as rows that are read as they come."""
+    """The training split as a stream of rows."""
 
     def __init__(self, data: DataConfig, root: str):
         self.data = data
@@ -70,15 +70,15 @@ class RowData:
 
     @property
     def references(self) -> list[list[str]]:
-        """The captions of each image, which a stream does not hold."""
+        """Raise NotImplementedError: a stream does not hold all captions."""
         raise NotImplementedError("a stream does not hold the captions of all images")
 
     def captions(self) -> list[str]:
-        """Return the text that a tokenizer is trained on: the captions of the first rows."""
+        """Return the captions on which a tokenizer is trained: those of the first rows."""
         return self.rows.first_captions()
 
     def settings(self) -> dict:
-        """Return what a resumed run cannot change: all that decides the order."""
+        """Return the settings that a resumed run cannot change: those that decide the order of the rows."""
         return {
             "data.streaming": True,
             "data.stream_buffer": self.data.stream_buffer,

@@ -1,4 +1,4 @@
-"""Decoder training on a frozen encoder: one loop, whose steps learn by cross-entropy or by reward (`scst.py`).
+"""Decoder training on a frozen encoder: one loop, for cross-entropy and for rewards (`scst.py`).
 
 Letters: B images, K captions of each, T text tokens.
 """
@@ -51,17 +51,20 @@ def train(config: TrainConfig) -> Path:
     """Run the training job and return the folder of the best model.
 
     Raises:
-        ValueError: no data, an encoder or decoder that cannot be loaded, a token cache of another encoder, a checkpoint
-            or the results of another run in the output folder, or a loss that is not finite.
-        OSError: the disk is full; checkpoints and the best model are as they were.
-        SystemExit: a signal stopped the run (SIGTERM, SIGINT), which has saved; the code is 128 + the signal.
+        ValueError: there are no data, an encoder or decoder cannot be loaded, the token cache is of another encoder,
+            the output folder holds the results of another run, or the loss is not finite.
+        OSError: the disk is full; earlier checkpoints and the best model are unchanged.
+        SystemExit: a signal (SIGTERM, SIGINT) stopped the run, which saved a checkpoint; the code is 128 + the signal.
     """
     with Interruption() as interruption:
         return run(config, interruption)
 
 
 def run(config: TrainConfig, interruption: Interruption) -> Path:
-    """Set up, then train: validate when due, take a step, save when due; see `train`."""
+    """Set up the run, then train. Each turn of the loop validates when due, takes a step, and saves when due.
+
+    For errors see `train`.
+    """
     check_trackers(config.trackers)
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     accelerator = start_processes(
@@ -72,7 +75,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     )
     check_sharding(accelerator, unsharded="encoder")
     set_seed(config.seed)
-    with accelerator.main_process_first():  # the others find the table cached
+    with accelerator.main_process_first():  # the other processes then find the table cached
         data, held_out = open_data(config)
         if accelerator.is_main_process:
             recover_folder(config.output / "best")
@@ -86,7 +89,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     if config.stage == "scst":
         silence_dropout(model.decoder)
         objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens)
-        captions_per_image = 1  # it writes its own
+        captions_per_image = 1  # the model samples the captions that it learns from
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
     stream = data.stream(processor, captions_per_image, config.seed, cache, grids, per_step)
 
@@ -174,7 +177,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             saved = time.monotonic()
         if stop:
             log.close()
-            accelerator.print(f"stopped at step {step} of {total}, saved in '{checkpoints}'; run again to go on")
+            accelerator.print(f"stopped at step {step} of {total}, saved in '{checkpoints}'; run it again to continue")
             accelerator.end_training()
             raise SystemExit(128 + stop)
     log.close()
@@ -186,7 +189,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the parameters that are trained: timm leaves those without gradient out."""
+    """Return AdamW over the trainable parameters: timm leaves out those without gradient."""
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.98), "fused": True}
     return create_optimizer_v2(model, opt="adamw", **options)
 
@@ -194,12 +197,19 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
 def train_step(
     accelerator: Accelerator, model: nn.Module, batches: Iterator[dict], objective: Objective, config: TrainConfig
 ) -> dict[str, float]:
-    """Accumulate the gradient of one optimiser step; every token of it weighs the same.
+    """Accumulate the gradient of one optimiser step, in which every token has the same weight.
 
-    It does so however the captions fell into forwards and processes.
+    The gradient does not depend on how the captions are split into forwards and processes.
+
+    Args:
+        accelerator: accelerator that prepared the model.
+        model: the prepared model.
+        batches: the batches; a step takes `accumulation` of them.
+        objective: what the step learns from.
+        config: the run.
 
     Returns:
-        Over all processes, the `loss` per token, the `tokens` learned from, and the objective's own means.
+        Over all processes: the `loss` per token, the number of `tokens` that were learned, and the objective's means.
     """
     model.train()
     group = [objective.prepare(model, next(batches)) for _ in range(config.accumulation)]
@@ -222,7 +232,7 @@ def train_step(
 
 
 def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[str, str]:
-    """Digest the parts of a run that no checkpoint holds: frozen weights, preprocessing, tokenizer."""
+    """Return digests of the parts of a run that no checkpoint holds: frozen weights, preprocessing, tokenizer."""
     frozen = {name: value for name, value in model.decoder.named_parameters() if not value.requires_grad}
     return {
         "encoder digest": digest_json(encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)),
@@ -232,7 +242,7 @@ def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[s
 
 
 def fixed_settings(config: TrainConfig, per_step: int) -> dict:
-    """Return the settings that a resumed run cannot change: the model, and what decides the order of the data."""
+    """Return the settings that a resumed run cannot change: those of the model and of the order of the data."""
     model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
     settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}

@@ -1,4 +1,7 @@
-"""Which weights of a captioner are trained: the whole decoder, none of it, or low-rank updates (LoRA) of it."""
+"""Choose the trained weights of a captioner: the whole decoder, none of it, or low-rank updates (LoRA) of it.
+
+LoRA is due to Hu et al. (ICLR 2022, arXiv 2106.09685).
+"""
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -8,14 +11,18 @@ from captioner.modeling import CaptionerModel
 from captioner.training.config import ModelConfig
 
 ADAPTER = "default"
-"""Name of the LoRA adapter, as peft has it in the names of weights."""
+"""Name of the LoRA adapter in the names of peft's weights."""
 
 
 def tune(model: CaptionerModel, config: ModelConfig) -> None:
-    """Choose the weights that are trained: the projector always; the decoder whole, not at all, or by low-rank updates.
+    """Choose the trained weights: always the projector; and all, none, or low-rank updates of the decoder.
+
+    Args:
+        model: the captioner, changed in place.
+        config: `tune` and the settings of LoRA.
 
     Raises:
-        SettingError: LoRA is asked for and peft is not installed.
+        SettingError: `tune` is `lora` and peft is not installed.
     """
     model.decoder.requires_grad_(config.tune == "full")
     if config.tune != "lora":
@@ -37,8 +44,8 @@ def tune(model: CaptionerModel, config: ModelConfig) -> None:
 def merged_weights(model: CaptionerModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a state dict of `model` with LoRA's updates added to the weights that they update.
 
-    Other weights pass unchanged. Neither the model nor `state` is changed: merging in place and taking the updates out
-    again would change the weights by rounding.
+    Other weights are unchanged. Neither the model nor `state` is changed: merging the updates in place and removing
+    them again would change the weights by rounding.
     """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     merged = {}

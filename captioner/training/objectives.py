@@ -1,4 +1,4 @@
-"""What a training step learns from: human captions by cross-entropy here, rewards in `scst.py`."""
+"""Objectives of a training step: cross-entropy on human captions here, rewards in `scst.py`."""
 
 from typing import Protocol
 
@@ -10,10 +10,10 @@ from captioner.training.wrapped import call_method
 
 
 class Objective(Protocol):
-    """What a step learns from: how a batch becomes labelled texts, and the loss on them."""
+    """An objective of training: it turns a batch into labelled texts, and computes the loss on them."""
 
     def prepare(self, model: nn.Module, batch: dict) -> dict:
-        """Turn a batch of the stream into what `loss` takes; its `labels` (B*K, T) mark the tokens that are learned."""
+        """Turn a batch of the stream into one for `loss`; its `labels` (B*K, T) mark the tokens that are learned."""
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss, summed over the learned tokens, and means over the batch for the log."""

@@ -1,4 +1,4 @@
-"""Writing the best model of a run as a folder that `captioner.load` reads."""
+"""Write the best model of a run as a folder for `captioner.load`."""
 
 from pathlib import Path
 
@@ -14,13 +14,20 @@ from captioner.training.lora import merged_weights
 def save_best(
     accelerator: Accelerator, model: nn.Module, processor: CaptionerProcessor, folder: Path, dtype: str
 ) -> None:
-    """Write a prepared model and its processor, whole or not at all; every process calls this.
+    """Write a prepared model and its processor, completely or not at all; every process calls this.
 
     LoRA's updates are merged into the decoder. Captioning then needs neither peft nor the decoder's repository, and
     costs no more than without LoRA.
 
+    Args:
+        accelerator: accelerator that prepared the model.
+        model: the prepared model.
+        processor: its processor.
+        folder: folder of the captioner.
+        dtype: torch name of the weights' precision.
+
     Raises:
-        OSError: the disk is full or not writable; the best model so far is unchanged.
+        OSError: the disk is full or not writable; an earlier model in the folder is unchanged.
     """
     state = accelerator.get_state_dict(model)  # gathers the shards, where the model is sharded
     if accelerator.is_main_process:
@@ -28,7 +35,7 @@ def save_best(
         state = merged_weights(captioner, state)
         cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
         for key, value in state.items():
-            # The digest of a token cache is that of the encoder's float16 weights, which bfloat16 would change.
+            # A token cache has the digest of the encoder's float16 weights, which bfloat16 would change.
             name = "float16" if dtype == "bfloat16" and key.startswith("encoder.") else dtype
             saved = getattr(torch, name) if value.is_floating_point() else value.dtype
             state[key] = cast.setdefault(value.data_ptr(), value.to(saved))

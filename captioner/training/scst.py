@@ -1,18 +1,18 @@
-"""Self-critical sequence training (SCST): the model samples captions and learns each by how well it scores.
+"""Self-critical sequence training (SCST): the model samples captions and learns from their scores.
 
-Rennie et al., 2017, https://arxiv.org/abs/1612.00563, with their baseline, the greedy caption's reward, or that of
-Luo, 2020, https://arxiv.org/abs/2003.09971 ("new self-critical"): the mean reward of the image's other samples.
+Rennie et al., 2017, https://arxiv.org/abs/1612.00563. The baseline is theirs, the reward of the greedy caption, or that
+of Luo, 2020, https://arxiv.org/abs/2003.09971 ("new self-critical"): the mean reward of the image's other samples.
 
-Three choices decide what is learned. They follow Luo's reference implementation where nothing else is stated:
+Three choices decide what is learned. They follow Luo's reference implementation unless stated otherwise:
 
 - **The end token counts as a word.** It is appended to every reference, and to every sample that reached it, before
-  n-grams are counted. Without it a caption that stops at "a man on a" costs nothing, and models learn to stop there.
-- **References are tokenized as evaluation tokenizes them** (PTB, lower case, no punctuation), so that the reward is the
-  score. The n-gram statistics are those of the training split, counted once.
+  n-grams are counted. Without it, a caption that stops at "a man on a" costs nothing, and models learn to stop there.
+- **References are tokenized as in evaluation** (PTB, lower case, no punctuation), so that the reward is the score. The
+  n-gram statistics are those of the training split, counted once.
 - **Samples come from the model's own distribution**: temperature 1, no token excluded, and no dropout in sampling or
-  learning (Luo has dropout), so that the gradient is that of the captions' own probabilities. With `search="beam"` the
+  learning (Luo has dropout). The gradient is then that of the captions' own probabilities. With `search="beam"` the
   captions are the beams of a search instead (Cornia et al., 2020, https://arxiv.org/abs/1912.08226). The model then
-  learns from captions close to those it will write; samples are much worse.
+  learns from captions close to those that it will write; random samples are much worse captions.
 
 Letters: B images, K samples of each, M image tokens, D encoder width, T text tokens, N of them that are learned.
 """
@@ -40,14 +40,14 @@ END = " </s>"
 
 
 class CaptionReward:
-    """CIDEr-D (0 to 10) of captions against an image's references, plus BLEU-4 (0 to 1) by a weight.
+    """The reward of a caption: its CIDEr-D (0 to 10), plus its BLEU-4 (0 to 1) times a weight.
 
     Args:
-        references: captions of each image; an image is named by its number in this list.
+        references: captions of each image; the index in this list is the number of an image.
         bleu_weight: weight of BLEU-4.
 
     Raises:
-        ValueError: no images, or an image without captions.
+        ValueError: there are no images, or one has no captions.
     """
 
     def __init__(self, references: Sequence[Sequence[str]], bleu_weight: float = 0.0):
@@ -59,17 +59,17 @@ class CaptionReward:
         self.cider = CiderD.from_index(self.index, counts)
 
     def __call__(self, images: np.ndarray, captions: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
-        """Reward captions.
+        """Compute the rewards of captions.
 
         Args:
             images: (B,) number of each caption's image.
-            captions: B captions, plain text.
+            captions: B captions as plain text.
             ended: whether each caption reached its end token; one that did not was cut.
 
         Returns:
             (B,) rewards, float64.
         """
-        words = [tokenize_caption(text) + END * bool(end) for text, end in zip(captions, ended, strict=True)]
+        words = [tokenize_caption(text) + (END if end else "") for text, end in zip(captions, ended, strict=True)]
         counts = self.grams.count(words)
         rewards = self.cider.score_counts(images, counts)
         if self.bleu_weight:
@@ -78,10 +78,17 @@ class CaptionReward:
 
 
 class SelfCritical:
-    """The objective of stage scst: sampled captions, their tokens weighted by reward minus baseline.
+    """The objective of stage scst: the tokens of sampled captions, weighted by reward minus baseline.
 
     Each image is encoded once for all its samples. The CPU computes the rewards while the device runs the forward pass
-    whose losses they weigh.
+    whose losses they weight.
+
+    Args:
+        accelerator: accelerator that prepares the model.
+        processor: the model's processor.
+        references: captions of each image of the training table.
+        config: the settings of SCST.
+        max_new_tokens: longest sample in tokens.
     """
 
     def __init__(
@@ -130,18 +137,18 @@ class SelfCritical:
         return {"image_tokens": tokens, "images": images, **decoded, **text}
 
     def decode(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
-        """Decode generated texts (B, T) without the prompt; return them, and whether each reached its end token."""
+        """Decode generated texts (B, T) without the prompt; returns B texts, and whether each reached its end token."""
         generated = sequences[:, self.prompt_length :]
         ended = (generated == self.processor.tokenizer.eos_token_id).any(1)
         return self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True), ended.tolist()
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the sum over sampled tokens of their negative log-likelihood times their caption's advantage."""
-        inputs, targets = split_targets(batch)  # before the forward, because it waits for the device
+        """Return the loss: the sum over sampled tokens of negative log-likelihood times the caption's advantage."""
+        inputs, targets = split_targets(batch)  # it waits for the device, so it comes before the forward
         logits = call_method(model, "logits_at", image_tokens=batch["image_tokens"], **inputs)  # (N, V)
         losses = token_loss(logits, targets, reduction="none")  # (N,)
         start = time.perf_counter()
-        advantage, means = self.advantage(batch)  # a GPU still computes the forward meanwhile
+        advantage, means = self.advantage(batch)  # meanwhile, a GPU computes the forward
         means["reward_ms"] = 1000 * (time.perf_counter() - start)
         weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)[:, None]  # (B*K, 1)
         positions = inputs["positions"]
@@ -160,7 +167,7 @@ class SelfCritical:
 
 
 def silence_dropout(module: nn.Module) -> None:
-    """Set every dropout rate to zero, in modules and in attributes, so that training mode changes nothing."""
+    """Set every dropout rate to zero, in modules and in attributes, so that training mode is like eval mode."""
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0

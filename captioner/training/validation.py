@@ -1,6 +1,6 @@
 """Validation during training: caption the held-out images, score them, and measure the loss on their captions."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -55,13 +55,13 @@ def validation_loss(
     images: Images,
     config: TrainConfig,
 ) -> float:
-    """Return the cross-entropy per token of the first K captions of each validation image, without smoothing."""
+    """Return the cross-entropy per token, without smoothing, on the first K captions of each validation image."""
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
     rows = ImageRows(images)
     for start in range(accelerator.process_index * size, len(table), accelerator.num_processes * size):
-        opened = [rows[row] for row in range(start, min(start + size, len(table)))]
+        opened: list[tuple[int, Any]] = [rows[row] for row in range(start, min(start + size, len(table)))]
         good = [(row, image) for row, image in opened if not isinstance(image, str)]
         if not good:
             continue

@@ -1,4 +1,4 @@
-"""Calling a method other than `forward` of a model that training has wrapped."""
+"""Call a method other than `forward` of a model that training has wrapped."""
 
 from typing import Any
 
@@ -9,18 +9,21 @@ from torch import nn
 def call_method(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call a method of a model as if it were its `forward`.
 
-    Data-parallel and sharded training prepare gradients and weights in the wrapper's `forward`; a method that is called
-    past it would train without them. So the method stands in for the `forward` of the inner model during the call. This
-    is how Lightning does it; torch has a way of its own (`register_fsdp_forward_method`) for sharded models alone.
+    Data-parallel and sharded training prepare gradients and weights in the `forward` of the wrapper; a direct call of
+    the method would train without them. So the method replaces the `forward` of the inner model during the call, as in
+    Lightning. For sharded models alone, torch has `register_fsdp_forward_method`.
 
     Args:
-        model: a model as `accelerator.prepare` returns it, wrapped or not.
+        model: a model that `accelerator.prepare` returned, wrapped or not.
         name: name of the method.
-        args: its arguments.
-        kwargs: its further arguments.
+        args: positional arguments of the method.
+        kwargs: keyword arguments of the method.
+
+    Returns:
+        What the method returns.
     """
     inner = extract_model_from_parallel(model)
-    own = inner.__dict__.get("forward")  # accelerate puts one on the instance for mixed precision
+    own = inner.__dict__.get("forward")  # accelerate sets it on the instance for mixed precision
 
     def restore() -> None:
         if own is None:
@@ -29,7 +32,7 @@ def call_method(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
             inner.forward = own
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        restore()  # a method that calls `forward` gets the real one
+        restore()  # if the method calls `forward`, it gets the real one
         return getattr(inner, name)(*args, **kwargs)
 
     inner.forward = stand_in

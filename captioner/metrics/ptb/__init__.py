@@ -1,4 +1,4 @@
-"""Penn Treebank tokenization of captions, as the official scores have it."""
+"""Penn Treebank tokenization of captions, as the official scores use it."""
 
 from captioner.metrics.ptb.tokenizer import tokenize, tokenize_caption
 

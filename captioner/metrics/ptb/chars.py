@@ -1,17 +1,17 @@
-"""What each character is to the PTB tokenizer: letter, mark, digit, symbol, space or nothing.
+"""The class of each character for the PTB tokenizer: letter, mark, digit, symbol, space, or dropped.
 
-The Java tokenizer knows characters by the tables of Unicode 6.1, so the tables stand here instead of being asked of
-the running Python, whose Unicode changes with its version. They were measured: every character below U+10000 was put
-through the Java tokenizer in 33 surroundings, and characters that never behaved differently share a class.
+The Java tokenizer has the tables of Unicode 6.1. The Unicode tables of Python change with its version, so this file has
+its own. They were measured: the Java tokenizer was given every character below U+10000 in 33 contexts, and characters
+with equal results in all of them share a class.
 
-The rules (`ptb_rules.py`) see a caption with every non-ASCII character replaced by one that stands for its class, so
-that they stay short; the tokens are cut from the caption itself.
+The rules (`rules.py`) match a copy of the caption, in which a character of its class replaces each non-ASCII character.
+That makes them short. The tokens are cut from the caption itself.
 """
 
 from bisect import bisect_right
 
 LETTER, MARK, DIGIT, SPACE, NBSP, SYMBOL, NOTHING = "\u00e9", "\u0301", "\u0660", "\u2000", "\u00a0", "\u00a7", "\x01"
-"""The character that stands for its class in front of the rules."""
+"""The characters that represent their classes in the rules."""
 
 NAMED = (
     "\u00a0\u0080\u0085\u0091\u0092\u0093\u0094\u0096\u0097\u00a2\u00a3\u00a4\u00ab\u00ad\u00b2\u00b3\u00b9\u00bb\u00bc\u00bd\u00be"
@@ -19,7 +19,7 @@ NAMED = (
     "\u2026\u2039\u203a\u2044\u2070\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087"
     "\u2088\u2089\u208a\u208b\u20a0\u20ac\u2153\u2154\u3001"
 )
-"""Characters the rules name; they stand for themselves. U+0130, U+0131, U+017F and U+212A are case forms of i, s, k."""
+"""Characters that occur in rules; none replaces them. U+0130, U+0131, U+017F and U+212A are case forms of i, s, k."""
 
 LETTERS = """
     00AA 00B5 00BA 00C0-00D6 00D8-00F6 00F8-02C1 02C6-02D1 02E0-02E4 02EC 02EE 0370-0374 0376-0377 037A-037D 0386
@@ -53,7 +53,7 @@ LETTERS = """
     FD50-FD8F FD92-FDC7 FDF0-FDFB FE70-FE74 FE76-FEFC FF21-FF3A FF41-FF5A FF66-FFBE FFC2-FFC7 FFCA-FFCF FFD2-FFD7
     FFDA-FFDC
 """
-"""Letters (hexadecimal ranges)."""
+"""Ranges of letters, hexadecimal."""
 
 MARKS = """
     02C2-02C5 02D2-02DF 02E5-02EB 02ED 02EF-036F 0375 0378-0379 0384-0385 03F6 0483-0487 055A-055F 0591-05BD 05BF
@@ -79,16 +79,16 @@ SYMBOLS = """
     2125 2127 2129 212E 213A-213B 2140-2144 214A-214D 214F 2155-215E 2190-2BFF 3001-3002 3012 30FB FF01-FF0F FF1A-FF20
     FF3B-FF40 FF5B-FF65 FFE0-FFE1 FFE5-FFE6
 """
-"""Characters that are a token each; whatever is in no list is dropped."""
+"""Characters of which each is a token. The tokenizer drops characters that are in no list."""
 
 SPACES = "2000-200A 3000"
 """White space other than ASCII's and the no-break space."""
 
 
 class _Classes(dict):
-    """Code point -> the character standing for its class, for `str.translate`; filled as characters are met."""
+    """Maps a code point to the character of its class, for `str.translate`; entries are added on first use."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         tables = ((LETTERS, LETTER), (MARKS, MARK), (DIGITS, DIGIT), (SYMBOLS, SYMBOL), (SPACES, SPACE))
         ranges = sorted(
             (int(entry.split("-")[0], 16), int(entry.split("-")[-1], 16), stand_in)
@@ -111,4 +111,4 @@ class _Classes(dict):
 
 
 CLASSES = _Classes()
-"""Pass to `str.translate` to get the string the rules match."""
+"""Table for `str.translate`, which makes the class string that the rules match."""

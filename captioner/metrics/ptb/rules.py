@@ -1,13 +1,13 @@
 """The token rules of the Penn Treebank tokenizer that pycocoevalcap runs (Stanford CoreNLP 3.4.1, default options).
 
-At each place of a caption every rule is tried; the one that reaches furthest wins, what it looks ahead at included,
-and among equals the first. That is how lexer generators choose, and why each pattern below has one group, the token,
-and may go on after it. Patterns match the class string of `ptb_chars.py`, not the caption: there, `é` stands for any
-letter outside ASCII. Characters in brackets are themselves, words in `caseless` are in any case.
+At each position of a caption, every rule is tried. The rule with the longest match wins, its context after the token
+included; among equal ones, the first wins. Lexer generators choose in this way. Therefore each pattern below has one
+group, which is the token, and may match context after it. Patterns match the class string of `chars.py`, not the
+caption: there, `é` stands for any letter outside ASCII. Words in `caseless` match in any case.
 
-Which rules there are was learned from published versions of CoreNLP's lexer specification, older and newer than 3.4.1;
-what each accepts was then measured on the Java program, by feeding it strings until none came out differently
-(`tests/test_ptb.py`). Where Java has a quirk, the rule has it too.
+The list of rules comes from published versions of CoreNLP's lexer specification, older and newer than 3.4.1. What each
+rule accepts was measured on the Java program, with more and more strings until no result differed
+(`tests/test_ptb.py`). The rules reproduce the faults of the Java program, too.
 """
 
 import re
@@ -22,8 +22,8 @@ Action = str | int | Callable[[str], str] | None
 class Rule(NamedTuple):
     """One kind of token.
 
-    `action` turns the matched text into the token: None keeps it, a string replaces it, a function maps it, and a
-    number hands that many characters back to be read again.
+    `action` makes the token from the matched text: None leaves it as it is, a string replaces it, a function maps it,
+    and a number cuts so many characters off its end, which are then read again.
     """
 
     pattern: re.Pattern
@@ -31,11 +31,11 @@ class Rule(NamedTuple):
 
 
 def caseless(pattern: str) -> str:
-    """Match `pattern` in any case; `(?-i:...)` inside keeps a part as it is."""
+    """Return a pattern that matches in any case; a part in `(?-i:...)` matches in its own case only."""
     return f"(?i:{pattern})"
 
 
-# Character sets, to stand inside brackets.
+# Sets of characters, without their brackets.
 ALPHA = "A-Za-z"
 LETTERS = rf"{ALPHA}{LETTER}\u0130\u0131\u017f\u212a"
 DIGITS = f"0-9{DIGIT}"
@@ -69,14 +69,14 @@ CLOSING_ABBREVIATIONS = """
     Okla (?-i:O)re (?-i:P)a Penn Tenn (?-i:T)ex Va Vt (?-i:W)ash Wisc? Wyo Inc Cos? Corp Pp?t(?-i:[ye])s? Ltd Plc Rt
     Bancorp Bhd Assn Univ Intl Sys tel est ext sq [JS]r Bros (?:Ed|Ph)\\.D Blvd Rd Esq etc al seq Bldg
 """
-"""Abbreviations that may also end a sentence."""
+"""Abbreviations whose period may also end a sentence."""
 
 LEADING_ABBREVIATIONS = """
     Mr Mrs Ms (?-i:M)iss Drs? Profs? Sens? Reps? Attys? Lt Col Gen Messrs Govs? Adm Rev Maj Sgt Cpl Pvt Capt Ste? Ave
     Pres Lieut Hon Brig Co?mdr Pfc Spc Supts? Det Mt Ft Adj Adv Asst Assoc Ens Insp Mlle Mme Msgr Sfc vs Alex Wm Jos
     Cie cf TREAS Ph Invt Elec Natl M(?-i:[ft])g Dept
 """
-"""Abbreviations that something always follows."""
+"""Abbreviations that never end a sentence."""
 
 FILE_ENDINGS = """
     bat bmp c class cgi cpp dll docx? exe gif gz h html? jar java jpe?g mov mp3 pdf php pl png ppt ps py sql tar txt
@@ -88,11 +88,11 @@ SENTENCE_STARTS = """
     More Mr\\. Ms\\. Now Once One Other Our She Since So Some Such That The Their Then There These They This We When
     While What Who Why Yet You
 """
-"""Words, capitalised, before which an acronym's period is also the sentence's."""
+"""Capitalised words; the period of an acronym before one of them also ends the sentence."""
 
 
 def one_of(words: str, wrap: Callable[[str], str] = caseless) -> str:
-    """Match any one of the words."""
+    """Return a pattern that matches any one of the words."""
     return wrap(f"(?:{'|'.join(words.split())})")
 
 
@@ -161,7 +161,7 @@ _WORDS_WITH_APOSTROPHE = (
 )
 
 _TABLE: tuple[tuple[str, str, str, Action], ...] = (
-    # the kinds of character it can start with, the token, what must follow it, what becomes of it
+    # kinds of its first character, pattern of the token, pattern of what must follow it, action
     ("wq", caseless("cannot|'twas"), "", 3),
     ("wq", caseless("'tis|gonna|gotta|lemme|gimme|wanna"), "", 2),
     ("w", rf"(?:{caseless('c')}\+\+|{caseless('[cf]')}#)", "", None),
@@ -261,16 +261,18 @@ _TABLE: tuple[tuple[str, str, str, Action], ...] = (
 
 ALL_RULES = tuple((kinds, Rule(re.compile(f"({token}){after}"), action)) for kinds, token, after, action in _TABLE)
 RULES = {kind: tuple(rule for kinds, rule in ALL_RULES if kind in kinds) for kind in "wudqo&"}
-"""The rules a token can fall under, by the kind of its first character (see `kind_of`)."""
+"""The rules that can match a token, by the kind of its first character (see `kind_of`)."""
 
 LINK = re.compile(caseless(r"@|www\.|\.(?:com|net|org|edu)"))
-"""Without this there is no address in a caption, and the rules that look far for one need not be tried."""
+"""Every address in a caption contains this. Without it, the slow rules for addresses are not tried."""
 _ADDRESSES = tuple(rule for kinds, rule in ALL_RULES if kinds in ("wudqo&", "wdo&"))
 RULES_WITHOUT_LINKS = {kind: tuple(rule for rule in rules if rule not in _ADDRESSES) for kind, rules in RULES.items()}
 
 
 def kind_of(character: str) -> str:
-    """Sort a character of a class string: `w` ASCII letter, `u` other letter, `d` digit, `q` quote, `&`, `o` other."""
+    """Return the kind of a character of a class string: `w` ASCII letter, `u` other letter, `d` digit, `q` quote, `&`,
+    `o` any other.
+    """
     for kind, members in (
         ("w", f"[{ALPHA}]"),
         ("u", FIRST),

@@ -1,20 +1,20 @@
 """The PTB tokenizer of the COCO caption evaluation, without Java: `tokenize`.
 
-pycocoevalcap writes all captions to a file, one a line, runs Stanford CoreNLP's `PTBTokenizer` over it, and drops
-punctuation. The same tokens come out here. What that implies:
+pycocoevalcap writes all captions to a file, one per line, runs Stanford CoreNLP's `PTBTokenizer` on it, and drops
+punctuation. This module gives the same tokens. The consequences:
 
-- **The next caption may matter**, as it does there: Java reads on across lines, so that a caption ending in a single
-  letter and a period ("a sign that reads K.") gives `k` before a caption that begins with a word such as "A" or "The",
-  and `k.` otherwise. (Three of COCO val2017's 25,014 captions end so.) `tokenize` keeps this; `tokenize_caption` knows
-  no neighbours.
-- **One caption stays one caption.** pycocoevalcap replaces "\\n" by a space; other line separators (carriage return,
-  vertical tab, form feed, U+2028, U+2029) break Java's lines and shift every later caption to a wrong image. Here they
-  are spaces too.
-- Brackets stay, as `-lrb-` and the like: the list of punctuation has them in capitals, the tokens are in small letters.
-- Some tokens hold a no-break space (U+00A0), as in "23 3/4": `str.split()` cuts there, `str.split(" ")` does not.
+- **The next caption may matter**, as in Java, which reads across line ends. A caption that ends in a single letter and
+  a period ("a sign that reads K.") gives `k` if the next caption starts with a word such as "A" or "The", and `k.`
+  otherwise. (Three of the 25,014 captions of COCO val2017 end so.) `tokenize` does the same; `tokenize_caption` takes
+  one caption alone.
+- **One caption stays one caption.** pycocoevalcap replaces "\\n" by a space. Other line separators (carriage return,
+  vertical tab, form feed, U+2028, U+2029) break Java's lines, and every later caption gets the tokens of another image.
+  Here they are spaces, too.
+- Brackets stay as `-lrb-` and so on: the list of punctuation has them in capitals, but the tokens are in small letters.
+- Some tokens contain a no-break space (U+00A0), as in "23 3/4": `str.split()` splits there, `str.split(" ")` does not.
 
-Known to differ, found with random strings: the small form of a capital sigma in a token that also has digits or
-signs; and tags and one smiley (`~.[^x=`...) that Java follows across lines are not followed here.
+Known differences, found with random strings: the small form of a capital sigma in a token that also has digits or
+signs; and Java reads tags and one smiley (`~.[^x=`...) across line ends.
 """
 
 import re
@@ -26,29 +26,30 @@ from captioner.metrics.ptb.rules import GAP, LINK, RULES, RULES_WITHOUT_LINKS, k
 PUNCTUATION = frozenset(
     ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
 )
-"""Tokens that pycocoevalcap drops, compared after lower-casing."""
+"""Tokens that pycocoevalcap drops; they are compared with lower-cased tokens."""
 
 MAX_WORDS = 1_000_000
-"""Words remembered before the memory starts anew."""
+"""Words in the memory of tokens above which it is emptied."""
 
 _LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 _GAPS = re.compile(f"{GAP}+")
 _SIGMA_WORD = re.compile(r"[\w'.\u2010\u2011-]*\u03a3[\w'.\u2010\u2011-]*")
 _SPLIT_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
 
-# A stretch between spaces whose tokens cannot depend on what stands around it: letters, inner hyphens and slashes,
-# quotes, closing punctuation. Digits, entities, tags and smileys may look or reach across a space.
+# A text between spaces whose tokens cannot depend on its neighbours: letters, inner hyphens and slashes, quotes,
+# closing punctuation. Tokens with digits, entities, tags and smileys may depend on text after a space, or contain it.
 _ALONE = re.compile(
     rf"""["'(]*[A-Za-z{LETTER}{MARK}]+(?:[-'/][A-Za-z{LETTER}{MARK}]+)*(?:[,?!."'][")]*|[")]*[,;:?!."']?)|[-,.?!"'()]|"""
 )
-# Of those, what reads on after its period: one letter, and abbreviations that count only before a number or "Ltd".
+# Those of them whose tokens depend on the text after their period: one letter, and words that are abbreviations only
+# before a number or "Ltd".
 _READS_ON = re.compile(
     r"[A-Za-z]*[^A-Za-z].*[A-Za-z]\.|(?:[A-Za-z]|(?i:ca|figs?|prop|nos?|art|pp|op|pt[ey]|co))\."  # in linear time
 )
 
 
 class _Words(dict):
-    """Stretch between spaces -> its tokens joined by spaces, or None where they depend on what stands around it."""
+    """Maps a text between spaces to its tokens, joined by spaces; to None if they depend on its neighbours."""
 
     def __missing__(self, word: str) -> str | None:
         if len(self) >= MAX_WORDS:
@@ -73,7 +74,7 @@ _WORDS = _Words()
 
 
 class _Rules(dict):
-    """Character of a class string -> the rules a token starting with it can fall under."""
+    """Maps a character of a class string to the rules that can match a token with this first character."""
 
     def __init__(self, by_kind: dict[str, tuple]):
         self.by_kind = by_kind
@@ -90,10 +91,10 @@ def tokenize(captions: Iterable[str]) -> list[str]:
     """Tokenize captions as pycocoevalcap's `PTBTokenizer` does when given them in this order.
 
     Args:
-        captions: plain text; where one ends in a one-letter abbreviation, the next one matters (see above).
+        captions: plain text. The tokens of one that ends in a one-letter abbreviation depend on the next (see above).
 
     Returns:
-        For each caption its tokens, lower-cased, without punctuation, joined by single spaces.
+        The tokens of each caption, lower-cased, without punctuation, joined by single spaces.
     """
     lines = [line if line.isprintable() else _LINE_BREAKS.sub(" ", line) for line in captions]
     words = _WORDS.__getitem__
@@ -108,14 +109,14 @@ def tokenize(captions: Iterable[str]) -> list[str]:
 
 
 def tokenize_caption(caption: str) -> str:
-    """Tokenize one caption on its own; as `tokenize`, whatever its neighbours."""
+    """Tokenize one caption as `tokenize` does if no other caption follows."""
     line = _LINE_BREAKS.sub(" ", caption)
     tokens = list(map(_WORDS.__getitem__, line.split(" ")))
     return _read(line, "\n") if None in tokens or ". ." in line else " ".join(filter(None, tokens))
 
 
 def _following(lines: list[str], index: int) -> str:
-    """What Java can see after a line: the break, and all up to the end of the next line that is not blank."""
+    """Return the text after a line that Java may read for its tokens: up to the end of the next line with text."""
     following = ""
     for line in lines[index + 1 :]:
         following += "\n" + line
@@ -125,7 +126,7 @@ def _following(lines: list[str], index: int) -> str:
 
 
 def _read(line: str, following: str) -> str:
-    """Tokenize one line rule by rule, with the word memory where it applies."""
+    """Tokenize one line by the rules; words whose tokens depend on no neighbour are looked up in `_WORDS`."""
     line, text = _utf16(line), _utf16(line + following)
     shapes = text if text.isascii() else text.translate(CLASSES)
     rules = _RULES if LINK.search(shapes) else _RULES_WITHOUT_LINKS
@@ -142,7 +143,7 @@ def _read(line: str, following: str) -> str:
             word = text[place:cut]
             known = None if ellipsis and word.endswith(".") else _WORDS[word]
             if known is not None:
-                pieces.append(known or ".")  # a dropped token still ends the line, see the strip below
+                pieces.append(known or ".")  # a dropped token is still the end of the line, see `_joined`
                 place = cut + 1
                 continue
         token, place = _next_token(text, shapes, place, rules)
@@ -151,16 +152,16 @@ def _read(line: str, following: str) -> str:
 
 
 def _next_token(text: str, shapes: str, place: int, rules: _Rules) -> tuple[str, int]:
-    """Read the token at a place.
+    """Read the token at a position.
 
     Args:
-        text: what the token is cut from.
-        shapes: the class string of `text`, as long.
-        place: where the token starts.
-        rules: those to try.
+        text: the text that the token is cut from.
+        shapes: the class string of `text`, of the same length.
+        place: position of the first character of the token.
+        rules: the rules to try.
 
     Returns:
-        The token, empty if the characters are dropped, and where the next one starts.
+        The token (empty if its characters are dropped), and the position of the next one.
     """
     best, furthest = None, place
     for rule in rules[shapes[place]]:
@@ -178,13 +179,13 @@ def _next_token(text: str, shapes: str, place: int, rules: _Rules) -> tuple[str,
 
 
 def _joined(tokens: list[str]) -> str:
-    """Join tokens as pycocoevalcap does: lower-case, strip the line's end, drop punctuation."""
+    """Join tokens as pycocoevalcap does: lower-cased, without white space at the line's end, without punctuation."""
     line = _whole(" ".join(map(_lower, filter(None, tokens)))).rstrip()
     return " ".join(token for token in line.split(" ") if token not in PUNCTUATION)
 
 
 def _lower(token: str) -> str:
-    """Lower-case as Java: it takes a sigma for final by the letters of the whole word, Python by the next one."""
+    """Lower-case a token as Java does: it finds the final sigma by the whole word, Python by the next letter."""
     return _SIGMA_WORD.sub(_lower_sigma, token).lower() if "\u03a3" in token else token.lower()
 
 
@@ -197,7 +198,7 @@ def _lower_sigma(word: re.Match) -> str:
 
 
 def _utf16(text: str) -> str:
-    """Spell characters beyond U+FFFF as the two Java sees."""
+    """Write each character above U+FFFF as two surrogates, as Java stores it."""
     if text.isascii() or max(text) <= "\uffff":
         return text
     return "".join(map(chr, memoryview(text.encode("utf-16-le", "surrogatepass")).cast("H")))
