@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioner.data.text_files import parse_json_text
+from captioner.data.text_files import parse_json_text, read_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def read_labels(path: Path) -> ImageLabels:
         ValueError: it is of neither form, or an image has a class that does not exist.
         OSError: the file cannot be read.
     """
-    content = parse_json_text(path)
+    content = parse_json_text(read_text(path), path)
     if isinstance(content, dict) and {"categories", "images", "annotations"} <= content.keys():
         found = read_instances(content, path)
     elif isinstance(content, dict) and {"classes", "images"} <= content.keys():
