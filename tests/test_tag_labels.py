@@ -57,6 +57,15 @@ def test_held_out_images_take_no_part(coloured, tmp_path):
     assert sorted(names) == sorted(f"{n}.png" for n in range(4, 16))
 
 
+def test_captioned_images_in_a_folder_are_taken_once(coloured, tmp_path):
+    captions = str(coloured / "captions_val.json")
+    run = {"captions": (captions,), "captions_split": "val", "word_weight": 0.0, "tags_from": "labels", "steps": 1}
+    pretrain(debug(tmp_path, coloured, **run))
+    names = json.loads((tmp_path / "store" / "images.json").read_text())["names"]
+    assert names[:4] == [f"{n}.png" for n in range(4)]
+    assert sorted(names) == sorted(f"{n}.png" for n in range(16))
+
+
 def test_held_out_names_change_the_stamp_of_a_source():
     source = Source("a", [("x/1.png", None), ({"path": "y/2.png", "bytes": b""}, None), (b"", None)], "stamp")
     left = source.without(frozenset({"2.png"}))

@@ -19,7 +19,7 @@ from captioner.errors import SettingError
 from captioner.metrics.files import read_references
 from captioner.pretraining.config import PretrainConfig
 from captioner.pretraining.described import DescribedImages, Examples, label_images
-from captioner.pretraining.image_store import Source, file_name, open_source, stamp_images, store_images
+from captioner.pretraining.image_store import Source, file_name, file_path, open_source, stamp_images, store_images
 from captioner.pretraining.regression import describe
 from captioner.pretraining.targets import Targets, TargetStore
 from captioner.pretraining.teachers import WEIGHTS, Teacher
@@ -57,15 +57,17 @@ class Batches:
         held_out = read_held_out(config.held_out)
         captions: list[list[str]] = []
         sources: list[Source] = []
+        captioned: set[str] = set()  # image files, which other sources may name again
         for name in config.captions:
             table = read_captions(name, config.captions_split)
             images, groups = table["image"][:], table["captions"][:]
             stamp = digest_text(f"{stamp_images(images)} {table['image_id'][:]}")
             kept = [n for n, image in enumerate(images) if file_name(image) not in held_out]
             captions += [groups[n] for n in kept]
+            captioned |= {file_path(images[n]) for n in kept} - {""}
             source = Source(f"{name} {config.captions_split}", [(images[n], None) for n in kept], stamp)
             sources.append(source.without(held_out))
-        sources += [open_source(name).without(held_out) for name in config.images]
+        sources += [open_source(name).without(held_out, frozenset(captioned)) for name in config.images]
         with accelerator.main_process_first():  # the others find them decoded
             self.store = store_images(sources, config.store_size, folder, config.workers).to(self.device)
         if config.label_weight > 0 and not self.store.classes:

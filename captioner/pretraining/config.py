@@ -154,7 +154,8 @@ class PretrainConfig:
     `image_size`."""
 
     images: tuple[str, ...] = ()
-    """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, by path or glob."""
+    """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, by path or glob. Captioned images that
+    lie among them are taken once."""
     captions: tuple[str, ...] = ()
     """Sets of captioned images, as `captioner train` reads them: the images are used, and the words are targets."""
     captions_repeat: int = 1

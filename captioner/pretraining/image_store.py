@@ -47,12 +47,23 @@ class Source:
     items: Iterable[tuple[ImageSource, str | None]]
     stamp: str
 
-    def without(self, names: frozenset[str]) -> "Source":
-        """Return the source without the images whose files have one of these names."""
-        if not names:
+    def without(self, names: frozenset[str], files: frozenset[str] = frozenset()) -> "Source":
+        """Return the source without some images.
+
+        Args:
+            names: names of image files that are left out.
+            files: paths of image files that are left out, as `file_path` returns them.
+        """
+        if not names and not files:
             return self
-        items = (item for item in self.items if file_name(item[0]) not in names)
-        return Source(self.name, items, digest_json([self.stamp, sorted(names)]))
+        items = (item for item in self.items if file_name(item[0]) not in names and file_path(item[0]) not in files)
+        return Source(self.name, items, digest_json([self.stamp, sorted(names), sorted(files)]))
+
+
+def file_path(image: ImageSource) -> str:
+    """Return the whole path of an image's file, links followed; empty where it has none on this disk."""
+    path = image.get("path") if isinstance(image, Mapping) else image
+    return os.path.realpath(path) if isinstance(path, str | os.PathLike) and os.path.exists(path) else ""
 
 
 def file_name(image: ImageSource) -> str:
