@@ -86,10 +86,9 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
                 open_images(config)
         batches = Batches(config, accelerator, teachers)
     words, tags = (described.prior if described else None for described in (batches.words, batches.tags))
-    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words, tags)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each grid and size
-    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
+    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words, tags)
 
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = create_optimizer_v2(student, opt=config.optimizer, **options)
