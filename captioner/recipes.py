@@ -231,6 +231,50 @@ def lookupvit_tiny_distill_cpu() -> PretrainConfig:
     )
 
 
+LITE2_TEACHER = TeacherConfig(
+    "tf_efficientnet_lite2",
+    num_classes=1000,
+    image_size=224,
+    mean=(127 / 255, 127 / 255, 127 / 255),
+    std=(128 / 255, 128 / 255, 128 / 255),
+)
+"""EfficientNet-Lite2, an ImageNet classifier whose features also separate COCO's classes well."""
+
+
+def lookupvit_flickr8k_coco() -> PretrainConfig:
+    """Distil the shipped LookupViT from an ImageNet classifier, a COCO detector and labels of 80 classes.
+
+    captioner pretrain lookupvit_flickr8k_coco --captions flickr8k coco/annotations/captions_train.json \\
+        --images coco/images pretrain/imagenette_2500.parquet ... --held-out coco/annotations/captions_val.json \\
+        --tags coco/annotations/labels80.json --teachers.0.checkpoint tf_efficientnet_lite2.safetensors \\
+        --teachers.1.name yolox_nano.onnx
+    """
+    return PretrainConfig(
+        output=Path("runs/lookupvit_flickr8k_coco"),
+        encoder="lookupvit_tiny_patch16_224",
+        encoder_options={"stem": LITE2_TEACHER.name, "embed_dim": 256, "num_heads": 4, "depth": 6, "img_size": 160},
+        teachers=(LITE2_TEACHER, replace(COCO_TEACHER, image_size=320)),
+        captions_repeat=2,
+        word_weight=0.2,
+        words_from="teachers",
+        tag_weight=0.3,
+        tags_from="teachers",
+        grids=(3, 5, 5, 5, 7, 10),
+        early_size=112,
+        early_share=0.75,
+        late_size=160,
+        store_size=224,
+        views=3,
+        train_stem=0.1,
+        steps=3000,
+        batch_size=256,
+        optimizer="muon",
+        learning_rate=0.01,
+        mixed_precision="bf16",
+        workers=2,
+    )
+
+
 TRAIN = {
     "debug": debug,
     "flickr8k": flickr8k,
@@ -244,4 +288,5 @@ PRETRAIN = {
     "debug": pretrain_debug,
     "lookupvit_small_distill": lookupvit_small_distill,
     "lookupvit_tiny_distill_cpu": lookupvit_tiny_distill_cpu,
+    "lookupvit_flickr8k_coco": lookupvit_flickr8k_coco,
 }

@@ -131,7 +131,7 @@ def test_what_a_recipe_sets_is_never_refused(args):
 def test_every_unused_setting_exists():
     """A name that is spelled wrong would never be refused."""
     configs = [recipe() for recipe in (*TRAIN.values(), *PRETRAIN.values())]
-    configs += [replace(PRETRAIN["debug"](), captions="x", word_weight=0.0), CacheConfig(captioner="x")]
+    configs += [replace(PRETRAIN["debug"](), captions=("x",), word_weight=0.0), CacheConfig(captioner="x")]
     configs += [TrainConfig(init_from="x"), TrainConfig(model=ModelConfig(decoder="x")), TrainConfig(stage="scst")]
     for config in configs:
         assert config.unused().keys() <= list_options(config).keys()

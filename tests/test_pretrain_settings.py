@@ -42,7 +42,7 @@ def debug(output, *teachers, **kwargs):
 
 
 def test_a_lower_learning_rate_holds_on_resuming(captioned, tmp_path):
-    config = debug(tmp_path, captions=str(captioned), steps=24)
+    config = debug(tmp_path, captions=(str(captioned),), steps=24)
     pretrain(replace(config, max_minutes=0))
     pretrain(replace(config, learning_rate=1e-4))
     rates = losses(tmp_path, "learning_rate")
@@ -204,8 +204,8 @@ def test_what_cannot_be_learned_or_built_is_said_before_training(captioned, clas
     probe = {"probe_train": str(classes), "probe_val": str(classes)}
     for change, message in (
         ({"images": (str(classes),)}, "nothing to learn from"),
-        ({"captions": str(captioned), "word_weight": 0.0}, "nothing to learn from"),
-        ({"captions": wordless}, "have no words of a-z"),
+        ({"captions": (str(captioned),), "word_weight": 0.0}, "nothing to learn from"),
+        ({"captions": (wordless,)}, "have no words of a-z"),
         ({"teachers": (TeacherConfig("resnet18.nobodys"),)}, "no weights of the teacher 'resnet18.nobodys'"),
         ({"teachers": (teach(weights, options={"foo": 1}),)}, "the teacher 'resnet10t' does not take its options"),
         ({"encoder_options": {"foo": 1}}, "does not take its options, foo=1: .*'foo'"),
@@ -217,7 +217,7 @@ def test_what_cannot_be_learned_or_built_is_said_before_training(captioned, clas
         ({**probe, "probe_val": str(captioned / "images")}, "the probe's images have no classes"),
         ({"train_stem": 0.5}, "the stem of 'lookupvit_tiny_patch16_224' is no timm network"),
     ):
-        change = {"captions": None if "images" in change else str(captioned), **change}
+        change = {"captions": () if "images" in change else (str(captioned),), **change}
         with pytest.raises(ValueError, match=message):
             pretrain(debug(tmp_path / "run", *change.pop("teachers", ()), **change))
     with pytest.raises(ValueError, match="no weights of the ViT 'vit_tiny_patch16_224.nobodys'"):
@@ -234,7 +234,7 @@ def test_slow_steps_look_for_signals_each_time(captioned, tmp_path, monkeypatch)
     looks = []
     agree = encoder_training.Interruption.agree
     monkeypatch.setattr(encoder_training.Interruption, "agree", lambda *a: looks.append(1) or agree(*a))
-    config = debug(tmp_path, captions=str(captioned), steps=12)
+    config = debug(tmp_path, captions=(str(captioned),), steps=12)
     for slow, count in ((0.0, 12), (float("inf"), 2)):
         looks.clear()
         monkeypatch.setattr(encoder_training, "SLOW", slow)
@@ -246,7 +246,7 @@ def test_processes_wait_two_hours_for_one_another(captioned, tmp_path, monkeypat
     started = []
     start = encoder_training.start_processes
     monkeypatch.setattr(encoder_training, "start_processes", lambda *a, **k: started.append(1) or start(*a, **k))
-    pretrain(debug(tmp_path, captions=str(captioned), steps=0))
+    pretrain(debug(tmp_path, captions=(str(captioned),), steps=0))
     assert started
 
 
@@ -261,7 +261,7 @@ def test_a_signal_ends_a_slow_run_at_its_next_step(captioned, tmp_path, monkeypa
         return batch(self, position)
 
     monkeypatch.setattr(encoder_training.Batches, "batch", killed_in_third)
-    config = debug(tmp_path, captions=str(captioned), steps=8)
+    config = debug(tmp_path, captions=(str(captioned),), steps=8)
     with pytest.raises(SystemExit, match="143"):
         pretrain(config)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]

@@ -49,7 +49,7 @@ def debug(output, *teachers, **kwargs):
 
 @pytest.mark.parametrize(("words_from", "stem"), [("captions", "patch"), ("teachers", "conv")])
 def test_distillation_learns_and_exports(captioned, classes, teacher, words_from, stem, tmp_path):
-    config = debug(tmp_path / "run", teacher, captions=str(captioned), num_words=8, images=(str(classes),), steps=30)
+    config = debug(tmp_path / "run", teacher, captions=(str(captioned),), num_words=8, images=(str(classes),), steps=30)
     config = replace(config, words_from=words_from, encoder_options={"depth": 2, "stem": stem}, learning_rate=3e-3)
     folder = pretrain(config)
     grid, words = (list(losses(folder, key).values()) for key in ("grid", "words"))
@@ -76,7 +76,7 @@ def test_labels_are_learned_and_probed(classes, tmp_path):
 
 
 def test_mixed_labels_leave_unlabelled_images_out(captioned, classes, tmp_path):
-    config = debug(tmp_path, images=(str(classes),), captions=str(captioned), label_weight=1.0)
+    config = debug(tmp_path, images=(str(classes),), captions=(str(captioned),), label_weight=1.0)
     assert all(
         np.isfinite(list(losses(pretrain(replace(config, views=None, mixup=0.2, cutmix=1.0)), "labels").values()))
     )
@@ -86,7 +86,7 @@ def test_mixed_labels_leave_unlabelled_images_out(captioned, classes, tmp_path):
 
 def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(encoder_training, "SLOW", float("inf"))  # the clock is looked at every tenth step
-    config = debug(tmp_path / "whole", teacher, captions=str(captioned), steps=22, save_minutes=0, ema=0.9)
+    config = debug(tmp_path / "whole", teacher, captions=(str(captioned),), steps=22, save_minutes=0, ema=0.9)
     options = {"depth": 2, "drop_path_rate": 0.3, "stem": "conv"}
     config = replace(config, early_share=0.5, early_size=48, encoder_options=options, words_from="teachers")
     pretrain(config)
@@ -117,7 +117,7 @@ def test_it_resumes_exactly(captioned, teacher, tmp_path, caplog, monkeypatch):
 
 def test_an_exported_encoder_is_gone_on_with(captioned, tmp_path):
     options = {"depth": 2, "pretrained": False}  # how weights are found is no part of what is exported
-    config = debug(tmp_path / "first", captions=str(captioned), steps=1, encoder_options=options)
+    config = debug(tmp_path / "first", captions=(str(captioned),), steps=1, encoder_options=options)
     folder = pretrain(config)
     with full_disk(), pytest.raises(OSError, match=r"cannot write the encoder '.*first' .*; free some disk space"):
         encoder_training.export_encoder(create_encoder("lookupvit_tiny_patch16_224"), {}, 224, folder)
@@ -128,12 +128,14 @@ def test_an_exported_encoder_is_gone_on_with(captioned, tmp_path):
 
 def test_a_grid_larger_than_the_lookup_grid_is_refused(captioned, tmp_path):
     with pytest.raises(ValueError, match="grid 5x5 is larger than the lookup grid 4x4 of 64 px views"):
-        pretrain(debug(tmp_path, captions=str(captioned), grids=(2, 5)))
+        pretrain(debug(tmp_path, captions=(str(captioned),), grids=(2, 5)))
 
 
 def test_a_stock_vit_goes_through_the_same_recipe(captioned, teacher, tmp_path):
     options = {"img_size": 64, "depth": 1}
-    config = debug(tmp_path, teacher, captions=str(captioned), encoder="vit_tiny_patch16_224", encoder_options=options)
+    config = debug(
+        tmp_path, teacher, captions=(str(captioned),), encoder="vit_tiny_patch16_224", encoder_options=options
+    )
     encoder = create_encoder(f"local-dir:{pretrain(config)}")
     assert encoder.forward_tokens(torch.randn(1, 3, 64, 64)).shape == (1, 17, 192)
 
@@ -150,7 +152,7 @@ def test_a_teacher_that_does_not_fit_is_named(captioned, teacher, tmp_path):
         ({"kind": "transformers", "name": str(tmp_path / "gone"), "checkpoint": None}, "no teacher at"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            pretrain(debug(tmp_path / "run", replace(teacher, **change), captions=str(captioned)))
+            pretrain(debug(tmp_path / "run", replace(teacher, **change), captions=(str(captioned),)))
 
 
 def test_a_transformers_teacher_gives_pooled_feature_and_map(tmp_path):
@@ -170,7 +172,7 @@ def test_an_onnx_detector_teaches_class_maps(captioned, shared, tmp_path):
     assert targets["maps"].shape == (2, 80, 10, 10)
     assert targets["maps"].min() >= 0
     assert targets["maps"].max() <= 1
-    maps = losses(pretrain(debug(tmp_path, detector, captions=str(captioned), steps=12)), "maps")
+    maps = losses(pretrain(debug(tmp_path, detector, captions=(str(captioned),), steps=12)), "maps")
     assert maps[12] < maps[1]
     with pytest.raises(ValueError, match="has no output 'boxes', only map_stride8"):
         create_teacher(replace(detector, maps=("boxes",)))

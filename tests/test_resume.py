@@ -53,7 +53,7 @@ def test_a_finished_model_or_a_log_is_not_replaced(unbroken, tmp_path, choice):
 
 
 def test_a_finished_encoder_is_not_replaced(captioned, tmp_path):
-    config = replace(recipes.pretrain_debug(), output=tmp_path, captions=str(captioned), teachers=(), steps=2)
+    config = replace(recipes.pretrain_debug(), output=tmp_path, captions=(str(captioned),), teachers=(), steps=2)
     pretrain(config)
     weights = (tmp_path / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_captioner_0_1_is_gone_on_with(unbroken, tmp_path, caplo
 
 
 def test_a_run_is_not_begun_in_the_folder_of_another_kind(captioned, unbroken, tmp_path):
-    pretrain(replace(recipes.pretrain_debug(), output=tmp_path, captions=str(captioned), teachers=(), steps=1))
+    pretrain(replace(recipes.pretrain_debug(), output=tmp_path, captions=(str(captioned),), teachers=(), steps=1))
     with pytest.raises(SettingError, match="was saved with stage None, this run has 'xe'"):
         train(replace(unbroken, output=tmp_path))
 

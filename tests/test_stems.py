@@ -46,7 +46,7 @@ def teacher(network, tmp_path):
 
 def debug(output, teacher, captioned, **kwargs):
     options = {"depth": 1, "stem": "resnet10t", "img_size": 48}
-    config = replace(recipes.pretrain_debug(), output=output, teachers=(teacher,), captions=str(captioned))
+    config = replace(recipes.pretrain_debug(), output=output, teachers=(teacher,), captions=(str(captioned),))
     return replace(config, **{"encoder_options": options, **kwargs})
 
 

@@ -3,28 +3,33 @@
 Letters: B views, K classes, V caption words, F features, S side of a view in pixels.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.data.mixup import Mixup, mixup_target
 
+from captioner.data.label_files import read_labels
 from captioner.data.readers import read_captions
 from captioner.errors import SettingError
+from captioner.metrics.files import read_references
 from captioner.pretraining.config import PretrainConfig
-from captioner.pretraining.image_store import Source, open_source, stamp_images, store_images
+from captioner.pretraining.described import DescribedImages, Examples, label_images
+from captioner.pretraining.image_store import Source, file_name, file_path, open_source, stamp_images, store_images
+from captioner.pretraining.regression import describe
 from captioner.pretraining.targets import Targets, TargetStore
 from captioner.pretraining.teachers import WEIGHTS, Teacher
 from captioner.pretraining.views import ViewOrder, cut_views, draw_views
-from captioner.pretraining.words import CaptionWords, TeacherWords, describe
-from captioner.runs.digests import digest_bytes, digest_text
+from captioner.pretraining.words import CaptionWords
+from captioner.runs.digests import digest_text
 from captioner.runs.progress import progress_bar
 
-WORD_VIEWS = 4
-"""Views of each captioned image on which the regression of words is fitted, where a run draws new views each time."""
+FITTED_VIEWS = 4
+"""Views of each described image on which a regression is fitted, where a run draws new views each time."""
 
 
 def run_at(teacher: Teacher, pixels: torch.Tensor, places: torch.Tensor) -> Targets:
@@ -33,12 +38,12 @@ def run_at(teacher: Teacher, pixels: torch.Tensor, places: torch.Tensor) -> Targ
 
 
 class Batches:
-    """Makes batches of views with their targets: teachers' outputs, class labels, caption words.
+    """Makes batches of views with their targets: teachers' outputs, class labels, caption words, tags.
 
     Attributes:
         store: the images.
-        words: caption words of the captioned images, which are the first images in the store; None without captions.
-        teacher_words: the regression that predicts the words of any view; None unless words come from teachers.
+        words: words of the captions, which the first images in the store have; None without captions.
+        tags: labels of a label file; None without one.
         shapes: shapes of each teacher's outputs, without the batch.
 
     Raises:
@@ -49,29 +54,28 @@ class Batches:
     def __init__(self, config: PretrainConfig, accelerator: Accelerator, teachers: list[Teacher]):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         folder = config.store or config.output / "store"
+        held_out = read_held_out(config.held_out)
+        captions: list[list[str]] = []
         sources: list[Source] = []
-        self.words: CaptionWords | None = None
-        self.word_targets = torch.empty(0)  # of the captioned images (n, V)
-        if config.captions is not None:
-            table = read_captions(config.captions, config.captions_split)
-            self.words = CaptionWords(table["captions"][:], config.num_words)
-            if config.word_weight > 0 and not self.words.words:
-                raise SettingError(
-                    f"the captions of '{config.captions}' have no words of a-z", "word_weight", "captions"
-                )
-            self.word_targets = torch.from_numpy(self.words.targets).to(self.device)
-            name, images = f"{config.captions} {config.captions_split}", table["image"][:]
+        captioned: set[str] = set()  # image files, which other sources may name again
+        for name in config.captions:
+            table = read_captions(name, config.captions_split)
+            images, groups = table["image"][:], table["captions"][:]
             stamp = digest_text(f"{stamp_images(images)} {table['image_id'][:]}")
-            sources.append(Source(name, [(image, None) for image in images], stamp))
-        sources += [open_source(name) for name in config.images]
-        with accelerator.main_process_first():  # the other processes then find the images decoded
+            kept = [n for n, image in enumerate(images) if file_name(image) not in held_out]
+            captions += [groups[n] for n in kept]
+            captioned |= {file_path(images[n]) for n in kept} - {""}
+            source = Source(f"{name} {config.captions_split}", [(images[n], None) for n in kept], stamp)
+            sources.append(source.without(held_out))
+        sources += [open_source(name).without(held_out, frozenset(captioned)) for name in config.images]
+        with accelerator.main_process_first():  # the others find them decoded
             self.store = store_images(sources, config.store_size, folder, config.workers).to(self.device)
         if config.label_weight > 0 and not self.store.classes:
             raise SettingError(
                 "class labels have a weight, but no image has a class: neither a folder per class nor a column `label`",
                 "label_weight",
             )
-        repeats = [config.captions_repeat if config.captions and i == 0 else 1 for i in range(len(sources))]
+        repeats = [config.captions_repeat if i < len(config.captions) else 1 for i in range(len(sources))]
         groups = [np.arange(r.start, r.stop)[self.store.usable[r.start : r.stop]] for r in self.store.ranges]
         self.order = ViewOrder(groups, repeats, config.seed, config.views)
 
@@ -84,11 +88,19 @@ class Batches:
             with accelerator.main_process_first():  # one process creates the files
                 folders = [folder / f"teacher_{number + 1}" for number in range(len(teachers))]
                 self.target_stores = [self.open_targets(n, place, config.views) for n, place in enumerate(folders)]
-        self.teacher_words = None
-        if self.words is not None and config.word_weight > 0 and config.words_from == "teachers":
-            sizes = describe(outputs).shape[1], len(self.words.words)
-            self.teacher_words = TeacherWords(self.captioned_views(), *sizes, self.sum_processes).to(self.device)
-            accelerator.print(f"caption words: teachers explain {self.teacher_words.explained:.3f} of their variance")
+        self.words = self.describe_by_words(captions).to(self.device) if captions else None
+        self.tags = None
+        if config.tags is not None:
+            labels = read_labels(config.tags)
+            self.tags = label_images(labels, self.store.names, self.store.usable).to(self.device)
+        features = describe(outputs).shape[1] if teachers else 0
+        for what, described, weight, origin in (
+            ("caption words", self.words, config.word_weight, config.words_from),
+            ("tags", self.tags, config.tag_weight, config.tags_from),
+        ):
+            if described is not None and weight > 0 and origin == "teachers":
+                explained = described.fit(self.views_of(described), features, self.sum_processes)
+                accelerator.print(f"{what}: teachers explain {explained:.3f} of their variance")
         kinds = len(self.store.classes)
         self.mixup = None
         if config.mixup or config.cutmix:
@@ -108,11 +120,25 @@ class Batches:
         stamp = f"{view} {self.teachers[number].stamp}"
         return TargetStore(folder, stamp, len(self.store), versions, self.shapes[number])
 
+    def describe_by_words(self, captions: list[list[str]]) -> DescribedImages:
+        """Return the words of the captions of the first images in the store.
+
+        Raises:
+            SettingError: they have no words, which are to be learned.
+        """
+        words = CaptionWords(captions, self.config.num_words)
+        if self.config.word_weight > 0 and not words.words:
+            sets = ", ".join(f"'{name}'" for name in self.config.captions)
+            raise SettingError(f"the captions of {sets} have no words of a-z", "word_weight", "captions")
+        return DescribedImages(words.words, np.arange(len(captions)), words.targets, len(self.store))
+
     def settings(self) -> dict:
-        """Return the settings that a resumed run cannot change: images, words, teachers."""
-        settings = {"digest of the images": self.store.stamp, "teachers": len(self.teachers)}
+        """Return the settings that a resumed run cannot change: images, words, tags, teachers."""
+        settings: dict[str, Any] = {"digest of the images": self.store.stamp, "teachers": len(self.teachers)}
         if self.words is not None:
-            settings["digest of the captions' words"] = digest_bytes(self.words.targets.tobytes())
+            settings["digest of the captions' words"] = self.words.digest
+        if self.tags is not None:
+            settings["digest of the tags"] = self.tags.digest
         for number, teacher in enumerate(self.teachers):
             weights = {name: getattr(teacher.config, name) for name in WEIGHTS}
             settings |= {f"digest of teachers.{number}": teacher.stamp, f"weights of teachers.{number}": weights}
@@ -128,32 +154,25 @@ class Batches:
         if config.label_weight > 0:
             pixels, labels = self.soft_labels(pixels, self.store.labels[index].to(self.device))
         targets = self.teacher_targets(pixels, rows, versions)
-        words = self.word_shares(index.to(self.device), targets)
-        return {"pixels": pixels, "targets": targets, "labels": labels, "words": words}
+        features = cache(partial(describe, targets))
+        index = index.to(self.device)
+        words = self.words.expected(index, features) if self.words is not None else None
+        tags = self.tags.expected(index, features) if self.tags is not None else None
+        return {"pixels": pixels, "targets": targets, "labels": labels, "words": words, "tags": tags}
 
-    def word_shares(self, rows: torch.Tensor, targets: list[Targets]) -> torch.Tensor | None:
-        """Return the share of captions that contain each word (B, V), for the images in these rows; NaN if unknown."""
-        if self.words is None:
-            return None
-        captioned = len(self.word_targets)
-        if self.teacher_words is not None:
-            return self.teacher_words.predict(rows, describe(targets), captioned)
-        words = self.word_targets[rows.clamp(max=captioned - 1)]  # (B, V)
-        return words.masked_fill((rows >= captioned)[:, None], float("nan"))
-
-    def captioned_views(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield the views of captioned images of this process: rows (B,), features (B, F), shares of words (B, V)."""
-        known = np.flatnonzero(self.store.usable[: len(self.word_targets)])
-        count = self.config.views or WORD_VIEWS
+    def views_of(self, described: DescribedImages) -> Examples:
+        """Yield this process's views of described images: rows (B,), features (B, F), targets (B, V)."""
+        known = described.rows[self.store.usable[described.rows]]
+        count = self.config.views or FITTED_VIEWS
         rows, versions = np.tile(known, count), np.repeat(np.arange(count), len(known))
         mine = np.arange(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
         parts = np.split(mine, range(self.config.batch_size, len(mine), self.config.batch_size))
         parts = [part for part in parts if len(part)]
-        for part in progress_bar(parts, desc="words", unit="batch", disable=not self.accelerator.is_main_process):
+        for part in progress_bar(parts, desc="teachers", unit="batch", disable=not self.accelerator.is_main_process):
             pixels = self.cut(rows[part], versions[part])
             targets = self.teacher_targets(pixels, rows[part], versions[part])
             index = torch.from_numpy(rows[part])
-            yield index, describe(targets).cpu(), self.word_targets[index.to(self.device)].cpu()
+            yield index, describe(targets).cpu(), described.of(index.to(self.device)).cpu()
 
     def sum_processes(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes."""
@@ -190,3 +209,13 @@ class Batches:
             pixels, soft = self.mixup(pixels, labels)
             known = known & known.flip(0)  # a view is mixed with its opposite in the batch
         return pixels, soft * known[:, None]
+
+
+def read_held_out(paths: Sequence[Path]) -> frozenset[str]:
+    """Return the names of the image files that annotation files list.
+
+    Raises:
+        ValueError: a file is no annotation file.
+        OSError: it cannot be read.
+    """
+    return frozenset(Path(name).name for path in paths for name in read_references(path).files.values())

@@ -157,13 +157,17 @@ class PretrainConfig:
     `None` for `image_size`."""
 
     images: tuple[str, ...] = ()
-    """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, as paths or glob patterns."""
-    captions: str | None = None
-    """Captioned images, in any form that `captioner train` reads: more images, and words to learn."""
+    """Folders (a subfolder is a class), parquet files or WebDataset .tar shards, as paths or glob patterns. An image
+    that is among the captioned images, too, is taken once."""
+    captions: tuple[str, ...] = ()
+    """Sets of captioned images, each in any form that `captioner train` reads: more images, and words to learn."""
     captions_repeat: int = 1
     """Number of times that each captioned image is drawn in an epoch."""
     captions_split: str = "train"
     """Split of the captioned images. Never train on `val` or `test`."""
+    held_out: tuple[Path, ...] = ()
+    """Annotation files of images that are never used, for example those of a validation set. Images are known by the
+    names of their files. COCO captions, or the test split of Karpathy's."""
     store: Path | None = None
     """Folder of decoded images and teachers' outputs, which several runs may share; `None` for `output/store`."""
     store_size: int = 256
@@ -192,6 +196,15 @@ class PretrainConfig:
     """Where an image's words come from. `captions`: from its own captions, which an encoder learns by heart where
     images are few. `teachers`: from a regression on the teachers' outputs, fitted on the captions of other images;
     every image then has words."""
+
+    tags: Path | None = None
+    """Label file: JSON with `classes` and, for each image's file name, the numbers of its classes; or COCO's
+    `instances_*.json`."""
+    tag_weight: float = 0.1
+    """Weight of the loss on tags (binary cross-entropy, summed over classes); used with `tags`."""
+    tags_from: Literal["labels", "teachers"] = "teachers"
+    """Where tags come from. `labels`: the label file, for its images alone. `teachers`: a regression from the teachers'
+    outputs, fitted on the labels of other images; it gives tags for every image."""
 
     steps: int = 10_000
     """Optimiser steps in all."""
@@ -253,6 +266,8 @@ class PretrainConfig:
             raise SettingError("a probe needs images to be fitted on and others to measure", "probe_train", "probe_val")
         if self.words_from == "teachers" and not self.teachers:
             raise SettingError("words cannot come from teachers, as there are none", "words_from")
+        if self.tags is not None and self.tag_weight > 0 and self.tags_from == "teachers" and not self.teachers:
+            raise SettingError("tags cannot come from teachers, as there are none", "tags_from")
         if self.mixup or self.cutmix:
             if self.batch_size % 2:
                 raise SettingError(f"mixup and cutmix mix pairs, and batch_size {self.batch_size} is odd", "batch_size")
@@ -265,7 +280,9 @@ class PretrainConfig:
         """Map the settings that have no effect beside the others, such as `teachers.0.maps`, to the reason."""
         unused = {f"teachers.{n}.{name}": why for n, t in enumerate(self.teachers) for name, why in t.unused().items()}
         words = ("num_words", "words_from")
-        if self.captions is None:
+        if self.tags is None:
+            unused |= dict.fromkeys(("tag_weight", "tags_from"), "there is no label file, tags")
+        if not self.captions:
             unused |= dict.fromkeys(
                 ("captions_repeat", "captions_split", "word_weight", *words), "there are no captions"
             )

@@ -47,6 +47,30 @@ class Source:
     items: Iterable[tuple[ImageSource, str | None]]
     stamp: str
 
+    def without(self, names: frozenset[str], files: frozenset[str] = frozenset()) -> "Source":
+        """Return the source without some images.
+
+        Args:
+            names: names of image files that are left out.
+            files: paths of image files that are left out, as `file_path` returns them.
+        """
+        if not names and not files:
+            return self
+        items = (item for item in self.items if file_name(item[0]) not in names and file_path(item[0]) not in files)
+        return Source(self.name, items, digest_json([self.stamp, sorted(names), sorted(files)]))
+
+
+def file_path(image: ImageSource) -> str:
+    """Return the whole path of an image's file, links followed; empty where it has none on this disk."""
+    path = image.get("path") if isinstance(image, Mapping) else image
+    return os.path.realpath(path) if isinstance(path, str | os.PathLike) and os.path.exists(path) else ""
+
+
+def file_name(image: ImageSource) -> str:
+    """Return the name of an image's file without folders; empty where it has none."""
+    path = image.get("path") if isinstance(image, Mapping) else image
+    return Path(path).name if isinstance(path, str | os.PathLike) else ""
+
 
 def open_source(name: str) -> Source:
     """Open a folder (each subfolder is a class), parquet files or WebDataset shards.
@@ -165,12 +189,14 @@ class ImageStore:
         labels: int64 (n,), -1 where an image has no class.
         classes: class names; equal names in several sources are one class.
         ranges: rows of each source.
+        names: name of each image's file, empty where it has none.
         usable: whether the image of each row could be opened, bool (n,).
     """
 
     def __init__(self, folder: Path):
         meta = json.loads((folder / "images.json").read_text())
         self.stamp, self.side, self.classes = meta["content"], meta["side"], meta["classes"]
+        self.names: list[str] = meta["names"]
         self.ranges = [range(start, stop) for start, stop in meta["ranges"]]
         self.labels = torch.tensor(meta["labels"])
         broken = np.zeros(len(self.labels), bool)
@@ -210,7 +236,7 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         ValueError: no image can be opened.
         OSError: the disk is full.
     """
-    stamp = digest_json([(s.name, s.stamp, side) for s in sources])
+    stamp = digest_json([(s.name, s.stamp, side, "with names") for s in sources])
     meta, data = folder / "images.json", folder / "images.u8"
     known = json.loads(meta.read_text()) if meta.is_file() and data.is_file() else {}
     if known.get("stamp") == stamp and data.stat().st_size == 3 * side**2 * len(known["labels"]):
@@ -221,6 +247,7 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
     content = new_digest()
     ranges: list[tuple[int, int]] = []
     labels: list[int] = []
+    names: list[str] = []
     broken: list[int] = []
     classes: dict[str, int] = {}
 
@@ -237,6 +264,7 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
         for source in sources:
             start, items = len(labels), iter(source.items)
             while chunk := list(islice(items, CHUNK)):
+                names += [file_name(image) for image, _ in chunk]
                 for square, label in pool.map(decode, chunk):
                     if square.size == 0:
                         broken.append(len(labels))
@@ -255,5 +283,5 @@ def store_images(sources: list[Source], side: int, folder: Path, workers: int = 
     found = {"side": side, "classes": list(classes), "ranges": ranges, "labels": labels, "broken": broken}
     content.update(json.dumps(found).encode())
     with open_whole(meta) as described:
-        json.dump({"stamp": stamp, "content": content.hexdigest(), **found}, described)
+        json.dump({"stamp": stamp, "content": content.hexdigest(), "names": names, **found}, described)
     return ImageStore(folder)

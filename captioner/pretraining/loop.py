@@ -41,7 +41,7 @@ from which each step checks."""
 FIXED = (
     *("encoder", "encoder_options", "train_stem", "optimizer", "seed", "ema", "grids", "image_size", "early_size"),
     *("early_share", "late_size", "views", "min_crop", "captions_repeat", "mixup", "cutmix"),
-    *("label_weight", "label_smoothing", "word_weight", "words_from"),
+    *("label_weight", "label_smoothing", "word_weight", "words_from", "tag_weight", "tags_from"),
 )
 """Settings that a resumed run cannot change, in addition to images and teachers."""
 
@@ -64,7 +64,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
 
     At the end, the encoder is exported and probed. For errors see `pretrain`.
     """
-    if not config.images and config.captions is None:
+    if not config.images and not config.captions:
         raise SettingError("there is nothing to train on", "images", "captions")
     accelerator = start_processes(
         DistributedDataParallelKwargs(find_unused_parameters=config.train_stem > 0),
@@ -85,10 +85,10 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
             with accelerator.main_process_first():  # the other processes then find the images decoded
                 open_images(config)
         batches = Batches(config, accelerator, teachers)
-    words = batches.words.prior if batches.words else None
+    words, tags = (described.prior if described else None for described in (batches.words, batches.tags))
     if config.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each grid and size
-    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words)
+    student = Student(encoder, config, batches.shapes, len(batches.store.classes), words, tags)
 
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = create_optimizer_v2(student, opt=config.optimizer, **options)

@@ -85,6 +85,7 @@ class Student(nn.Module):
         shapes: for each teacher, the shape of each of its outputs without the batch.
         num_classes: classes of the labels K; 0 for none.
         word_prior: mean target of each caption word (V,), if there are captions.
+        tag_prior: mean target of each tag (T,), if there is a label file.
 
     Raises:
         SettingError: there are no teachers, labels or captions to learn from.
@@ -97,6 +98,7 @@ class Student(nn.Module):
         shapes: list[dict[str, tuple[int, ...]]],
         num_classes: int = 0,
         word_prior: np.ndarray | None = None,
+        tag_prior: np.ndarray | None = None,
     ):
         super().__init__()
         self.encoder, self.config = encoder, config
@@ -110,15 +112,13 @@ class Student(nn.Module):
             for teacher, outputs in zip(config.teachers, shapes, strict=True)
         )
         self.label_head = nn.Linear(dim, num_classes) if num_classes and config.label_weight > 0 else None
-        self.word_head = None
-        if word_prior is not None and config.word_weight > 0:
-            self.word_head = nn.Linear(dim, len(word_prior))
-            prior = torch.from_numpy(word_prior).clamp(1e-4, 1 - 1e-4)
-            self.word_head.bias.data.copy_(torch.logit(prior))
-        if self.label_head is None and self.word_head is None and not any(heads.heads for heads in self.teachers):
+        self.word_head = prior_head(dim, word_prior) if word_prior is not None and config.word_weight > 0 else None
+        self.tag_head = prior_head(dim, tag_prior) if tag_prior is not None and config.tag_weight > 0 else None
+        heads = (self.label_head, self.word_head, self.tag_head)
+        if heads == (None, None, None) and not any(teacher.heads for teacher in self.teachers):
             raise SettingError(
-                "nothing to learn from: there are no teachers, class labels or captions of a weight above 0",
-                *("teachers", "label_weight", "captions"),
+                "nothing to learn from: there are no teachers, class labels, captions or tags of a weight above 0",
+                *("teachers", "label_weight", "captions", "tags"),
             )
 
     def no_weight_decay(self) -> set[str]:
@@ -132,6 +132,7 @@ class Student(nn.Module):
         targets: list[Targets],
         labels: torch.Tensor | None = None,
         words: torch.Tensor | None = None,
+        tags: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the losses of the student on views.
 
@@ -141,6 +142,7 @@ class Student(nn.Module):
             targets: each teacher's outputs for the same views.
             labels: class probabilities (B, K); a row of zeros stands for an image without a label.
             words: share of captions with each word (B, V); a row of NaN stands for an image without captions.
+            tags: probability of each tag (B, T); a row of NaN stands for an image without tags.
 
         Returns:
             `loss`, the weighted sum, and its unweighted parts, all scalars.
@@ -160,16 +162,32 @@ class Student(nn.Module):
             total = total + self.config.label_weight * parts["labels"]
         if self.word_head is not None:
             assert words is not None, "a batch has caption words where these have a weight"
-            known = ~words[:, 0].isnan()
-            logits, mask = self.word_head(maps.summary).float(), known[:, None].float()
-            loss = F.binary_cross_entropy_with_logits(logits, words.nan_to_num(), weight=mask, reduction="sum")
-            parts["words"] = loss / known.sum().clamp(min=1)
+            parts["words"] = multi_label_loss(self.word_head(maps.summary), words)
             total = total + self.config.word_weight * parts["words"]
+        if self.tag_head is not None:
+            assert tags is not None, "a batch has tags where these have a weight"
+            parts["tags"] = multi_label_loss(self.tag_head(maps.summary), tags)
+            total = total + self.config.tag_weight * parts["tags"]
         return {"loss": total, **parts}
 
     def encode(self, pixels: torch.Tensor, grid: Grid | None) -> tuple[TokenMaps, dict[str, torch.Tensor]]:
         """Encode normalised pixels (B, 3, S, S) into tokens at their places, and the encoder's own losses."""
         return self.forward_with_losses(pixels, grid)
+
+
+def prior_head(dim: int, prior: np.ndarray) -> nn.Linear:
+    """Return a linear layer (D -> V) whose bias alone predicts the mean of each target."""
+    head = nn.Linear(dim, len(prior))
+    head.bias.data.copy_(torch.logit(torch.from_numpy(prior).clamp(1e-4, 1 - 1e-4)))
+    return head
+
+
+def multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of targets (B, V) in [0, 1], summed over V, averaged over rows; rows of NaN do not count."""
+    known = ~targets[:, 0].isnan()
+    mask = known[:, None].float()
+    loss = F.binary_cross_entropy_with_logits(logits.float(), targets.nan_to_num(), weight=mask, reduction="sum")
+    return loss / known.sum().clamp(min=1)
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

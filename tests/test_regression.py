@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from captioner.pretraining.words import FOLDS, TeacherWords, describe
+from captioner.pretraining.regression import FOLDS, TeacherRegression, describe
 
 IMAGES, FEATURES, WORDS = 200, 6, 3
 
@@ -9,7 +9,7 @@ IMAGES, FEATURES, WORDS = 200, 6, 3
 def make(words, features):
     rows = torch.arange(IMAGES)
     examples = ((rows[part], features[part], words[part]) for part in rows.split(32))
-    return TeacherWords(examples, FEATURES, WORDS)
+    return TeacherRegression(examples, FEATURES, WORDS)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_words_that_follow_from_features_are_told_of_unseen_images(data):
     teacher = make(features @ truth, features)
     assert teacher.explained > 0.7  # the smallest penalty still shrinks
     rows = torch.tensor([3, IMAGES + 7])  # with captions, without
-    told = teacher.predict(rows, features[rows % IMAGES], IMAGES)
+    told = teacher.predict(rows, features[rows % IMAGES], rows < IMAGES)
     torch.testing.assert_close(told, (features @ truth)[rows % IMAGES], atol=0.05, rtol=0)
 
 
@@ -34,7 +34,7 @@ def test_nothing_is_told_of_words_that_have_nothing_to_do_with_the_image(data):
     words = torch.rand(IMAGES, WORDS, generator=torch.Generator().manual_seed(1))
     teacher = make(words, features)
     assert abs(teacher.explained) < 0.05
-    told = teacher.predict(torch.arange(IMAGES), features, IMAGES)
+    told = teacher.predict(torch.arange(IMAGES), features, torch.ones(IMAGES, dtype=torch.bool))
     torch.testing.assert_close(told, words.mean(0).expand_as(told), atol=0.1, rtol=0)
 
 
@@ -44,7 +44,7 @@ def test_what_is_told_of_a_image_does_not_depend_on_its_own_words(data):
     changed = words.clone()
     changed[7] = 1 - words[7]
     others = torch.tensor([7, 7 + FOLDS, 8])  # itself, one of its fold, one of another
-    before, after = (make(w, features).predict(others, features[others], IMAGES) for w in (words, changed))
+    before, after = (make(w, features).predict(others, features[others], others < IMAGES) for w in (words, changed))
     assert torch.equal(before[:2], after[:2])
     assert not torch.equal(before[2], after[2])
 
@@ -55,7 +55,7 @@ def test_processes_that_share_the_views_fit_what_one_would(data):
     sums = []
 
     def fit(part, add_up):
-        return TeacherWords([(rows[part], features[part], words[part])], FEATURES, WORDS, add_up)
+        return TeacherRegression([(rows[part], features[part], words[part])], FEATURES, WORDS, add_up)
 
     fit(slice(0, None, 2), lambda value: sums.append(value) or value)
     shared = fit(slice(1, None, 2), lambda value: value + sums.pop(0))
@@ -63,8 +63,8 @@ def test_processes_that_share_the_views_fit_what_one_would(data):
 
 
 def test_without_examples_nothing_is_fitted():
-    with pytest.raises(ValueError, match="no captioned image can be opened"):
-        TeacherWords([], FEATURES, WORDS)
+    with pytest.raises(ValueError, match="no image with captions or labels can be opened"):
+        TeacherRegression([], FEATURES, WORDS)
 
 
 def test_features_are_what_each_teacher_has():
