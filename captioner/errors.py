@@ -32,6 +32,16 @@ def check_positive(settings: Any, *names: str) -> None:
             raise SettingError(f"{name} must be positive, not {value}", name)
 
 
+def check_seed(settings: Any) -> None:
+    """Refuse a seed that numpy does not take.
+
+    Raises:
+        SettingError: it is negative, or has more than 32 bits.
+    """
+    if not 0 <= settings.seed < 2**32:
+        raise SettingError(f"seed must be from 0 to 2**32 - 1, not {settings.seed}", "seed")
+
+
 def check_shares(settings: Any, *names: str) -> None:
     """Refuse settings that are not between 0 and 1.
 

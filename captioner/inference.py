@@ -25,6 +25,9 @@ from captioner.processing import CaptionerProcessor
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that count something."""
 
+MODEL = ("model", "init_from", "captioner")
+"""Settings that name a captioner, of which a job has one."""
+
 REFUSED = {
     "num_return_sequences": "captioning gives one caption an image",
     "return_dict_in_generate": "captioning gives captions",
@@ -229,13 +232,13 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     source = str(WEIGHTS if model in (None, SHIPPED) else model)
     local = os.path.exists(source)
     if local and not (Path(source) / "config.json").is_file():
-        raise SettingError(f"no captioner model in '{source}': it has no config.json", "model")
+        raise SettingError(f"no captioner model in '{source}': it has no config.json", *MODEL)
     if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
-        raise SettingError(f"no captioner model at '{source}': no such folder, and not a hub id", "model")
+        raise SettingError(f"no captioner model at '{source}': no such folder, and not a hub id", *MODEL)
     try:
         options: dict[str, Any] = {**hub_options(source)}
     except ValueError as error:
-        raise SettingError(f"no captioner model at '{source}': {error}", "model") from None
+        raise SettingError(f"no captioner model at '{source}': {error}", *MODEL) from None
     downloaded = local or isinstance(try_to_load_from_cache(source, "config.json"), str)
     try:
         with silence_transformers(bars=not downloaded):
@@ -243,9 +246,9 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
             options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             loaded, info = cast("tuple[CaptionerModel, dict]", CaptionerModel.from_pretrained(source, **options))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise SettingError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}", "model") from None
+        raise SettingError(f"'{source}' is not a captioner model: {str(error).splitlines()[0]}", *MODEL) from None
     if missing := sorted(info["missing_keys"]):
-        raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", "model")
+        raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", *MODEL)
     return Captioner(loaded, processor, device)
 
 

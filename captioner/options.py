@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any
 
 MENDS = {
-    "learning_rate": "lower {}",
     "on_bad": "pass {} skip to leave it out",
     "output": "name another {}",
 }

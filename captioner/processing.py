@@ -161,6 +161,8 @@ class CaptionerProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if images is not None:
             images = [images] if is_single(images) else list(images)
+            if not images:
+                raise ValueError("no image: the list of images is empty")
             images = [image[0] if isinstance(image, list | tuple) and len(image) == 1 else image for image in images]
             data["pixel_values"] = torch.stack([self.pixels(image) for image in images])
         count = None if images is None else len(images)

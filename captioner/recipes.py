@@ -137,7 +137,7 @@ def coco_scst() -> TrainConfig:
 
 
 def pretrain_debug() -> PretrainConfig:
-    """Smallest pretraining run; under a minute on a CPU.
+    """Smallest pretraining run; under a minute on a CPU. The hub is asked for the weights of its teacher, once.
 
     captioner pretrain debug --images DIR
     """

@@ -288,3 +288,20 @@ def test_a_format_that_is_not_read_is_named(tmp_path):
     (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     with pytest.raises(ImageError, match="HEIC is not read, convert it to JPEG or PNG"):
         open_image(tmp_path / "a.HEIC")
+
+
+def test_a_closed_image_is_called_that(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    file = (tmp_path / "a.png").open("rb")
+    images = [Image.open(tmp_path / "a.png"), Image.open(file)]
+    images[0].close()
+    file.close()
+    for image in images:
+        with pytest.raises(ImageError, match="was closed before its pixels were read"):
+            open_image(image)
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.jpg", "file:///a.jpg", "data:image/png;base64,AAAA"])
+def test_addresses_are_not_opened(address):
+    with pytest.raises(ImageError, match="does not exist; addresses are not opened"):
+        open_image(address)

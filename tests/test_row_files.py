@@ -131,6 +131,7 @@ def test_a_json_list_of_rows(table):
         ("5", "line 2, holds no object"),
         ("b.jpg,a cat", "line 2, is not JSON"),
         ("[" * 100_000, "line 2, is not JSON"),
+        ('{"image": "b.jpg", "caption": "a cat", "caption": "a cow"}', "line 2: an object has the name 'caption' more"),
     ],
 )
 def test_a_line_that_is_no_row_is_refused(table, line, message):
@@ -155,3 +156,8 @@ def test_cells_without_a_value_are_no_captions_and_no_images(table, caplog):
     assert "2 missing images (line 4, line 5); 1 empty captions (a.jpg); 1 images without captions" in caplog.text
     assert table('{"image": "a.jpg", "caption": NaN}\n{"image": "b.jpg", "caption": "a", "image_id": NaN}', "x.jsonl")
     assert "1 empty captions (a.jpg)" in caplog.text
+
+
+def test_two_values_under_one_name_are_refused_in_any_json(table):
+    with pytest.raises(ValueError, match=r"x.json': an object has the name 'image' more than once"):
+        table('[{"image": "a.jpg", "image": "b.jpg", "caption": "a dog"}]', "x.json")

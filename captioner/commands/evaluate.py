@@ -69,12 +69,13 @@ def evaluate(config: EvaluateConfig) -> "Scores | None":
     from captioner.metrics import METRICS
     from captioner.metrics.java import spice_models
     from captioner.runs.config import save_config
-    from captioner.runs.files import open_whole
+    from captioner.runs.files import check_folder, open_whole
     from captioner.runs.processes import start_processes
 
     if config.spice:
         spice_models(config.spice)
     accelerator = start_processes()
+    check_folder(config.output)
     check_output(config)
     table = read_split(config.data, config.split)
     if config.limit is not None:

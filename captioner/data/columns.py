@@ -70,7 +70,8 @@ def find_columns(names: Iterable[str], asked: Columns, table: str) -> tuple[str,
         table: what errors call the table.
 
     Raises:
-        SettingError: there is no column of images or of captions, or several columns may be meant.
+        SettingError: there is no column of images or of captions, or not the column of ids that is asked for, or
+            several columns may be meant.
     """
     names = list(names)
     settings = ("image_column", "caption_column")
@@ -83,4 +84,7 @@ def find_columns(names: Iterable[str], asked: Columns, table: str) -> tuple[str,
     if image is None or captions is None:
         name = asked.image if image is None else asked.captions
         raise SettingError(f"{table} has no column '{name}', only {', '.join(map(str, names))[:200]}", *settings)
+    if image_id is None and asked.image_id != Columns().image_id:
+        fact = f"{table} has no column '{asked.image_id}', only {', '.join(map(str, names))[:200]}"
+        raise SettingError(fact, "id_column")
     return image, captions, image_id

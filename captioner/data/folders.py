@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captioner.data.records import NO_SPLIT, Record
-from captioner.data.splits import ALIASES, SPLITS, find_split, is_split_name, split_names
+from captioner.data.splits import ALIASES, SPLIT_SETTINGS, SPLITS, find_split, is_split_name, split_names
 from captioner.data.text_files import read_text
 from captioner.errors import SettingError
 from captioner.images import SUFFIXES
@@ -58,7 +58,7 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         if split is None:
             return list(parts.values())
         if (name := find_split(parts, split)) is None:
-            raise SettingError(f"'{root}' has no split '{split}', only {', '.join(parts)}", "split", "splits")
+            raise SettingError(f"'{root}' has no split '{split}', only {', '.join(parts)}", *SPLIT_SETTINGS)
         return [parts[name]]
     if table := find_lone_table(root):
         return [Annotations(table)]
@@ -145,13 +145,14 @@ def find_lone_table(folder: Path) -> Path | None:
     """Find the one table of a folder, or the one JSON file where there is no table.
 
     Raises:
-        ValueError: there are several.
+        SettingError: there are several.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     for endings in (TABLES, (".json",)):
         found = [path for path in files if path.suffix.lower() in endings]
         if len(found) > 1:
-            raise ValueError(f"'{folder}' holds {', '.join(path.name for path in found[:4])}; name one of these files")
+            names = ", ".join(path.name for path in found[:4])
+            raise SettingError(f"'{folder}' holds {names}; name one of these files", "root")
         if found:
             return found[0]
     return None

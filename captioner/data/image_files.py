@@ -31,6 +31,8 @@ class FolderImages:
     root: Path
     files: list[Path] = field(default_factory=list)
     """Images by their ending, sorted; each begins with the root."""
+    folders: list[Path] = field(default_factory=list)
+    """The folders that were searched, the root among them."""
     others: Counter[str] = field(default_factory=Counter)
     """Files that are not images by their ending, hidden files and hidden folders: how many of each kind."""
     unread: Counter[str] = field(default_factory=Counter)
@@ -71,6 +73,7 @@ def search_folder(root: Path) -> FolderImages:
         except OSError as error:
             found.unreadable.append(f"the folder '{escape_name(str(folder))}' cannot be read: {error.strerror}")
             continue
+        found.folders.append(folder)
         for entry in entries:
             path, kind = folder / entry.name, classify(entry)
             if kind == "folder":

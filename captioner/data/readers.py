@@ -92,6 +92,10 @@ def read_annotations(found: Annotations, split: str | None, columns: Columns, re
         records = row_records(content, columns, f"'{path}'")
     elif is_row_list(content):
         records = row_records(Rows(content), columns, f"'{path}'")
+    elif columns != Columns():
+        name = next(name for name, usual in zip(columns, Columns(), strict=True) if name != usual)
+        fact = f"'{path}' has no column '{name}': the JSON of COCO and Karpathy has no columns"
+        raise SettingError(fact, "image_column", "caption_column", "id_column")
     elif is_karpathy(content):
         records = read_karpathy(content, path, restval)
     else:

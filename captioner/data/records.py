@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from captioner.data.captions import ImageId, read_captions_of
 from captioner.data.image_finder import portable_name
+from captioner.images.names import escape_name
 
 OnBad = Literal["skip", "refuse"]
 
@@ -55,10 +56,10 @@ class ReadReport:
 
     def unusable(self) -> str:
         """Say what cannot be used, each kind with its first few images; nothing if all can."""
-        found = [
-            f"{len(where)} {kind.replace('_', ' ')} ({', '.join(map(str, where[:3]))}{', ...' if where[3:] else ''})"
-            for kind, where in self.problems().items()
-        ]
+        found = []
+        for kind, where in self.problems().items():
+            names = ", ".join(escape_name(str(name)) for name in where[:3])
+            found.append(f"{len(where)} {kind.replace('_', ' ')} ({names}{', ...' if where[3:] else ''})")
         return f"; unusable: {'; '.join(found)}" if found else ""
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from captioner.data.columns import CAPTION_NAMES, IMAGE_NAMES, plain_name
-from captioner.data.text_files import parse_json_text, read_text
+from captioner.data.text_files import DECODER, RepeatedKeyError, parse_json_text, read_text
 
 LINE_ENDINGS = frozenset((".jsonl", ".ndjson"))
 """File endings of JSON Lines."""
@@ -102,9 +102,11 @@ def parse_lines(text: str, path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = DECODER.decode(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"'{path}', line {number}, is not JSON: {error.msg} (column {error.colno})") from None
+        except RepeatedKeyError as error:
+            raise ValueError(f"'{path}', line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from None
         if not isinstance(row, dict):

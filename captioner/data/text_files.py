@@ -66,6 +66,28 @@ def decode_text(data: bytes, path: Path) -> str:
     raise ValueError(f"'{path}', line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8")
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object with two values under one name, of which JSON readers drop the first without a word."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its names and values.
+
+    Raises:
+        RepeatedKeyError: a name stands there more than once.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"an object has the name '{twice}' more than once")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+"""Reads the JSON of other people's programs."""
+
+
 def load_json(path: Path) -> Any:
     """Parse a JSON file.
 
@@ -79,6 +101,8 @@ def load_json(path: Path) -> Any:
 def parse_json_text(text: str, path: Path) -> Any:
     """Parse the text of a JSON file; see `load_json`."""
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
+    except RepeatedKeyError as error:
+        raise ValueError(f"'{path}': {error}") from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ValueError(f"'{path}' is not JSON: {error}") from None

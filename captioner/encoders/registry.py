@@ -96,25 +96,26 @@ def frozen_encoder(name: str) -> TokenEncoder:
     return encoder
 
 
-def create_timm(what: str, name: str, **options: Any) -> Any:
+def create_timm(what: str, name: str, *settings: str, **options: Any) -> Any:
     """Build a timm model to take weights from or to learn from.
 
     Args:
         what: what the model is to the user, as the message calls it.
         name: timm name, with a tag or without, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        settings: those that mend a fault of its name or weights.
         options: handed to `timm.create_model`.
 
     Raises:
-        ValueError: there is no such model, its weights cannot be had, or it does not take the options.
+        SettingError: there is no such model, its weights cannot be had, or it does not take the options.
     """
     if not name.startswith(EXPORTED) and not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"no {what} named '{name}' in timm")
+        raise SettingError(f"no {what} named '{name}' in timm", *settings)
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"no weights of the {what} '{name}': {first_line(error)}") from None
+        raise SettingError(f"no weights of the {what} '{name}': {first_line(error)}", *settings) from None
     except TypeError as error:
-        raise ValueError(f"the {what} '{name}' does not take its options: {first_line(error)}") from None
+        raise SettingError(f"the {what} '{name}' does not take its options: {first_line(error)}", *settings) from None
 
 
 def has_weights(name: str) -> bool:

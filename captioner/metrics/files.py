@@ -16,6 +16,7 @@ from captioner.data.json_files import is_karpathy, read_coco, read_karpathy
 from captioner.data.records import ReadReport, usable_records
 from captioner.data.row_files import Rows, load_document
 from captioner.data.splits import select_split
+from captioner.errors import SettingError
 from captioner.images.names import unescape_name
 from captioner.metrics.scores import name_ids
 
@@ -71,7 +72,8 @@ def read_references(
     if is_karpathy(content):
         records = list(select_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
     elif split is not None:
-        raise ValueError(f"'{path}' is not Karpathy's and has no splits to choose from, but '{split}' was asked for")
+        fact = f"'{path}' is not Karpathy's and has no splits to choose from, but '{split}' was asked for"
+        raise SettingError(fact, "split")
     else:
         records = list(read_coco(content, path, None, images_needed=False))
         if stray := [record.image_id for record in records if not record.listed]:

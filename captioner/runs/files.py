@@ -6,6 +6,7 @@ leaves what was there before, or what is new, and never half of it.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,26 @@ from typing import IO, Literal
 
 from safetensors import SafetensorError
 
+from captioner.errors import SettingError
+
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
 """Words in the RuntimeError that torch raises where a file cannot be written."""
+
+
+def check_folder(path: Path) -> None:
+    """Find out before any work whether files can be written into a folder, which need not be there yet.
+
+    Raises:
+        SettingError: they cannot.
+    """
+    real = Path(os.path.realpath(path))
+    there = next(place for place in (real, *real.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise SettingError(f"'{path}' must be a folder, but '{there}' is a file", "output")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise SettingError(f"cannot write into the folder '{path}': {error.strerror}", "output") from None
 
 
 @contextmanager
