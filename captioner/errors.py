@@ -21,6 +21,10 @@ class SettingError(ValueError):
         self.settings = settings
 
 
+class MissingError(SettingError, FileNotFoundError):
+    """A file or folder that is missing where a setting says it is."""
+
+
 def check_positive(settings: Any, *names: str) -> None:
     """Refuse settings that are zero, negative or not finite; `None` passes.
 

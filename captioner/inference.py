@@ -22,6 +22,8 @@ from captioner.images import ImageError, ImageSource, is_single, name_source
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 
+BATCH_SIZE = 16
+
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that count something."""
 
@@ -32,6 +34,10 @@ REFUSED = {
     "num_return_sequences": "captioning gives one caption an image",
     "return_dict_in_generate": "captioning gives captions",
     "max_length": "max_new_tokens says how long a caption may be",
+    "pixel_values": "captioning takes images",
+    "image_tokens": "captioning takes images",
+    "input_ids": "every caption follows the captioner's own prompt",
+    "attention_mask": "every caption follows the captioner's own prompt",
 }
 """Options of transformers' `generate` that captioning refuses, and why."""
 
@@ -75,7 +81,7 @@ class Captioner:
     def stream(
         self,
         images: ImageSource | Iterable[ImageSource],
-        batch_size: int = 16,
+        batch_size: int | None = BATCH_SIZE,
         grid: Grid | str | int | None = None,
         logprob: bool = True,
         **generation: Any,
@@ -85,23 +91,24 @@ class Captioner:
         Args:
             images: one image or an iterable of images, a generator too: whatever `open_image` opens. An array and an
                 open file are one image.
-            batch_size: images per batch.
+            batch_size: images per batch; `None` for the default.
             grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
             logprob: whether to compute log-probabilities, which takes one more pass of the decoder.
-            generation: settings of transformers' `generate`, such as `num_beams`.
+            generation: settings of transformers' `generate`, such as `num_beams`; `None` for the model's own.
 
         Raises:
             ValueError: the encoder does not have this grid, or an option does not fit one caption per image.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, **generation}
+        given = {"batch_size": batch_size, **generation}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         for name, value in options.items():
-            if name in COUNTS and value is not None:
+            if name in COUNTS:
                 options[name] = check_count(name, value)
-            if name in REFUSED and value is not None:
+            if name in REFUSED:
                 raise ValueError(f"{REFUSED[name]}; leave {name} out")
         grid = parse_grid(grid)
         sources = iter(cast("Iterable[ImageSource]", [images] if is_single(images) else images))
-        return self._stream(sources, options.pop("batch_size"), grid, logprob, options)
+        return self._stream(sources, options.pop("batch_size", BATCH_SIZE), grid, logprob, options)
 
     def _stream(
         self, sources: Iterator[ImageSource], batch_size: int, grid: Grid | None, logprob: bool, options: dict[str, Any]

@@ -65,7 +65,9 @@ def test_one_line_errors(saved_model, images, captioned, tmp_path, capsys):
         (("train", "debug"), "--data.root"),
         (("train", "debug", "--data.root", captioned, "--init-from", "./nowhere"), "; change --init-from"),
         (("cache", "--data.root", captioned, "--captioner", "./nowhere"), "; change --captioner"),
-        (("train", "debug", "--data.root", tmp_path / "nowhere.json"), "no annotations at"),
+        (("train", "debug", "--data.root", tmp_path / "nowhere.json"), "nowhere.json'; change --data.root"),
+        (("train", "debug", "--data.root", captioned, "--data.images", "no"), "at 'no'; change --data.images"),
+        (("train", "debug", "--data.root", captioned, "--data.tokens", "no"), "makes one; change --data.tokens"),
         (("evaluate", "--model", saved_model, "--data.root", tmp_path / "empty"), "no annotations under"),
         (("pretrain", "debug"), "there is nothing to train on; give --images or --captions"),
     ]

@@ -158,3 +158,12 @@ def test_a_folder_is_no_image(folder):
     find = ImageFinder(root)
     assert find("sub", "train") is None
     assert find("sub/b.jpg", "train") == root / "sub" / "b.jpg"
+
+
+def test_tables_that_are_not_read_are_told(folder, caplog):
+    row = '{"image": "b.jpg", "caption": "b"}\n'
+    root = folder(**{"captions.csv": "image,caption\na.jpg,a\n", "captions.jsonl": row, "a.jpg": None, "b.jpg": None})
+    assert read(root) == {"b.jpg": ["b"]}
+    assert "captions.jsonl' is read, and not " in caplog.text
+    assert "captions.csv': name another" in caplog.text
+    assert read(root / "captions.csv") == {"a.jpg": ["a"]}

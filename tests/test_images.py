@@ -237,7 +237,8 @@ def test_arrays_are_of_the_shapes_and_types_of_images():
         assert (np.asarray(open_image(array)) == 255).all()
     wrong = {
         "give several images as a list": [red[None], torch.zeros(2, 3, 4, 6)],
-        "has the shape": [red.transpose(2, 0, 1), torch.zeros(5, 6, 3), red[0, 0], np.array(["a.jpg", "b.jpg"])],
+        "has the shape": [red.transpose(2, 0, 1), torch.zeros(5, 6, 3), red[0, 0]],
+        "ndarray is no image": [np.array(["a.jpg", "b.jpg"]), red.astype(object)],
         "is of the type": [red.astype(int), torch.zeros(3, 4, 6).int(), red.astype(complex)],
         "has no pixels": [red[:0], torch.zeros(3, 0, 6)],
         "go from 0 to 1": [red.astype(float), (torch.rand(3, 4, 6) - 0.5) / 0.5],

@@ -75,6 +75,11 @@ def test_a_row_that_is_not_whole_is_refused_with_its_line(table, rows, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_table_without_a_header_is_told_by_its_first_line(table):
+    with pytest.raises(ValueError, match="has no column 'image', only a.jpg, a dog"):
+        table("a.jpg,a dog\n")
+
+
 def test_headers_that_cannot_be_meant(table):
     cases = [
         ("image,caption,caption\na.jpg,a,b\n", "names the column 'caption' more than once"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from captioner.data.records import NO_SPLIT, Record
 from captioner.data.splits import ALIASES, SPLIT_SETTINGS, SPLITS, find_split, is_split_name, split_names
 from captioner.data.text_files import read_text
-from captioner.errors import SettingError
+from captioner.errors import MissingError, SettingError
 from captioner.images import SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -66,12 +66,13 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         return [Annotations(root)]
     what = "captions_train.json and its like, dataset_*.json, captions.csv or .jsonl, metadata.csv or .jsonl"
     if coco := coco_files(root):
-        raise FileNotFoundError(f"no annotations under '{root}' that hold all splits; name one of {', '.join(coco)}")
+        raise MissingError(f"no annotations under '{root}' that hold all splits; name one of {', '.join(coco)}", "root")
     if any(root.rglob("*.parquet")):
         raise SettingError(f"'{root}' holds parquet files, which are read row by row, in training alone", "streaming")
-    raise FileNotFoundError(
+    raise MissingError(
         f"no annotations under '{root}'; looked for {what}, also in annotations/, for a lone table, and for caption "
-        "files beside images"
+        "files beside images",
+        "root",
     )
 
 
@@ -99,11 +100,13 @@ def find_known(root: Path, split: str | None) -> Annotations | None:
                     *(split, karpathy[0], " and ".join(coco), karpathy[0]),
                 )
             return Annotations(karpathy[0])
-    for stem in TABLE_NAMES:
-        for place in places:
-            if found := find_table(place, stem):
-                return Annotations(found, split=folder_split(root) if stem == "metadata" else None)
-    return None
+    tables = [table for stem in TABLE_NAMES for place in places for table in find_tables(place, stem)]
+    if not tables:
+        return None
+    if len(tables) > 1:
+        unread = "', '".join(map(str, tables[1:]))
+        logger.warning("'%s' is read, and not '%s': name another to read that", tables[0], unread)
+    return Annotations(tables[0], split=folder_split(root) if tables[0].stem.lower() == "metadata" else None)
 
 
 def folder_split(folder: Path) -> str | None:
@@ -133,12 +136,17 @@ def find_parts(root: Path) -> dict[str, Annotations]:
 
 def find_table(folder: Path, stem: str) -> Path | None:
     """Find a table by its name without ending, in any case."""
+    return next(iter(find_tables(folder, stem)), None)
+
+
+def find_tables(folder: Path, stem: str) -> list[Path]:
+    """Find the tables of a name without ending, in any case, those of the preferred endings first."""
     if not folder.is_dir():
-        return None
+        return []
     endings = (*TABLES, *((".txt",) if stem in TABLE_NAMES else ()))
     names = {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
     found = (names[stem + ending] for ending in endings if stem + ending in names)
-    return next((folder / name for name in found if (folder / name).is_file()), None)
+    return [folder / name for name in found if (folder / name).is_file()]
 
 
 def find_lone_table(folder: Path) -> Path | None:

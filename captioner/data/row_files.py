@@ -33,6 +33,8 @@ class Rows:
     rows: list[dict[str, Any]]
     lines: list[int] | None = None
     """The line at which each row begins, or None in a JSON list."""
+    header: list[str] | None = None
+    """The names of the columns, where the file has a line of them."""
 
     def place(self, number: int) -> str:
         """Say where row `number`, from 0, stands."""
@@ -40,7 +42,7 @@ class Rows:
 
     def names(self) -> list[str]:
         """Return the names of the columns; rows of JSON need not have all of them."""
-        return list(dict.fromkeys(chain.from_iterable(self.rows)))
+        return self.header or list(dict.fromkeys(chain.from_iterable(self.rows)))
 
 
 def load_document(path: Path) -> Any:
@@ -160,7 +162,7 @@ def parse_table(text: str, path: Path) -> Rows:
         raise ValueError(f"'{path}': line {start + skipped} {describe_csv_error(error)}") from None
     if not header:
         raise ValueError(f"'{path}' is empty")
-    return Rows(rows, lines)
+    return Rows(rows, lines, header)
 
 
 def find_separator(text: str, path: Path) -> tuple[str, str, int]:

@@ -47,10 +47,12 @@ def is_tensor(source: Any) -> "TypeGuard[torch.Tensor]":
 def is_array(source: Any) -> bool:
     """Tell whether this is an array of pixels: numpy's, torch's, or of another library that numpy can read.
 
-    A column of a data frame is none: it is a sequence, of paths for example.
+    A column of a data frame is none, nor is numpy's array of texts or objects: they are sequences, of paths say.
     """
-    if isinstance(source, np.ndarray) or is_tensor(source):
+    if is_tensor(source):
         return True
+    if isinstance(source, str | bytes) or getattr(getattr(source, "dtype", None), "kind", "") in tuple("OSU"):
+        return False  # numpy's own texts are like arrays, too
     return hasattr(source, "__array__") and hasattr(source, "ndim") and not hasattr(source, "iloc")
 
 
@@ -66,6 +68,8 @@ def is_single(images: Any) -> bool:
     iterable counts as one, which `open_image` then refuses.
     """
     one = (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)
+    if getattr(images, "ndim", None) == 0:  # numpy cannot iterate over such an array
+        return True
     return isinstance(images, one) or is_array(images) or is_file(images) or not hasattr(images, "__iter__")
 
 
