@@ -54,7 +54,8 @@ def caption_split(
         generation: settings of transformers' `generate`.
 
     Returns:
-        COCO results in the order of the table, in every process: `[{"image_id": ..., "caption": ...}, ...]`.
+        COCO results in the order of the table, in every process: `[{"image_id": ..., "caption": ...}, ...]`; those of
+        images that cannot be opened have an `error`, too.
     """
     rows = range(len(table))
     batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
@@ -68,28 +69,37 @@ def caption_split(
         worker_init_fn=leave_signals_to_main,
     )
     model.eval()
-    done: list[tuple[int, str]] = []
+    done: list[tuple[int, dict]] = []
     hidden = not accelerator.is_main_process
     for batch in progress_bar(loader, desc="captioning", unit="batch", disable=hidden, leave=False):
         good = [(row, opened) for row, opened in batch if not isinstance(opened, str)]
         for row, error in batch:
             if isinstance(error, str):
                 logger.warning("no caption for image %s: %s", table[row]["image_id"], error)
-                done.append((row, ""))
+                done.append((row, {"caption": "", "error": error}))
         if good:
             inputs = send_to_device(images.batch([opened for _, opened in good]), accelerator.device)
             inputs |= processor.prompts(len(good), accelerator.device)
             sequences = model.generate(**inputs, grid=grid, **generation)
-            done += [(row, text) for (row, _), text in zip(good, processor.captions(sequences), strict=True)]
-    captions = dict(gather_object(done))
+            texts = processor.captions(sequences)
+            done += [(row, {"caption": text}) for (row, _), text in zip(good, texts, strict=True)]
+    found = dict(gather_object(done))
     ids = table["image_id"]
-    return [{"image_id": ids[row], "caption": captions[row]} for row in rows]
+    return [{"image_id": ids[row], **found[row]} for row in rows]
 
 
 def score_results(results: list[dict], table: "datasets.Dataset", **options) -> Scores:
     """Score COCO results against the captions of their table; see `captioner.metrics.score` for the options."""
     references = dict(zip(table["image_id"], table["captions"], strict=True))
-    return score(results, references, allow_empty=True, **options)
+    scores = score(results, references, allow_empty=True, **options)
+    if failed := count_failed(results):
+        scores.warnings.append(f"images that cannot be opened, scored as if their caption were empty: {failed}")
+    return scores
+
+
+def count_failed(results: Sequence[dict]) -> int:
+    """Count the images of results that could not be opened."""
+    return sum("error" in row for row in results)
 
 
 def write_results(results: Sequence[dict], path: Path) -> Path:

@@ -48,13 +48,20 @@ SETTINGS = EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate, and return the exit code."""
-    evaluate(config)
-    return 0
+    """Evaluate, and return the exit code: 1 where an image could not be opened."""
+    return 1 if evaluate_split(config)[1] else 0
 
 
 def evaluate(config: EvaluateConfig) -> "Scores | None":
-    """Run the evaluation job; returns the scores in the main process, None in the others.
+    """Run the evaluation job; returns the scores in the main process, None in the others; see `evaluate_split`."""
+    return evaluate_split(config)[0]
+
+
+def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
+    """Run the evaluation job.
+
+    Returns:
+        The scores in the main process, None in the others; and how many images could not be opened.
 
     Raises:
         ValueError: no data, a folder that holds no captioner, a token cache that is not this model's, or the results
@@ -64,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> "Scores | None":
     from captioner.data.batches import open_images
     from captioner.data.readers import read_split
     from captioner.data.token_cache import open_cache
-    from captioner.evaluation import caption_split, score_results, write_results
+    from captioner.evaluation import caption_split, count_failed, score_results, write_results
     from captioner.inference import load
     from captioner.metrics import METRICS
     from captioner.metrics.java import spice_models
@@ -106,7 +113,7 @@ def evaluate(config: EvaluateConfig) -> "Scores | None":
             json.dump(scores.to_dict(), file, indent=1)
         accelerator.print(scores)
     accelerator.end_training()
-    return scores
+    return scores, count_failed(results)
 
 
 def check_output(config: EvaluateConfig) -> None:

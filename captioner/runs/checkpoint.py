@@ -206,8 +206,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
         logger.warning("'%s' is of an earlier version: not compared are its %s", path, ", ".join(absent))
     for name, value in json.loads(json.dumps(settings, default=str)).items():
         if name not in absent and saved.get(name) != value:
+            meaning = ", which means other contents" if "digest" in name else ""
             raise SettingError(
-                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}; "
+                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}{meaning}; "
                 "a run goes on with the settings it began with",
                 "output",
             )
