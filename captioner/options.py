@@ -17,7 +17,6 @@ from typing import Any
 from captioner.errors import SettingError
 
 MENDS = {
-    "learning_rate": "lower {}",
     "on_bad": "pass {} skip to leave it out",
     "output": "name another {}",
 }

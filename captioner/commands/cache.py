@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioner.data.config import SourceConfig
-from captioner.errors import SettingError, check_positive
+from captioner.errors import SettingError, check_positive, check_seed
 from captioner.grids import Grid, parse_grid
 from captioner.training.config import EncoderConfig
 
@@ -47,6 +47,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "views", "batch_size")
+        check_seed(self)
         if not self.splits:
             raise SettingError("there is no split to encode", "splits")
         if not 0 < self.min_crop <= 1:
@@ -88,8 +89,10 @@ def fill_cache(config: CacheConfig) -> int:
     from captioner.data.cache_filling import fill, join_tables
     from captioner.data.encoding import ViewSettings
     from captioner.data.readers import read_split
+    from captioner.runs.files import check_folder
     from captioner.runs.processes import start_processes
 
+    check_folder(config.output)
     accelerator = start_processes(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     encoder, source, own = open_encoder(config, accelerator.device)

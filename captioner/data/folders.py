@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captioner.data.records import NO_SPLIT, Record
-from captioner.data.splits import ALIASES, SPLITS, find_split, is_split_name, split_names
+from captioner.data.splits import ALIASES, SPLIT_SETTINGS, SPLITS, find_split, is_split_name, split_names
 from captioner.data.text_files import read_text
-from captioner.errors import SettingError
+from captioner.errors import MissingError, SettingError
 from captioner.images import SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         if split is None:
             return list(parts.values())
         if (name := find_split(parts, split)) is None:
-            raise SettingError(f"'{root}' has no split '{split}', only {', '.join(parts)}", "split", "splits")
+            raise SettingError(f"'{root}' has no split '{split}', only {', '.join(parts)}", *SPLIT_SETTINGS)
         return [parts[name]]
     if table := find_lone_table(root):
         return [Annotations(table)]
@@ -66,12 +66,13 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         return [Annotations(root)]
     what = "captions_train.json and its like, dataset_*.json, captions.csv or .jsonl, metadata.csv or .jsonl"
     if coco := coco_files(root):
-        raise FileNotFoundError(f"no annotations under '{root}' that hold all splits; name one of {', '.join(coco)}")
+        raise MissingError(f"no annotations under '{root}' that hold all splits; name one of {', '.join(coco)}", "root")
     if any(root.rglob("*.parquet")):
         raise SettingError(f"'{root}' holds parquet files, which are read row by row, in training alone", "streaming")
-    raise FileNotFoundError(
+    raise MissingError(
         f"no annotations under '{root}'; looked for {what}, also in annotations/, for a lone table, and for caption "
-        "files beside images"
+        "files beside images",
+        "root",
     )
 
 
@@ -99,11 +100,13 @@ def find_known(root: Path, split: str | None) -> Annotations | None:
                     *(split, karpathy[0], " and ".join(coco), karpathy[0]),
                 )
             return Annotations(karpathy[0])
-    for stem in TABLE_NAMES:
-        for place in places:
-            if found := find_table(place, stem):
-                return Annotations(found, split=folder_split(root) if stem == "metadata" else None)
-    return None
+    tables = [table for stem in TABLE_NAMES for place in places for table in find_tables(place, stem)]
+    if not tables:
+        return None
+    if len(tables) > 1:
+        unread = "', '".join(map(str, tables[1:]))
+        logger.warning("'%s' is read, '%s' is not; to read another table, give its path", tables[0], unread)
+    return Annotations(tables[0], split=folder_split(root) if tables[0].stem.lower() == "metadata" else None)
 
 
 def folder_split(folder: Path) -> str | None:
@@ -133,25 +136,31 @@ def find_parts(root: Path) -> dict[str, Annotations]:
 
 def find_table(folder: Path, stem: str) -> Path | None:
     """Find a table by its name without ending, in any case."""
+    return next(iter(find_tables(folder, stem)), None)
+
+
+def find_tables(folder: Path, stem: str) -> list[Path]:
+    """Find all tables with this name (compared without ending and case), those with preferred endings first."""
     if not folder.is_dir():
-        return None
+        return []
     endings = (*TABLES, *((".txt",) if stem in TABLE_NAMES else ()))
     names = {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
     found = (names[stem + ending] for ending in endings if stem + ending in names)
-    return next((folder / name for name in found if (folder / name).is_file()), None)
+    return [folder / name for name in found if (folder / name).is_file()]
 
 
 def find_lone_table(folder: Path) -> Path | None:
     """Find the only table of a folder, or its only JSON file if there is no table.
 
     Raises:
-        ValueError: there are several.
+        SettingError: there are several.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     for endings in (TABLES, (".json",)):
         found = [path for path in files if path.suffix.lower() in endings]
         if len(found) > 1:
-            raise ValueError(f"'{folder}' holds {', '.join(path.name for path in found[:4])}; name one of these files")
+            names = ", ".join(path.name for path in found[:4])
+            raise SettingError(f"'{folder}' holds {names}; name one of these files", "root")
         if found:
             return found[0]
     return None

@@ -58,10 +58,10 @@ class ReadReport:
 
     def unusable(self) -> str:
         """Return what cannot be used, as text: each kind with its first few images; empty if all can be used."""
-        found = [
-            f"{len(where)} {kind.replace('_', ' ')} ({', '.join(map(str, where[:3]))}{', ...' if where[3:] else ''})"
-            for kind, where in self.problems().items()
-        ]
+        found = []
+        for kind, where in self.problems().items():
+            names = ", ".join(escape_name(str(name)) for name in where[:3])
+            found.append(f"{len(where)} {kind.replace('_', ' ')} ({names}{', ...' if where[3:] else ''})")
         return f"; unusable: {'; '.join(found)}" if found else ""
 
     def __str__(self) -> str:

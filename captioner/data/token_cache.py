@@ -24,7 +24,7 @@ from pyarrow.compute import struct_field
 from safetensors import SafetensorError, safe_open
 
 from captioner.encoders import TokenEncoder
-from captioner.errors import SettingError
+from captioner.errors import MissingError, SettingError
 from captioner.grids import Grid, write_grid
 from captioner.images import ImageError
 from captioner.modeling import CaptionerModel
@@ -275,7 +275,7 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"no token cache at '{folder}'; `captioner cache` makes one")
+        raise MissingError(f"no token cache at '{folder}'; `captioner cache` makes one", "tokens")
     try:
         manifest = json.loads(path.read_text())
         if manifest.keys() >= {*SOURCE, "grids", "views"}:

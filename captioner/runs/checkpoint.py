@@ -209,8 +209,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
         logger.warning("'%s' is of an earlier version, so these settings are not compared: %s", path, ", ".join(absent))
     for name, value in json.loads(json.dumps(settings, default=str)).items():
         if name not in absent and saved.get(name) != value:
+            meaning = ", because the contents differ" if "digest" in name else ""
             raise SettingError(
-                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}; "
+                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}{meaning}; "
                 "a resumed run must have the settings of its checkpoint",
                 "output",
             )

@@ -186,16 +186,18 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         text_config = AutoConfig.from_pretrained(name, **options)
     except LOADING_ERRORS as error:
-        raise ValueError(f"no decoder at '{name}': {first_line(error)}") from None
+        raise SettingError(f"no decoder at '{name}': {first_line(error)}", "decoder") from None
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise SettingError(
             f"the tokenizer of '{name}' has no end token, so captions could not end; "
-            "name one as eos_token in its tokenizer_config.json, or use another decoder"
+            "name one as eos_token in its tokenizer_config.json, or use another decoder",
+            "decoder",
         )
     if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
+        raise SettingError(
             f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {text_config.vocab_size}; "
-            "they do not belong together"
+            "they do not belong together",
+            "decoder",
         )
     room = getattr(text_config, "max_position_embeddings", None)
     if room is not None and room < positions:
@@ -221,7 +223,7 @@ def copy_weights(name: str, decoder: nn.Module) -> None:
             name, config=decoder.config, dtype=torch.float32, use_safetensors=True, **hub_options(name)
         )
     except LOADING_ERRORS as error:
-        raise ValueError(f"no weights for decoder '{name}': {first_line(error)}") from None
+        raise SettingError(f"no weights for decoder '{name}': {first_line(error)}", "decoder") from None
     decoder.load_state_dict(pretrained.state_dict())
 
 

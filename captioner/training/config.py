@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from captioner.data.config import DataConfig
-from captioner.errors import SettingError, check_positive, check_shares
+from captioner.errors import SettingError, check_positive, check_seed, check_shares
 from captioner.grids import parse_grid, write_grid
 
 LORA = ("lora_rank", "lora_alpha", "lora_dropout")
@@ -178,6 +178,7 @@ class TrainConfig:
         check_positive(self, "epochs", "batch_size", "accumulation", "learning_rate", "clip", "evaluate_every")
         check_positive(self, "evaluate_images", "num_beams", "max_new_tokens", "log_every", "patience")
         check_positive(self, "keep_checkpoints", "save_steps")
+        check_seed(self)
         check_shares(self, "warmup", "label_smoothing")
         if self.data.streaming and self.stage == "scst":
             raise SettingError(
