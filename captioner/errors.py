@@ -21,6 +21,10 @@ class SettingError(ValueError):
         self.settings = settings
 
 
+class ConflictError(SettingError):
+    """Settings exclude each other. Leaving out those that are given on a command line corrects the error."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -262,6 +262,25 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     return Captioner(loaded, processor, device)
 
 
+def check_complete(source: str, missing: Iterable[str], mismatched: Iterable[tuple], *settings: str) -> None:
+    """Refuse a model whose folder does not contain all of its weights.
+
+    Args:
+        source: its folder or hub id.
+        missing: names of the weights that the folder lacks.
+        mismatched: weights of another shape, as transformers lists them: the name first.
+        settings: settings that name the model.
+
+    Raises:
+        SettingError: weights are missing or have another shape.
+    """
+    if names := sorted(missing):
+        raise SettingError(f"'{source}' lacks {len(names)} of its weights, such as {names[0]}", *settings)
+    if names := sorted(str(name) for name, *_ in mismatched):
+        fact = f"{len(names)} weights of '{source}' have other shapes than its configuration says, such as {names[0]}"
+        raise SettingError(fact, *settings)
+
+
 def check_weights(source: str, info: dict[str, Any]) -> None:
     """Refuse a captioner whose weights are not those that its configuration describes.
 
@@ -272,11 +291,7 @@ def check_weights(source: str, info: dict[str, Any]) -> None:
     Raises:
         SettingError: weights are missing, of another shape, or more than there is a place for.
     """
-    if missing := sorted(info["missing_keys"]):
-        raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", *MODEL)
-    if wrong := sorted(str(name) for name, *_ in info["mismatched_keys"]):
-        fact = f"{len(wrong)} weights of '{source}' have other shapes than its configuration says, such as {wrong[0]}"
-        raise SettingError(fact, *MODEL)
+    check_complete(source, info["missing_keys"], info["mismatched_keys"], *MODEL)
     if unknown := sorted(info["unexpected_keys"]):
         fact = f"the configuration of '{source}' has no place for {len(unknown)} of its weights, such as {unknown[0]}"
         raise SettingError(fact, *MODEL)

@@ -113,9 +113,9 @@ class TextDecoder:
         for layer in own.layers:
             layer.keys, layer.values = layer.keys.index_select(0, owners), layer.values.index_select(0, owners)
         mask = torch.cat([attention_mask.new_ones(len(owners), prefix.shape[1]), attention_mask], 1)  # (n, P+T)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": True}
-        inputs[str(self.cache_name)] = own
-        return inputs | {name: ids[:, prefix.shape[1] :] for name, ids in self.positions(mask, attention_mask).items()}
+        positions = {name: ids[:, prefix.shape[1] :] for name, ids in self.positions(mask, attention_mask).items()}
+        inputs = {"input_ids": input_ids, "attention_mask": mask, **positions}
+        return inputs | {str(self.cache_name): own, "use_cache": True}
 
     def positions(self, mask: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the decoder's `position_ids` if texts have padding on their left, otherwise no argument.

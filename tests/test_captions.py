@@ -254,7 +254,7 @@ def test_missing_data_is_named(tmp_path, root):
         read_captions(tmp_path / "nowhere.json")
     with pytest.raises(FileNotFoundError, match="no image folder at"):
         read_captions(root, "train", images=tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"none of the 1 images was found, such as '3.jpg'; name the folder"):
+    with pytest.raises(FileNotFoundError, match=r"none of the 1 images was found, such as '3.jpg'; give the folder"):
         read_captions(root / "annotations" / "captions_val2017.json", images=root / "annotations")
     with pytest.raises(FileNotFoundError, match="no annotations under"):
         read_captions(root / "val2017", "train")
@@ -275,7 +275,7 @@ def test_a_column_that_is_asked_for_is_there(root, tmp_path):
     with pytest.raises(SettingError, match="has no column 'key', only image, caption") as error:
         read_captions(tmp_path / "mine.csv", id_column="key")
     assert error.value.settings == ("id_column",)
-    with pytest.raises(SettingError, match="has no column 'raw': the JSON of COCO and Karpathy has no columns"):
+    with pytest.raises(SettingError, match="has no column 'raw': it is JSON in the format of COCO or Karpathy"):
         read_captions(root, "val", caption_column="raw")
 
 

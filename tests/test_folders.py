@@ -2,10 +2,12 @@ import json
 import os
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from captioner.data import folders
 from captioner.data.image_finder import ImageFinder, portable_name
 from captioner.data.readers import read_captions
 from captioner.errors import SettingError
@@ -180,6 +182,16 @@ def test_tables_that_are_not_read_are_told(folder, caplog):
     row = '{"image": "b.jpg", "caption": "b"}\n'
     root = folder(**{"captions.csv": "image,caption\na.jpg,a\n", "captions.jsonl": row, "a.jpg": None, "b.jpg": None})
     assert read(root) == {"b.jpg": ["b"]}
-    assert "captions.jsonl' is read, and not " in caplog.text
-    assert "captions.csv': name another" in caplog.text
+    assert "captions.jsonl' is read, '" in caplog.text
+    assert "captions.csv' is not; to read another table, give its path" in caplog.text
     assert read(root / "captions.csv") == {"a.jpg": ["a"]}
+
+
+def test_a_folder_is_listed_once_for_its_tables(folder, monkeypatch):
+    listed, list_names = [], os.listdir
+    monkeypatch.setattr(folders.os, "listdir", lambda path: listed.append(Path(path)) or list_names(path))
+    root = folder(**{"train/Metadata.csv": "file_name,text\na.jpg,a\n", "train/a.jpg": None, "val/a.csv": KAGGLE})
+    (root / "annotations").mkdir()
+    assert read(root, "train") == {"train/a.jpg": ["a"]}
+    for place in (root, root / "annotations", root / "train"):
+        assert listed.count(place) == 1

@@ -188,4 +188,4 @@ def test_a_pattern_for_all_folders_follows_links_once(touch, monkeypatch):
 
 
 def test_a_list_without_a_name_is_told():
-    assert find_images(["-"], io.BytesIO(b"\n\n")).problems == ["standard input names no image"]
+    assert find_images(["-"], io.BytesIO(b"\n\n")).problems == ["standard input contains no name of an image"]

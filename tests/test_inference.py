@@ -126,6 +126,7 @@ def test_arrays_of_paths_are_lists_of_them(model, image, tmp_path):
 
 
 def test_none_stands_for_the_default_of_any_option(model, image):
+    assert list(model.stream([image, image], batch_size=None)) == list(model.stream([image, image]))
     assert model(image, batch_size=None, grid=None, num_beams=None, max_new_tokens=None) == model(image)
 
 
@@ -233,6 +234,6 @@ def test_a_captioner_of_damaged_or_foreign_files_is_said_in_one_line(saved_model
         with pytest.raises(SettingError, match=message) as caught:
             captioner.load(saved_model, "cpu")
         assert "\n" not in str(caught.value)
-        assert caught.value.settings == ("model",)
+        assert caught.value.settings == ("model", "init_from", "captioner")
         (saved_model / name).write_bytes(whole[name])
     captioner.load(saved_model, "cpu")

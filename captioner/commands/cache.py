@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioner.data.config import SourceConfig
-from captioner.errors import SettingError, check_positive, check_seed
+from captioner.errors import ConflictError, SettingError, check_positive, check_seed
 from captioner.grids import Grid, parse_grid
-from captioner.training.config import EncoderConfig
+from captioner.training.config import EncoderConfig, changed
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +54,9 @@ class CacheConfig:
             raise SettingError(
                 f"min_crop is a share of the image, above 0 and up to 1, not {self.min_crop}", "min_crop"
             )
-        if self.captioner is not None and self.model != EncoderConfig():
-            raise SettingError("an encoder is set beside a captioner, which has its own encoder", "captioner")
+        if self.captioner is not None and (names := changed(self.model, EncoderConfig())):
+            fact = "an encoder is set beside a captioner, which has its own encoder"
+            raise ConflictError(fact, "captioner", *(f"model.{name}" for name in names))
         for grid in self.grids:
             parse_grid(grid)
 

@@ -75,6 +75,7 @@ def fill(
     manifest = source | {"grids": {name: list(shape) for name, shape in sorted(shapes.items())}} | asdict(views)
     if accelerator.is_main_process:
         prepare_folder(folder, manifest)
+        check_encoded(folder, table)
     accelerator.wait_for_everyone()
     job = plan(folder, table, shapes, views, accelerator.num_processes)
     accelerator.wait_for_everyone()  # each process makes its plan before any of them writes a shard
@@ -155,6 +156,16 @@ def prepare_folder(folder: Path, manifest: dict) -> None:
         one, other = ({**made, "grids": " and ".join(made.get("grids", ()))} for made in (found, manifest))
         what = ", ".join(f"{key} {one.get(key)}, not {other[key]}" for key in keys)
         raise SettingError(f"the token cache '{folder}' was made with {what}", "output")
+
+
+def check_encoded(folder: Path, table: datasets.Dataset) -> None:
+    """Refuse a table if the cache holds another image under the id and name of one of its images.
+
+    Raises:
+        SettingError: it does, or the image has changed.
+    """
+    if change := TokenCache(folder).find_change(table):
+        raise SettingError(f"{change}; a cache in a folder of its own can hold it", "output")
 
 
 def plan(

@@ -13,7 +13,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,10 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         SettingError: there are no annotations of the split.
         ValueError: there are several tables, so one must be named.
     """
-    if found := find_known(root, split):
+    places = [list_folder(place) for place in (root / "annotations", root)]
+    if found := find_known(root, split, places):
         return [found]
-    if parts := find_parts(root):
+    if parts := find_parts(root, places):
         if split is None:
             return list(parts.values())
         if (name := find_split(parts, split)) is None:
@@ -83,16 +84,29 @@ def coco_files(root: Path) -> list[str]:
     return [name for name in names if any((place / name).is_file() for place in places)]
 
 
-def find_known(root: Path, split: str | None) -> Annotations | None:
-    """Find COCO's annotation file of a split, else Karpathy's, else a table of a usual name."""
-    places = [place for place in (root / "annotations", root) if place.is_dir()]
+def list_folder(folder: Path) -> dict[str, Path]:
+    """Return what is in a folder by its name in lower case; nothing if there is no such folder."""
+    if not folder.is_dir():
+        return {}
+    return {name.lower(): folder / name for name in sorted(os.listdir(folder), reverse=True)}
+
+
+def find_known(root: Path, split: str | None, places: Sequence[Mapping[str, Path]]) -> Annotations | None:
+    """Find COCO's annotation file of a split, else Karpathy's, else a table of a usual name.
+
+    Args:
+        root: the data root.
+        split: the split.
+        places: what is in `annotations/` and in the root, as `list_folder` returns it.
+    """
+    folders = [folder for folder in (root / "annotations", root) if folder.is_dir()]
     names = split_names(split) if split else ()
     for name in (f"captions_{name}{year}.json" for name in names for year in ("2017", "2014", "")):
-        for place in places:
-            if (place / name).is_file():
-                return Annotations(place / name)
-    for place in places:
-        if karpathy := sorted(place.glob("dataset_*.json")):
+        for folder in folders:
+            if (folder / name).is_file():
+                return Annotations(folder / name)
+    for folder in folders:
+        if karpathy := sorted(folder.glob("dataset_*.json")):
             if split and (coco := coco_files(root)):
                 logger.warning(
                     "the split '%s' is read from '%s', and others from %s, which may hold the same images: "
@@ -115,18 +129,24 @@ def folder_split(folder: Path) -> str | None:
     return name if is_split_name(name.lower()) else None
 
 
-def find_parts(root: Path) -> dict[str, Annotations]:
-    """Find the annotations of each split that has a table of its name, or a folder of its name with annotations."""
+def find_parts(root: Path, places: Sequence[Mapping[str, Path]]) -> dict[str, Annotations]:
+    """Find the annotations of each split that has a table of its name, or a folder of its name with annotations.
+
+    Args:
+        root: the data root.
+        places: what is in `annotations/` and in the root, as `list_folder` returns it.
+    """
     parts: dict[str, Annotations] = {}
     for name in (name for names in ALIASES.values() for name in names):
-        for place in (root / "annotations", root):
+        for place in places:
             for stem in (name, f"captions_{name}", f"{name}_captions"):
                 if name not in parts and (found := find_table(place, stem)):
                     parts[name] = Annotations(found, split=name)
         folder = next((path for path in (root / name, root / name.capitalize()) if path.is_dir()), None)
         if name in parts or folder is None:
             continue
-        tables = [find_table(folder, stem) for stem in (*TABLE_NAMES, name)]
+        files = list_folder(folder)
+        tables = [find_table(files, stem) for stem in (*TABLE_NAMES, name)]
         if found := next(filter(None, tables), None) or find_lone_table(folder):
             parts[name] = Annotations(found, folder, name)
         elif has_caption_files(folder):
@@ -134,19 +154,16 @@ def find_parts(root: Path) -> dict[str, Annotations]:
     return parts
 
 
-def find_table(folder: Path, stem: str) -> Path | None:
-    """Find a table by its name without ending, in any case."""
-    return next(iter(find_tables(folder, stem)), None)
+def find_table(files: Mapping[str, Path], stem: str) -> Path | None:
+    """Find a table of a folder by its name (compared without ending and case); see `list_folder` for `files`."""
+    return next(iter(find_tables(files, stem)), None)
 
 
-def find_tables(folder: Path, stem: str) -> list[Path]:
-    """Find all tables with this name (compared without ending and case), those with preferred endings first."""
-    if not folder.is_dir():
-        return []
+def find_tables(files: Mapping[str, Path], stem: str) -> list[Path]:
+    """Find all tables of a folder with this name (see `find_table`), those with preferred endings first."""
     endings = (*TABLES, *((".txt",) if stem in TABLE_NAMES else ()))
-    names = {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
-    found = (names[stem + ending] for ending in endings if stem + ending in names)
-    return [folder / name for name in found if (folder / name).is_file()]
+    found = (files[stem + ending] for ending in endings if stem + ending in files)
+    return [path for path in found if path.is_file()]
 
 
 def find_lone_table(folder: Path) -> Path | None:

@@ -109,7 +109,7 @@ def usable_records(
         try:
             image = None if locate is None else locate(record)
         except UnicodeEncodeError:
-            report.images_named_not_in_utf_8.append(escape_name(str(record.image)))
+            report.images_named_not_in_utf_8.append(str(record.image))
             continue
         if record.several_splits:
             report.images_in_several_splits.append(image_id)

@@ -84,10 +84,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint, or None if they are as they were written."""
     try:
-        files = json.loads((path / PROGRESS).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed = json.loads((path / PROGRESS).read_text())["files"]
+        files = [(name, int(size), str(digest)) for name, (size, digest) in listed.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{PROGRESS} cannot be read ({type(error).__name__})"
-    for name, (size, digest) in files.items():
+    for name, size, digest in files:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
