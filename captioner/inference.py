@@ -23,13 +23,23 @@ from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 from captioner.transformers_versions import LOADING_ERRORS
 
+BATCH_SIZE = 16
+"""Images per batch, unless the caller gives another number."""
+
 COUNTS = ("batch_size", "num_beams", "max_new_tokens")
 """Options of captioning that must be whole numbers above 0."""
+
+MODEL = ("model", "init_from", "captioner")
+"""Settings that name a captioner; each job has one of them."""
 
 REFUSED = {
     "num_return_sequences": "captioning returns one caption per image",
     "return_dict_in_generate": "captioning returns captions",
     "max_length": "max_new_tokens limits the length of a caption",
+    "pixel_values": "captioning takes images",
+    "image_tokens": "captioning takes images",
+    "input_ids": "every caption starts with the captioner's own prompt",
+    "attention_mask": "every caption starts with the captioner's own prompt",
 }
 """Options of transformers' `generate` that captioning refuses, and why."""
 
@@ -73,7 +83,7 @@ class Captioner:
     def stream(
         self,
         images: ImageSource | Iterable[ImageSource],
-        batch_size: int = 16,
+        batch_size: int | None = BATCH_SIZE,
         grid: Grid | str | int | None = None,
         logprob: bool = True,
         **generation: Any,
@@ -83,22 +93,23 @@ class Captioner:
         Args:
             images: one image that `open_image` can open, or an iterable of them, such as a list or a generator. An
                 array and an open file are one image.
-            batch_size: images per batch.
+            batch_size: images per batch; `None` for the default.
             grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
             logprob: whether to compute log-probabilities, which needs one more pass of the decoder.
-            generation: settings of transformers' `generate`, such as `num_beams`.
+            generation: settings of transformers' `generate`, such as `num_beams`; `None` for the model's own.
 
         Raises:
             ValueError: the encoder does not have this grid, or an option does not fit one caption per image.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, **generation}
+        given = {"batch_size": batch_size, **generation}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         for name, value in options.items():
-            if name in COUNTS and value is not None:
+            if name in COUNTS:
                 options[name] = check_count(name, value)
-            if name in REFUSED and value is not None:
+            if name in REFUSED:
                 raise ValueError(f"{REFUSED[name]}; leave {name} out")
         grid = parse_grid(grid)
-        return self._stream(each_image(images), options.pop("batch_size"), grid, logprob, options)
+        return self._stream(each_image(images), options.pop("batch_size", BATCH_SIZE), grid, logprob, options)
 
     def _stream(
         self, sources: Iterator[ImageSource], batch_size: int, grid: Grid | None, logprob: bool, options: dict[str, Any]
@@ -230,13 +241,13 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     source = str(WEIGHTS if model in (None, SHIPPED) else model)
     local = os.path.exists(source)
     if local and not (Path(source) / "config.json").is_file():
-        raise SettingError(f"no captioner model in '{source}': it has no config.json", "model")
+        raise SettingError(f"no captioner model in '{source}': it has no config.json", *MODEL)
     if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
-        raise SettingError(f"no captioner model at '{source}': no such folder, and not a hub id", "model")
+        raise SettingError(f"no captioner model at '{source}': no such folder, and not a hub id", *MODEL)
     try:
         options: dict[str, Any] = {**hub_options(source)}
     except ValueError as error:
-        raise SettingError(f"no captioner model at '{source}': {error}", "model") from None
+        raise SettingError(f"no captioner model at '{source}': {error}", *MODEL) from None
     downloaded = local or isinstance(try_to_load_from_cache(source, "config.json"), str)
     options["trust_remote_code"] = False  # transformers would ask whether to run code that lies beside the weights
     try:
@@ -246,9 +257,28 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_weights` names them
             loaded, info = cast("tuple[CaptionerModel, dict]", CaptionerModel.from_pretrained(source, **options))
     except LOADING_ERRORS as error:
-        raise SettingError(f"'{source}' is not a captioner model: {first_line(error)}", "model") from None
+        raise SettingError(f"'{source}' is not a captioner model: {first_line(error)}", *MODEL) from None
     check_weights(source, info)
     return Captioner(loaded, processor, device)
+
+
+def check_complete(source: str, missing: Iterable[str], mismatched: Iterable[tuple], *settings: str) -> None:
+    """Refuse a model whose folder does not contain all of its weights.
+
+    Args:
+        source: its folder or hub id.
+        missing: names of the weights that the folder lacks.
+        mismatched: weights of another shape, as transformers lists them: the name first.
+        settings: settings that name the model.
+
+    Raises:
+        SettingError: weights are missing or have another shape.
+    """
+    if names := sorted(missing):
+        raise SettingError(f"'{source}' lacks {len(names)} of its weights, such as {names[0]}", *settings)
+    if names := sorted(str(name) for name, *_ in mismatched):
+        fact = f"{len(names)} weights of '{source}' have other shapes than its configuration says, such as {names[0]}"
+        raise SettingError(fact, *settings)
 
 
 def check_weights(source: str, info: dict[str, Any]) -> None:
@@ -261,14 +291,10 @@ def check_weights(source: str, info: dict[str, Any]) -> None:
     Raises:
         SettingError: weights are missing, of another shape, or more than there is a place for.
     """
-    if missing := sorted(info["missing_keys"]):
-        raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", "model")
-    if wrong := sorted(str(name) for name, *_ in info["mismatched_keys"]):
-        fact = f"{len(wrong)} weights of '{source}' have other shapes than its configuration says, such as {wrong[0]}"
-        raise SettingError(fact, "model")
+    check_complete(source, info["missing_keys"], info["mismatched_keys"], *MODEL)
     if unknown := sorted(info["unexpected_keys"]):
         fact = f"the configuration of '{source}' has no place for {len(unknown)} of its weights, such as {unknown[0]}"
-        raise SettingError(fact, "model")
+        raise SettingError(fact, *MODEL)
 
 
 def caption(

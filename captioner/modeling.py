@@ -8,7 +8,6 @@ T0 of them in the prompt, V vocabulary, N text positions whose logits are comput
 `fusion.py` has the ways in which the decoder reads the prefix; `text_decoder.py` computes the logits.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import can_return_tuple
 
 from captioner.encoders import rebuild_encoder, unsaved_buffers
 from captioner.errors import SettingError
@@ -98,14 +98,6 @@ class Projector(nn.Module):
         return self.fc2(F.gelu(self.fc1(self.norm(tokens))))
 
 
-@dataclass
-class CaptionerOutput(ModelOutput):
-    """The output of a forward pass: the `loss` if there are labels, and the `logits` (B*K, T, V)."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-
-
 class CaptionerModel(PreTrainedModel, GenerationMixin):
     """A frozen image encoder, a projector and a text decoder, as one model of transformers.
 
@@ -153,6 +145,12 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """Return the decoder's language-model head."""
         return self.decoder.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Change the size of the decoder's vocabulary; see transformers' method of this name."""
+        embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config.vocab_size = self.decoder.config.vocab_size
+        return embeddings
 
     @property
     def fusion(self) -> Fusion:
@@ -209,8 +207,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         grid: Grid | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CaptionerOutput:
-        """Compute the logits at every text position, from the image and the text so far.
+    ) -> CausalLMOutput:
+        """Compute the logits at every text position (B*K, T, V), from the image and the text so far.
 
         Args:
             pixel_values: images (B, 3, H, W).
@@ -221,18 +219,22 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             grid: compressed grid of the image tokens; `None` for the configured one.
             num_items_in_batch: number that divides the summed loss, as transformers' `Trainer` gives it; `None` for the
                 learned tokens of this call.
-            kwargs: further arguments of the decoder.
+            kwargs: further arguments of the decoder, such as `output_hidden_states`.
+
+        Returns:
+            The `logits`, and the `loss` if there are labels. On request also the decoder's `hidden_states` and
+            `attentions`; these include the positions of a prefix that stands before the text.
 
         Raises:
             ValueError: there is no text or no image, or the texts do not divide among the images.
         """
         inputs = self.check_inputs(self.prefix(pixel_values, image_tokens, grid), input_ids, attention_mask)
-        logits = self.text_decoder.logits(*inputs, **kwargs)
-        loss = None
+        output = self.text_decoder.output(*inputs, **kwargs)
+        logits, loss = output.logits, None
         if labels is not None:
             items = count_targets(labels).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = token_loss(logits[:, :-1], next_labels(labels)) / items
-        return CaptionerOutput(loss=loss, logits=logits)
+        return CausalLMOutput(loss, logits, output.get("hidden_states"), output.get("attentions"))
 
     def logits_at(
         self,

@@ -265,6 +265,11 @@ def test_where_an_output_cannot_be_is_said_at_once(images, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def test_an_output_may_have_no_name_but_an_ending(saved_model, images, tmp_path):
+    assert run("caption", images / "a.jpg", "--output", tmp_path / ".jsonl", "--model", saved_model) == 0
+    assert (tmp_path / ".jsonl").read_text().count("\n") == 1
+
+
 def test_a_run_that_fails_before_it_captions_leaves_no_output(images, tmp_path):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real" / "out.jsonl")
     for output in (tmp_path / "new" / "out.jsonl", tmp_path / "link.jsonl"):

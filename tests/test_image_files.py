@@ -174,3 +174,18 @@ def test_pretraining_searches_folders_in_the_same_way(touch, caplog):
     assert [(path.name, label) for path, label in source.items] == [("a.jfif", "cats"), ("c.png", "dogs")]
     assert "1 HEIC" in caplog.text
     assert "1 hidden" in caplog.text
+
+
+def test_a_pattern_for_all_folders_follows_links_once(touch, monkeypatch):
+    root = touch("a/b.jpg", "a/.hidden/c.jpg", "[1]/d.jpg", "top.jpg")
+    for name in ("up", "again"):  # with two links in a circle, there are endless names
+        (root / "a" / name).symlink_to(root)
+    monkeypatch.chdir(root)
+    for pattern in ("**/*.jpg", "./**/*.jpg", "**/**/*.jpg"):
+        assert [name for name, _ in find_images([pattern]).images] == ["[1]/d.jpg", "a/b.jpg", "top.jpg"]
+    assert [name for name, _ in find_images([f"{root}/**/b.jpg"]).images] == [f"{root}/a/b.jpg"]
+    assert find_images(["**/a"]).problems == ["no file matches '**/a'"]
+
+
+def test_a_list_without_a_name_is_told():
+    assert find_images(["-"], io.BytesIO(b"\n\n")).problems == ["standard input contains no name of an image"]

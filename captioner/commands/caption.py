@@ -121,7 +121,7 @@ def find_inputs(config: CaptionConfig) -> FoundImages:
         raise ValueError("no images: name files, folders or patterns, or - for standard input")
     found = find_images(inputs, None if stdin is None else stdin.buffer)
     if not found.images:
-        raise FileNotFoundError("; ".join(found.problems))
+        raise FileNotFoundError("; ".join(found.problems) or "the inputs contain no name of an image")
     return found
 
 

@@ -95,9 +95,10 @@ def find_format(path: Path | None) -> Format:
         return FORMATS[".txt"]
     if path.is_dir():
         raise SettingError(f"'{escape_name(str(path))}' is a folder, and captions are written to a file", "output")
-    if path.suffix.lower() not in FORMATS:
+    ending = "." + path.name.rpartition(".")[2].lower()
+    if ending not in FORMATS:
         raise SettingError(f"'{escape_name(str(path))}' must end in {', '.join(FORMATS)}", "output")
-    return FORMATS[path.suffix.lower()]
+    return FORMATS[ending]
 
 
 def check_output(path: Path | None, resume: bool = False, overwrite: bool = False) -> None:

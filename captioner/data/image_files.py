@@ -31,6 +31,8 @@ class FolderImages:
     root: Path
     files: list[Path] = field(default_factory=list)
     """Paths of images (found by their endings), sorted; each starts with the root."""
+    folders: list[Path] = field(default_factory=list)
+    """Folders that were searched, the root included."""
     others: Counter[str] = field(default_factory=Counter)
     """Numbers of other files by their ending, and of hidden files and folders."""
     unread: Counter[str] = field(default_factory=Counter)
@@ -71,6 +73,7 @@ def search_folder(root: Path) -> FolderImages:
         except OSError as error:
             found.unreadable.append(f"the folder '{escape_name(str(folder))}' cannot be read: {error.strerror}")
             continue
+        found.folders.append(folder)
         for entry in entries:
             path, kind = folder / entry.name, classify(entry)
             if kind == "folder":

@@ -80,14 +80,44 @@ def add_folder(found: FoundImages, name: str) -> None:
 
 def add_pattern(found: FoundImages, pattern: str) -> None:
     """Add the files that match a pattern. Matching folders are searched, unless the pattern has `**`."""
-    matches = sorted(glob.glob(pattern, recursive=True))
+    matches = sorted(expand(pattern, found.problems))
+    if "**" in pattern.split(os.sep):
+        matches = [match for match in matches if not os.path.isdir(match)]
     if not matches:
         found.problems.append(f"no file matches '{escape_name(pattern)}'")
     for match in matches:
-        if not os.path.isdir(match):
-            found.add_paths([match])
-        elif "**" not in pattern:
+        if os.path.isdir(match):
             add_folder(found, match)
+        else:
+            found.add_paths([match])
+
+
+def expand(pattern: str, problems: list[str]) -> set[str]:
+    """Return the paths that match a pattern, in which `**` stands for a folder and all folders below it.
+
+    `search_folder` finds the folders, each of them once. Python's `glob` would follow links in a circle.
+
+    Args:
+        pattern: a glob pattern.
+        problems: list to which an error is added for each folder that cannot be read.
+    """
+    parts = pattern.split(os.sep)
+    parts = [part for part, before in zip(parts, ["", *parts], strict=False) if not part == before == "**"]
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    place = parts.index("**")
+    start, rest = os.sep.join(parts[:place]), os.sep.join(parts[place + 1 :]) or "*"
+    if place and not start:
+        start = os.sep  # the pattern starts at the root
+    found: set[str] = set()
+    for root in expand(start, problems) if start else (os.curdir,):
+        if os.path.isdir(root):
+            search = search_folder(Path(root))
+            problems += search.unreadable
+            for folder in search.folders:
+                within = "" if str(folder) == os.curdir else glob.escape(str(folder))
+                found |= expand(os.path.join(within, rest), problems)
+    return found
 
 
 def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
@@ -101,8 +131,10 @@ def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
         image = io.BytesIO(data)
         image.name = "standard input"  # its name in messages
         found.images.append((STANDARD_INPUT, image))
+    elif names := read_list(data):
+        found.add_paths(names)
     else:
-        found.add_paths(read_list(data))
+        found.problems.append("standard input contains no name of an image")
 
 
 def is_image(data: bytes) -> bool:

@@ -37,7 +37,7 @@ def init_from_vit(encoder: Any, vit: Any) -> None:
             "a LookupViT with a conv stem has no place for a ViT's patch embedding: give stem=patch", "encoder_options"
         )
     if isinstance(vit, str):
-        vit = create_timm("ViT", vit, pretrained=True, num_classes=0)
+        vit = create_timm("ViT", vit, "init_from", pretrained=True, num_classes=0)
     check_fit(encoder, vit)
     with torch.no_grad():
         encoder.patch_embed.proj.load_state_dict(vit.patch_embed.proj.state_dict(), strict=False)

@@ -83,7 +83,8 @@ def open_image(source: ImageSource) -> Image.Image:
     except ImageError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError(f"{name} does not exist", "missing") from None
+        advice = "; addresses are not opened, download the image first" if is_address(name) else ""
+        raise ImageError(f"{name} does not exist{advice}", "missing") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a supported format{advise(name)}", UNSUPPORTED) from None
     except Image.DecompressionBombError:
@@ -99,6 +100,11 @@ def open_image(source: ImageSource) -> Image.Image:
         f"{type(source).__name__} is no image; give a path, encoded bytes, an open file, a PIL image or an array",
         "not an image",
     )
+
+
+def is_address(name: str) -> bool:
+    """Return whether a quoted name is an address, such as `https://...`, and not the path of a file."""
+    return bool(re.match(r"'([a-z]{2,}://|data:)", name, re.IGNORECASE))
 
 
 def advise(name: str) -> str:
@@ -178,6 +184,8 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
 def open_pil(image: Image.Image, name: str) -> Image.Image:
     """Convert a PIL image to mode RGB, by the rules for files; the image may not be decoded yet."""
     check_size(image.width, image.height, name)
+    if isinstance(image, ImageFile.ImageFile) and image.tile and (image.fp is None or image.fp.closed):
+        raise ImageError(f"{name} was closed before its pixels were read; open it again", "closed")
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
         raise ImageError(f"{name} is of the format {image.format}, which is refused unless it is decoded", UNSUPPORTED)
     try:

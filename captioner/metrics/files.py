@@ -16,6 +16,7 @@ from captioner.data.json_files import is_karpathy, read_coco, read_karpathy
 from captioner.data.records import ReadReport, usable_records
 from captioner.data.row_files import Rows, load_document
 from captioner.data.splits import select_split
+from captioner.errors import SettingError
 from captioner.images.names import unescape_name
 from captioner.metrics.scores import name_ids
 
@@ -74,9 +75,8 @@ def read_references(
     if is_karpathy(content):
         records = list(select_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
     elif split is not None:
-        raise ValueError(
-            f"'{path}' has no splits, so '{split}' cannot be selected; only files of Karpathy's splits have them"
-        )
+        fact = f"'{path}' has no splits, so '{split}' cannot be selected; only files of Karpathy's splits have them"
+        raise SettingError(fact, "split")
     else:
         records = list(read_coco(content, path, None, images_needed=False))
         if stray := [record.image_id for record in records if not record.listed]:
