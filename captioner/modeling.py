@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from captioner.encoders import rebuild_encoder
 from captioner.errors import SettingError
 from captioner.fusion import FUSIONS, Fusion
-from captioner.generation import check_room, merge_settings
+from captioner import generation
 from captioner.grids import Grid, parse_grid
 from captioner.labels import count_targets, label_generated, next_labels, split_targets, token_loss
 from captioner.text_decoder import TextDecoder
@@ -306,10 +306,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{len(input_ids)} prompts for {len(prefix)} images; give one for each")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        settings = merge_settings(self.generation_config, generation_config, kwargs, input_ids.shape[1])
-        check_room(self.fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
-        inputs = self.fusion.arrange(prefix, input_ids, attention_mask)
-        return self.decoder.generate(**{"input_ids": input_ids, **inputs, **settings})
+        settings = generation.merge_settings(self.generation_config, generation_config, kwargs, input_ids.shape[1])
+        generation.check_room(self.fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
+        return generation.generate(self.fusion, prefix, input_ids, attention_mask, settings)[0]
 
     def start_ids(self, count: int) -> torch.Tensor:
         """Return the start token for each of `count` texts that have no prompt, (count, 1)."""

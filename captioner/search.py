@@ -1,0 +1,335 @@
+"""Greedy and beam search over images: the captions of transformers' `generate`, several times as fast.
+
+What is different: the decoder reads the prefix of an image once, for all beams, and `slot_cache.py` holds it once. An
+image leaves as soon as its search ends, and the next one takes its place. The log-probability of a caption is
+summed up on the way, so that it takes no second pass.
+
+What must be the same: which token follows. The order of operations on the scores, their dtype, the constants and the
+calls of `topk` are those of `_sample` and `_beam_search` in transformers' `generation/utils.py`, so that ties resolve
+alike. An image that leaves early could not have changed its captions later.
+
+Letters: B images, S of them at work, K beams, k candidates, P prefix tokens, E decoder width, T0 prompt tokens, T
+longest text, V vocabulary, C columns of the cache, R texts returned for an image.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from captioner.fusion import Fusion
+from captioner.slot_cache import SlotCache
+from captioner.transformers_versions import cache_name
+
+FAR = -1.0e9
+"""Score of what is not to be chosen, as in transformers."""
+
+ROWS = {"cpu": 48}
+"""Texts that a step continues, by device; more than that no longer makes a token cheaper. `GPU_ROWS` for the others."""
+
+GPU_ROWS = 1024
+
+State = dict[str, torch.Tensor]
+"""The images at work: tensors with one row for each, (S, ...)."""
+
+
+class Batch(NamedTuple):
+    """Images whose captions are searched for."""
+
+    prefix: torch.Tensor
+    """(B, P, E)"""
+    input_ids: torch.Tensor
+    """Start token and prompt (B, T0)."""
+    attention_mask: torch.Tensor
+    """0 where a prompt is padded on its left (B, T0)."""
+
+    def cut(self, start: int, stop: int | None = None) -> "Batch":
+        """Return some of the images."""
+        return Batch(*(part[start:stop] for part in self))
+
+
+class Found(NamedTuple):
+    """What was found for one image."""
+
+    number: int
+    """Place of the image among all."""
+    texts: torch.Tensor
+    """R texts, best first, filled up behind their end (R, T)."""
+    lengths: torch.Tensor
+    """Their lengths with the prompt (R,)."""
+    logprobs: torch.Tensor
+    """Log-probability that the model itself gives them (R,), float32."""
+
+
+@dataclass
+class SearchSettings:
+    """The settings of a search, as transformers prepared them."""
+
+    config: GenerationConfig
+    processors: LogitsProcessorList
+    prompt_length: int
+    end: torch.Tensor
+    """The end tokens; there may be none."""
+    fill: int
+    """What follows the end of a text."""
+
+    @classmethod
+    def capture(
+        cls,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> "SearchSettings":
+        """Take the settings from `generate(custom_generate=SearchSettings.capture)`, which checked and merged them."""
+        end, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+        fill = pad
+        if generation_config.num_beams > 1:  # a pad token 0 counts as none there
+            fill = (pad or end[0]) if end is not None else -1
+        end = torch.tensor([], dtype=torch.long) if end is None else end
+        fill = 0 if fill is None else int(fill)
+        return cls(generation_config, logits_processor, input_ids.shape[1], end.to(input_ids.device), fill)
+
+
+class Search:
+    """A search over any number of images.
+
+    Args:
+        fusion: the decoder, and how it is given the prefix.
+        settings: the settings.
+        slots: images at work at a time; `None` for as many as the device takes at best.
+        logprob: whether to sum up log-probabilities.
+    """
+
+    def __init__(self, fusion: Fusion, settings: SearchSettings, slots: int | None = None, logprob: bool = False):
+        self.fusion, self.decoder, self.settings, self.logprob = fusion, fusion.decoder, settings, logprob
+        config = settings.config
+        self.beams, self.returned = config.num_beams, config.num_return_sequences
+        self.max_length, self.end = config.max_length, settings.end
+        device = self.decoder.device
+        self.slots = slots or max(1, ROWS.get(device.type, GPU_ROWS) // self.beams)
+        self.select = self.select_beams if self.beams > 1 else self.select_greedy
+        steps = torch.arange(self.max_length + 1)
+        lengths = [max(1, n - settings.prompt_length) ** config.length_penalty for n in steps.tolist()]
+        self.penalties = torch.tensor(lengths, device=device)  # of texts by length, the prompt apart
+        self.batches: Iterator[Batch] = iter(())
+        self.waiting: Batch | None = None
+        self.state: State = {}
+        self.cache: SlotCache | None = None
+        self.working = self.admitted = 0
+        self.cache_name = str(cache_name(self.decoder))
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Found]:
+        """Search for the captions of images; yield what is found as soon as it is, so not in order.
+
+        Args:
+            batches: the images, in batches of any size. The next is fetched when the one before is at work.
+        """
+        self.batches = iter(batches)
+        more = True
+        while more or self.working:
+            # a pass for a single image costs nearly as much as for several, so wait for a few free slots
+            while more and self.slots - self.working >= max(1, self.slots // 4):
+                more = self.admit()
+                yield from self.release()
+            if self.working:
+                self.step()
+                yield from self.release()
+
+    def admit(self) -> bool:
+        """Give the next images the free slots, and choose their first token; return whether there were any."""
+        if self.waiting is None:
+            self.waiting = next(self.batches, None)
+            if self.waiting is None:
+                return False
+        free = self.slots - self.working
+        batch, rest = self.waiting.cut(0, free), self.waiting.cut(free)
+        self.waiting = rest if len(rest.prefix) else None
+        inputs = self.fusion.arrange(*batch)
+        mask = inputs["attention_mask"]  # (B, C0)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        if mask.all():
+            inputs["attention_mask"] = None
+        output = self.decoder(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache = output[self.cache_name]
+        if self.cache is None:
+            steps = self.max_length - self.settings.prompt_length - 1
+            self.cache = SlotCache(cache, self.slots, steps, self.beams)
+        self.cache.put(cache, self.working)
+        new = self.new_state(batch, mask, positions[:, -1] + 1)
+        new = self.select(new, output.logits[:, -1:].float().expand(-1, self.beams, -1))
+        self.state = {name: torch.cat([self.state[name], new[name]]) for name in new} if self.working else new
+        self.working += len(mask)
+        self.admitted += len(mask)
+        return True
+
+    def new_state(self, batch: Batch, mask: torch.Tensor, positions: torch.Tensor) -> State:
+        """Return the state of images of which the decoder has read prefix and prompt.
+
+        Args:
+            batch: the images.
+            mask: what it has read (B, C0).
+            positions: position of the first new token (B,).
+        """
+        count, device = len(mask), mask.device
+        assert self.cache is not None
+        # in float, because some kernels would convert a boolean mask in every layer
+        columns = torch.full((count, self.beams, self.cache.columns), -torch.inf, device=device)
+        columns[:, :, : mask.shape[1]].masked_fill_(mask.bool()[:, None], 0.0)
+        texts = torch.full((count, self.beams, self.max_length), self.settings.fill, device=device)
+        texts[:, :, : self.settings.prompt_length] = batch.input_ids[:, None]
+        state = {
+            "number": torch.arange(self.admitted, self.admitted + count),
+            "length": torch.full((count,), self.settings.prompt_length, device=device),  # of the running texts
+            "position": positions,
+            "mask": columns.to(self.decoder.dtype),
+            "texts": texts,  # (B, K, T)
+            "token": texts[:, :, 0],  # the one to be read next (B, K)
+            "scores": torch.zeros(count, self.beams, device=device),
+            "logprobs": torch.zeros(count, self.beams, device=device),
+            "ended": torch.zeros(count, dtype=torch.bool, device=device),  # whether the search has ended
+        }
+        if "encoder_hidden_states" in self.fusion.arrange(*batch):
+            state["prefix"] = batch.prefix
+        if self.beams > 1:
+            state["scores"][:, 1:] = FAR  # the beams are one text still
+            state |= {
+                "found": texts.clone(),
+                "found_scores": torch.full((count, self.beams), FAR, device=device),
+                "found_logprobs": torch.zeros(count, self.beams, device=device),
+                "found_lengths": torch.zeros(count, self.beams, dtype=torch.long, device=device),
+                "is_found": torch.zeros(count, self.beams, dtype=torch.bool, device=device),
+                "improvable": torch.ones(count, 1, dtype=torch.bool, device=device),
+            }
+        return state
+
+    def step(self) -> None:
+        """Have the decoder read the last token of every text, and choose the next."""
+        assert self.cache is not None
+        state = self.state
+        cache, start, used = self.cache.next_step(self.working)
+        mask = state["mask"]  # (S, K, C)
+        own = torch.eye(self.beams, device=mask.device, dtype=torch.bool)
+        mask[:, :, start : start + self.beams] = torch.where(own, 0.0, -torch.inf).to(mask.dtype)
+        inputs: dict[str, Any] = {
+            "input_ids": state["token"],
+            "position_ids": state["position"][:, None].expand(-1, self.beams),
+            "attention_mask": mask[:, None, :, :used],
+            self.cache_name: cache,
+        }
+        if "prefix" in state:
+            inputs["encoder_hidden_states"] = state["prefix"]
+        logits = self.decoder(**inputs, use_cache=True).logits  # (S, K, V)
+        state["position"] = state["position"] + 1
+        self.state = self.select(state, logits.float())
+
+    def process(self, state: State, scores: torch.Tensor) -> torch.Tensor:
+        """Apply what controls the text, such as a penalty of repetition, to scores (S, K, V)."""
+        if not self.settings.processors:
+            return scores
+        scores = scores.clone()
+        for length in state["length"].unique().tolist():
+            rows = (state["length"] == length).nonzero()[:, 0]
+            texts = state["texts"][rows, :, :length].flatten(0, 1)
+            processed = self.settings.processors(texts, scores[rows].flatten(0, 1))
+            scores[rows] = processed.unflatten(0, (len(rows), -1))
+        return scores
+
+    def select_greedy(self, state: State, logits: torch.Tensor) -> State:
+        """Choose the likeliest token of each text, from logits (S, 1, V)."""
+        token = self.process(state, logits).argmax(-1)  # (S, 1)
+        length = state["length"]
+        texts = state["texts"].scatter(2, length[:, None, None], token[..., None])
+        state = {**state, "texts": texts, "token": token, "length": length + 1}
+        if self.logprob:
+            chosen = logits.gather(2, token[..., None])[..., 0] - logits.logsumexp(-1)
+            state["logprobs"] = state["logprobs"] + chosen
+        state["ended"] = torch.isin(token, self.end)[:, 0] | (length + 1 >= self.max_length)
+        return state
+
+    def select_beams(self, state: State, logits: torch.Tensor) -> State:
+        """Choose the K texts of each image that go on, and note those that ended, from logits (S, K, V)."""
+        config, vocabulary = self.settings.config, logits.shape[-1]
+        raw = logits.log_softmax(-1)  # (S, K, V)
+        scores = (self.process(state, raw) + state["scores"][:, :, None]).flatten(1)  # (S, K*V)
+        keep = max(2, 1 + len(self.end)) * self.beams
+        scores, places = scores.topk(keep)  # (S, k)
+        parents, tokens = places // vocabulary, places % vocabulary
+        length = state["length"][:, None]  # (S, 1)
+        texts = take(state["texts"], parents).scatter(2, length[..., None].expand(-1, keep, 1), tokens[..., None])
+        logprobs = take(state["logprobs"], parents)
+        if self.logprob:
+            logprobs = logprobs + raw.flatten(1).gather(1, places)
+        stops = torch.isin(tokens, self.end) | (length + 1 >= self.max_length)
+
+        # the texts that go on
+        running = scores + stops.to(torch.float32) * FAR
+        order = running.topk(self.beams)[1]  # (S, K)
+        going = {"texts": take(texts, order), "token": take(tokens, order), "logprobs": take(logprobs, order)}
+        going |= {"scores": take(running, order), "mask": take(state["mask"], take(parents, order))}
+
+        # the texts that ended, if they are among the best K
+        stops[:, self.beams :] = False
+        final = scores / self.penalties[length + 1]
+        full = state["is_found"].all(1, keepdim=True) & (config.early_stopping is True)
+        final += full.to(torch.float32) * FAR
+        final += (~state["improvable"]).to(torch.float32) * FAR
+        final += (~stops) * FAR
+        merged = torch.cat([state["found_scores"], final], 1)
+        order = merged.topk(self.beams)[1]  # (S, K)
+        found = {
+            "found": take(torch.cat([state["found"], texts], 1), order),
+            "found_scores": take(merged, order),
+            "found_logprobs": take(torch.cat([state["found_logprobs"], logprobs], 1), order),
+            "found_lengths": take(torch.cat([state["found_lengths"], (length + 1).expand(-1, keep)], 1), order),
+            "is_found": take(torch.cat([state["is_found"], stops], 1), order),
+        }
+        state = {**state, **going, **found, "length": state["length"] + 1}
+
+        # whether the search goes on
+        reached = self.penalties[-1] if config.early_stopping == "never" and config.length_penalty > 0 else None
+        reached = self.penalties[length + 1] if reached is None else reached
+        best = state["scores"][:, :1] / reached
+        worst = torch.where(state["is_found"], state["found_scores"].amin(1, keepdim=True), FAR)
+        state["improvable"] = state["improvable"] & (best > worst).any(1, keepdim=True)
+        over = ~state["improvable"][:, 0] | (state["length"] >= self.max_length)
+        state["ended"] = over | (state["is_found"].all(1) & (config.early_stopping is True))
+        return state
+
+    def release(self) -> Iterator[Found]:
+        """Yield what was found for the images whose search has ended, and free their slots."""
+        ended = self.state["ended"].tolist() if self.working else []
+        if not any(ended):
+            return
+        state, going = self.state, [slot for slot, end in enumerate(ended) if not end]
+        for slot, end in enumerate(ended):
+            if end:
+                yield self.found(slot)
+        count = len(going)
+        free = [slot for slot in range(count) if ended[slot]]
+        movers = [slot for slot in going if slot >= count]
+        index = torch.arange(count)
+        index[free] = torch.tensor(movers, dtype=torch.long)
+        self.state = {name: values[index.to(values.device)] for name, values in state.items()}
+        if free and self.cache is not None:
+            device = state["token"].device
+            self.cache.move(torch.tensor(movers, device=device), torch.tensor(free, device=device))
+        self.working = count
+
+    def found(self, slot: int) -> Found:
+        """Return what was found for the image of one slot."""
+        state, number = self.state, int(self.state["number"][slot])
+        if self.beams == 1:
+            return Found(number, state["texts"][slot], state["length"][slot : slot + 1], state["logprobs"][slot])
+        parts = (state[name][slot, : self.returned] for name in ("found", "found_lengths", "found_logprobs"))
+        return Found(number, *parts)
+
+
+def take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Take entries of the second dimension: values (S, n, ...) and order (S, m) give (S, m, ...)."""
+    index = order.view(*order.shape, *(1 for _ in values.shape[2:]))
+    return torch.take_along_dim(values, index, 1)

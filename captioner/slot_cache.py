@@ -1,0 +1,128 @@
+"""Keys and values of a search over several images: an image's are held once, for all its beams.
+
+Each image has a slot. Its keys and values stand in columns: first those of prefix and prompt, then K for each step,
+one for each beam. A mask gives each beam the columns of its own text, so that a beam that continues another one copies
+no keys: it takes over its mask. Deep beams therefore read columns that the mask hides; these are few numbers, while
+a copy of the image for every beam would be most of the memory that a step reads.
+
+Letters: S slots, K beams, H heads, C columns, d width of a head.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+
+class SlotLayer(CacheLayerMixin):
+    """The keys and values of one layer, (S, H, C, d), of which a step uses the first slots and columns.
+
+    Args:
+        keys: keys that show heads and width (B, H, T, d).
+        values: values likewise; their width may be another.
+        slots: slots S.
+        columns: columns C.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: int, columns: int):
+        super().__init__()
+        # zeros, because a column that the mask hides must still hold a number
+        self.keys = keys.new_zeros(slots, keys.shape[1], columns, keys.shape[3])
+        self.values = values.new_zeros(slots, values.shape[1], columns, values.shape[3])
+        self.is_initialized = True
+        self.slots, self.start, self.used = slots, 0, columns
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: the memory is there from the start."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the K new columns of each slot; return all columns in use, (S, H, C, d)."""
+        end = self.start + key_states.shape[2]
+        self.keys[: self.slots, :, self.start : end] = key_states
+        self.values[: self.slots, :, self.start : end] = value_states
+        return self.keys[: self.slots, :, : self.used], self.values[: self.slots, :, : self.used]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the columns in use, and that the first is number 0."""
+        return self.used, 0
+
+    def get_seq_length(self) -> int:
+        """Return the columns that were in use before this step."""
+        return self.start
+
+    def get_max_length(self) -> int:
+        """Return the number of columns."""
+        return self.keys.shape[2]
+
+
+class FixedLayer(DynamicLayer):
+    """The keys and values by which a layer attends to the image; no step adds to them."""
+
+
+class SlotCache:
+    """The caches of all layers.
+
+    Args:
+        first: what the decoder returned for prefix and prompt of some images.
+        slots: slots S.
+        steps: steps after which columns are written over; no image stays longer.
+        beams: beams K.
+    """
+
+    def __init__(self, first: Cache, slots: int, steps: int, beams: int):
+        self.beams, self.steps, self.step = beams, max(steps, 1), 0
+        own, cross = split_cache(first)
+        self.first_columns = own[0].keys.shape[2]
+        self.columns = self.first_columns + beams * self.steps
+        self.own = [SlotLayer(layer.keys, layer.values, slots, self.columns) for layer in own]
+        self.cross = [SlotLayer(layer.keys, layer.values, slots, layer.keys.shape[2]) for layer in cross]
+
+    def put(self, cache: Cache, slot: int) -> None:
+        """Copy what the decoder returned for prefix and prompt of some images into as many slots, from `slot` on."""
+        for layers, others in zip((self.own, self.cross), split_cache(cache), strict=True):
+            for layer, other in zip(layers, others, strict=True):
+                count, _, columns, _ = other.keys.shape
+                layer.keys[slot : slot + count, :, :columns] = other.keys
+                layer.values[slot : slot + count, :, :columns] = other.values
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy slots onto others."""
+        for layer in (*self.own, *self.cross):
+            layer.keys[targets] = layer.keys[sources]
+            layer.values[targets] = layer.values[sources]
+
+    def next_step(self, slots: int) -> tuple[Cache, int, int]:
+        """Start a step of the first `slots` slots.
+
+        Returns:
+            The cache as the decoder takes it, the first of the K new columns, and how many columns are in use.
+        """
+        start = self.first_columns + self.beams * (self.step % self.steps)
+        self.step += 1
+        used = min(self.first_columns + self.beams * self.step, self.columns)
+        for layer in self.own:
+            layer.slots, layer.start, layer.used = slots, start, used
+        cache = Cache(layers=list(self.own))
+        if self.cross:
+            fixed = []
+            for layer in self.cross:
+                fixed.append(FixedLayer())
+                fixed[-1].keys, fixed[-1].values = layer.keys[:slots], layer.values[:slots]
+                fixed[-1].is_initialized = True
+            cache = EncoderDecoderCache(cache, Cache(layers=fixed))
+        return cache, start, used
+
+
+def split_cache(cache: Cache) -> tuple[list[Any], list[Any]]:
+    """Return the layers of a decoder's cache: of the text, and of the image that its layers attend to, if any."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+    return cache.layers, []
+
+
+def grows_plainly(config: Any) -> bool:
+    """Return whether every layer of a decoder keeps the keys and values of all tokens, and nothing else."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
