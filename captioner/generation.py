@@ -68,12 +68,14 @@ NEUTRAL = {"use_cache": (None, True), "num_beam_groups": (None, 1)}
 """Values of other settings that change nothing; of those that are not named here, `None` and false."""
 
 
-def generate(
+def generate_texts(
     fusion: Fusion,
     prefix: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    settings: dict[str, Any],
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    own: GenerationConfig,
+    given: GenerationConfig | None,
+    kwargs: dict[str, Any],
     logprob: bool = False,
 ) -> tuple[Any, torch.Tensor | None]:
     """Continue a text about each image: by our search where it gives the same, else by transformers' `generate`.
@@ -81,20 +83,35 @@ def generate(
     Args:
         fusion: the decoder, and how it is given the prefix.
         prefix: prefix of each image (B, P, E).
-        input_ids: start token and prompt of each text (B, T0).
+        input_ids: start token and prompt of each text (B, T0); the start token alone if absent.
         attention_mask: 0 where a prompt is padded on its left (B, T0).
-        settings: settings of transformers' `generate`.
+        own: the model's settings.
+        given: settings that replace them, one by one.
+        kwargs: settings that replace both, those of transformers' `generate`.
         logprob: whether to return log-probabilities, if our search is the one that runs.
 
     Returns:
         What transformers' `generate` returns, and the log-probability of each text (B*R,), or `None`.
+
+    Raises:
+        ValueError: prompts and images do not match, or the decoder has no room for the text.
     """
+    if input_ids is None:
+        if own.bos_token_id is None:
+            raise ValueError("no text: give input_ids, because generation_config has no bos_token_id to start with")
+        input_ids = torch.full((len(prefix), 1), own.bos_token_id, device=prefix.device)
+    if len(input_ids) != len(prefix):
+        raise ValueError(f"{len(input_ids)} prompts for {len(prefix)} images; give one for each")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    settings = merge_settings(own, given, kwargs, input_ids.shape[1])
+    check_room(fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
     batch = Batch(prefix, input_ids, attention_mask)
     prepared = prepare_search(fusion, batch, settings)
     if prepared is None:
         inputs = fusion.arrange(*batch)
         return fusion.decoder.generate(**{"input_ids": input_ids, **inputs, **settings}), None
-    found = sorted(Search(fusion, prepared, logprob=logprob).run([batch]))
+    found = sorted(Search(fusion, prepared, logprob=logprob).run([batch]), key=lambda one: one.number)
     length = max(int(one.lengths.max()) for one in found)
     texts = torch.cat([one.texts for one in found])[:, :length]  # (B*R, T)
     return texts, torch.cat([one.logprobs for one in found]) if logprob else None

@@ -84,7 +84,7 @@ class Captioner:
                 open file are one image.
             batch_size: images per batch.
             grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
-            logprob: whether to compute log-probabilities, which takes one more pass of the decoder.
+            logprob: whether to compute log-probabilities, which takes one more pass of the decoder after sampling.
             generation: settings of transformers' `generate`, such as `num_beams`.
 
         Raises:
@@ -130,12 +130,12 @@ class Captioner:
         with self._lock:
             tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
             prompts = self.processor.prompts(len(tokens), self.device)
-            sequences = self.model.generate(image_tokens=tokens, **prompts, **generation)
-            captions = self.processor.captions(sequences)
             if not logprob:
+                captions = self.processor.captions(self.model.generate(image_tokens=tokens, **prompts, **generation))
                 return captions, [None] * len(captions)
-            logprobs = self.model.log_probability(sequences, tokens, prompts["input_ids"])
-        return captions, [round(value, 4) for value in logprobs.tolist()]
+            options = {**prompts, **generation}
+            sequences, logprobs = self.model.generate_with_log_probability(tokens, **options)
+            return self.processor.captions(sequences), [round(value, 4) for value in logprobs.tolist()]
 
     @overload
     def __call__(self, images: ImageSource, **options: Any) -> str: ...

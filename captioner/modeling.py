@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from captioner.encoders import rebuild_encoder
 from captioner.errors import SettingError
 from captioner.fusion import FUSIONS, Fusion
-from captioner import generation
+from captioner.generation import generate_texts
 from captioner.grids import Grid, parse_grid
 from captioner.labels import count_targets, label_generated, next_labels, split_targets, token_loss
 from captioner.text_decoder import TextDecoder
@@ -300,22 +300,26 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             ValueError: there is no image, prompts and images do not match, or the decoder has no room for the text.
         """
         prefix = self.prefix(pixel_values, image_tokens, grid)
-        if input_ids is None:
-            input_ids = self.start_ids(len(prefix))
-        if len(input_ids) != len(prefix):
-            raise ValueError(f"{len(input_ids)} prompts for {len(prefix)} images; give one for each")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        settings = generation.merge_settings(self.generation_config, generation_config, kwargs, input_ids.shape[1])
-        generation.check_room(self.fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
-        return generation.generate(self.fusion, prefix, input_ids, attention_mask, settings)[0]
+        settings = (self.generation_config, generation_config, kwargs)
+        return generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings)[0]
 
-    def start_ids(self, count: int) -> torch.Tensor:
-        """Return the start token for each of `count` texts that have no prompt, (count, 1)."""
-        start = self.generation_config.bos_token_id
-        if start is None:
-            raise ValueError("no text: give input_ids, because generation_config has no bos_token_id to start with")
-        return torch.full((count, 1), start, device=self.device)
+    @torch.no_grad()
+    def generate_with_log_probability(
+        self,
+        image_tokens: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `generate` returns, and what `log_probability` gives for it; greedy and beam search know it.
+
+        The arguments are those of `generate`.
+        """
+        prefix, settings = self.prefix(None, image_tokens), (self.generation_config, None, kwargs)
+        texts, logprobs = generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings, logprob=True)
+        if logprobs is None:
+            logprobs = self.log_probability(texts, image_tokens, input_ids, attention_mask)
+        return texts, logprobs
 
     @torch.no_grad()
     def log_probability(
