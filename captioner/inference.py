@@ -61,7 +61,7 @@ class Captioner:
         model: the captioner model.
         processor: its processor.
         device: a torch device; `None` takes CUDA, then MPS, then the CPU.
-        encoder_dtype: dtype in which the encoder computes on a CPU; `None` takes bfloat16 where the CPU has matrix units
+        encoder_dtype: dtype in which the encoder computes on a CPU; `None` takes bfloat16 if the CPU has matrix units
             for it (AMX), else float32.
     """
 

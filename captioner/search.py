@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from captioner.decoder_steps import DecoderSteps
 from captioner.fusion import Fusion
+from captioner.gpt2_steps import Gpt2Steps, is_plain_gpt2
 from captioner.slot_cache import SlotCache
-from captioner.transformers_versions import cache_name
 
 FAR = -1.0e9
 """Score of what is not to be chosen, as in transformers."""
@@ -113,15 +114,21 @@ class Search:
         device = self.decoder.device
         self.slots = slots or max(1, ROWS.get(device.type, GPU_ROWS) // self.beams)
         self.select = self.select_beams if self.beams > 1 else self.select_greedy
-        steps = torch.arange(self.max_length + 1)
-        lengths = [max(1, n - settings.prompt_length) ** config.length_penalty for n in steps.tolist()]
+        places = range(-settings.prompt_length, self.max_length - settings.prompt_length + 1)
+        lengths = [float(max(1, place) ** config.length_penalty) for place in places]
         self.penalties = torch.tensor(lengths, device=device)  # of texts by length, the prompt apart
+        make = Gpt2Steps if is_plain_gpt2(self.decoder) else DecoderSteps
+        self.steps = make(self.decoder, self.slots, self.max_length - settings.prompt_length - 1, self.beams)
         self.batches: Iterator[Batch] = iter(())
         self.waiting: Batch | None = None
         self.state: State = {}
-        self.cache: SlotCache | None = None
         self.working = self.admitted = 0
-        self.cache_name = str(cache_name(self.decoder))
+
+    @property
+    def cache(self) -> SlotCache:
+        """The keys and values; they are there once the first images are at work."""
+        assert self.steps.cache is not None
+        return self.steps.cache
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Found]:
         """Search for the captions of images; yield what is found as soon as it is, so not in order.
@@ -154,14 +161,10 @@ class Search:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         if mask.all():
             inputs["attention_mask"] = None
-        output = self.decoder(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache = output[self.cache_name]
-        if self.cache is None:
-            steps = self.max_length - self.settings.prompt_length - 1
-            self.cache = SlotCache(cache, self.slots, steps, self.beams)
-        self.cache.put(cache, self.working)
+        logits = self.steps.read_prompt(inputs, positions, self.working)  # (B, 1, V)
+        self.cache.clear(self.working, len(mask))
         new = self.new_state(batch, mask, positions[:, -1] + 1)
-        new = self.select(new, output.logits[:, -1:].float().expand(-1, self.beams, -1))
+        new = self.select(new, logits.float().expand(-1, self.beams, -1))
         self.state = {name: torch.cat([self.state[name], new[name]]) for name in new} if self.working else new
         self.working += len(mask)
         self.admitted += len(mask)
@@ -176,7 +179,6 @@ class Search:
             positions: position of the first new token (B,).
         """
         count, device = len(mask), mask.device
-        assert self.cache is not None
         # in float, because some kernels would convert a boolean mask in every layer
         columns = torch.full((count, self.beams, self.cache.columns), -torch.inf, device=device)
         columns[:, :, : mask.shape[1]].masked_fill_(mask.bool()[:, None], 0.0)
@@ -209,21 +211,13 @@ class Search:
 
     def step(self) -> None:
         """Have the decoder read the last token of every text, and choose the next."""
-        assert self.cache is not None
         state = self.state
-        cache, start, used = self.cache.next_step(self.working)
+        start, used = self.cache.next_step(self.working)
         mask = state["mask"]  # (S, K, C)
         own = torch.eye(self.beams, device=mask.device, dtype=torch.bool)
         mask[:, :, start : start + self.beams] = torch.where(own, 0.0, -torch.inf).to(mask.dtype)
-        inputs: dict[str, Any] = {
-            "input_ids": state["token"],
-            "position_ids": state["position"][:, None].expand(-1, self.beams),
-            "attention_mask": mask[:, None, :, :used],
-            self.cache_name: cache,
-        }
-        if "prefix" in state:
-            inputs["encoder_hidden_states"] = state["prefix"]
-        logits = self.decoder(**inputs, use_cache=True).logits  # (S, K, V)
+        positions = state["position"][:, None].expand(-1, self.beams)
+        logits = self.steps.read_tokens(state["token"], positions, mask[:, None, :, :used], state.get("prefix"))
         state["position"] = state["position"] + 1
         self.state = self.select(state, logits.float())
 
@@ -253,7 +247,7 @@ class Search:
 
     def select_beams(self, state: State, logits: torch.Tensor) -> State:
         """Choose the K texts of each image that go on, and note those that ended, from logits (S, K, V)."""
-        config, vocabulary = self.settings.config, logits.shape[-1]
+        vocabulary = logits.shape[-1]
         raw = logits.log_softmax(-1)  # (S, K, V)
         scores = (self.process(state, raw) + state["scores"][:, :, None]).flatten(1)  # (S, K*V)
         keep = max(2, 1 + len(self.end)) * self.beams
@@ -272,33 +266,48 @@ class Search:
         going = {"texts": take(texts, order), "token": take(tokens, order), "logprobs": take(logprobs, order)}
         going |= {"scores": take(running, order), "mask": take(state["mask"], take(parents, order))}
 
-        # the texts that ended, if they are among the best K
-        stops[:, self.beams :] = False
-        final = scores / self.penalties[length + 1]
-        full = state["is_found"].all(1, keepdim=True) & (config.early_stopping is True)
+        state = {**state, **going, "length": state["length"] + 1}
+        stops[:, self.beams :] = False  # a text counts as ended if it is among the best K
+        state |= self.add_found(state, texts, scores, logprobs, stops)  # without any, too: it reorders those that tie
+
+        config, improvable = self.settings.config, state["improvable"]
+        reached = self.penalties[length + 1]  # (S, 1)
+        if config.early_stopping == "never" and config.length_penalty > 0:
+            reached = self.penalties[-1]
+        best = state["scores"][:, :1] / reached
+        worst = torch.where(state["is_found"], state["found_scores"].amin(1, keepdim=True), FAR)
+        state["improvable"] = improvable & (best > worst).any(1, keepdim=True)
+        over = ~state["improvable"][:, 0] | (state["length"] >= self.max_length)
+        state["ended"] = over | (state["is_found"].all(1) & (config.early_stopping is True))
+        return state
+
+    def add_found(
+        self, state: State, texts: torch.Tensor, scores: torch.Tensor, logprobs: torch.Tensor, stops: torch.Tensor
+    ) -> State:
+        """Add the candidates (S, k) that ended to the best K texts that were found.
+
+        Args:
+            state: the images at work.
+            texts: the candidates (S, k, T).
+            scores: their scores (S, k).
+            logprobs: their log-probabilities (S, k).
+            stops: whether they ended (S, k).
+        """
+        length = state["length"][:, None]  # (S, 1), with the new token
+        final = scores / self.penalties[length]
+        full = state["is_found"].all(1, keepdim=True) & (self.settings.config.early_stopping is True)
         final += full.to(torch.float32) * FAR
         final += (~state["improvable"]).to(torch.float32) * FAR
         final += (~stops) * FAR
         merged = torch.cat([state["found_scores"], final], 1)
         order = merged.topk(self.beams)[1]  # (S, K)
-        found = {
+        return {
             "found": take(torch.cat([state["found"], texts], 1), order),
             "found_scores": take(merged, order),
             "found_logprobs": take(torch.cat([state["found_logprobs"], logprobs], 1), order),
-            "found_lengths": take(torch.cat([state["found_lengths"], (length + 1).expand(-1, keep)], 1), order),
+            "found_lengths": take(torch.cat([state["found_lengths"], length.expand(-1, scores.shape[1])], 1), order),
             "is_found": take(torch.cat([state["is_found"], stops], 1), order),
         }
-        state = {**state, **going, **found, "length": state["length"] + 1}
-
-        # whether the search goes on
-        reached = self.penalties[-1] if config.early_stopping == "never" and config.length_penalty > 0 else None
-        reached = self.penalties[length + 1] if reached is None else reached
-        best = state["scores"][:, :1] / reached
-        worst = torch.where(state["is_found"], state["found_scores"].amin(1, keepdim=True), FAR)
-        state["improvable"] = state["improvable"] & (best > worst).any(1, keepdim=True)
-        over = ~state["improvable"][:, 0] | (state["length"] >= self.max_length)
-        state["ended"] = over | (state["is_found"].all(1) & (config.early_stopping is True))
-        return state
 
     def release(self) -> Iterator[Found]:
         """Yield what was found for the images whose search has ended, and free their slots."""
@@ -315,7 +324,7 @@ class Search:
         index = torch.arange(count)
         index[free] = torch.tensor(movers, dtype=torch.long)
         self.state = {name: values[index.to(values.device)] for name, values in state.items()}
-        if free and self.cache is not None:
+        if free:
             device = state["token"].device
             self.cache.move(torch.tensor(movers, device=device), torch.tensor(free, device=device))
         self.working = count

@@ -14,6 +14,9 @@ import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of every layer."""
+
 
 class SlotLayer(CacheLayerMixin):
     """The keys and values of one layer, (S, H, C, d), of which a step uses the first slots and columns.
@@ -27,9 +30,8 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: int, columns: int):
         super().__init__()
-        # zeros, because a column that the mask hides must still hold a number
-        self.keys = keys.new_zeros(slots, keys.shape[1], columns, keys.shape[3])
-        self.values = values.new_zeros(slots, values.shape[1], columns, values.shape[3])
+        self.keys = keys.new_empty(slots, keys.shape[1], columns, keys.shape[3])
+        self.values = values.new_empty(slots, values.shape[1], columns, values.shape[3])
         self.is_initialized = True
         self.slots, self.start, self.used = slots, 0, columns
 
@@ -66,27 +68,34 @@ class SlotCache:
     """The caches of all layers.
 
     Args:
-        first: what the decoder returned for prefix and prompt of some images.
+        own: keys and values of the text, of every layer, as `SlotLayer` takes them.
+        cross: keys and values of the image that the layers attend to, if any (B, H, P, d).
+        first_columns: columns that prefix and prompt take.
         slots: slots S.
         steps: steps after which columns are written over; no image stays longer.
         beams: beams K.
     """
 
-    def __init__(self, first: Cache, slots: int, steps: int, beams: int):
+    def __init__(self, own: Pairs, cross: Pairs, first_columns: int, slots: int, steps: int, beams: int):
         self.beams, self.steps, self.step = beams, max(steps, 1), 0
-        own, cross = split_cache(first)
-        self.first_columns = own[0].keys.shape[2]
-        self.columns = self.first_columns + beams * self.steps
-        self.own = [SlotLayer(layer.keys, layer.values, slots, self.columns) for layer in own]
-        self.cross = [SlotLayer(layer.keys, layer.values, slots, layer.keys.shape[2]) for layer in cross]
+        self.first_columns = self.used = first_columns
+        self.columns = first_columns + beams * self.steps
+        self.own = [SlotLayer(keys, values, slots, self.columns) for keys, values in own]
+        self.cross = [SlotLayer(keys, values, slots, keys.shape[2]) for keys, values in cross]
 
     def put(self, cache: Cache, slot: int) -> None:
         """Copy what the decoder returned for prefix and prompt of some images into as many slots, from `slot` on."""
         for layers, others in zip((self.own, self.cross), split_cache(cache), strict=True):
-            for layer, other in zip(layers, others, strict=True):
-                count, _, columns, _ = other.keys.shape
-                layer.keys[slot : slot + count, :, :columns] = other.keys
-                layer.values[slot : slot + count, :, :columns] = other.values
+            for layer, (keys, values) in zip(layers, others, strict=True):
+                count, _, columns, _ = keys.shape
+                layer.keys[slot : slot + count, :, :columns] = keys
+                layer.values[slot : slot + count, :, :columns] = values
+
+    def clear(self, slot: int, count: int) -> None:
+        """Write zeros where slots of new images have no token yet: what the mask hides must still be a number."""
+        for layer in self.own:
+            layer.keys[slot : slot + count, :, self.first_columns : self.used] = 0
+            layer.values[slot : slot + count, :, self.first_columns : self.used] = 0
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy slots onto others."""
@@ -94,33 +103,34 @@ class SlotCache:
             layer.keys[targets] = layer.keys[sources]
             layer.values[targets] = layer.values[sources]
 
-    def next_step(self, slots: int) -> tuple[Cache, int, int]:
-        """Start a step of the first `slots` slots.
-
-        Returns:
-            The cache as the decoder takes it, the first of the K new columns, and how many columns are in use.
-        """
+    def next_step(self, slots: int) -> tuple[int, int]:
+        """Start a step of the first `slots` slots; return the first of K new columns, and how many are in use."""
         start = self.first_columns + self.beams * (self.step % self.steps)
         self.step += 1
-        used = min(self.first_columns + self.beams * self.step, self.columns)
+        self.used = min(self.first_columns + self.beams * self.step, self.columns)
         for layer in self.own:
-            layer.slots, layer.start, layer.used = slots, start, used
+            layer.slots, layer.start, layer.used = slots, start, self.used
+        return start, self.used
+
+    def as_cache(self, slots: int) -> Cache:
+        """Return the first `slots` slots as the decoder takes them."""
         cache = Cache(layers=list(self.own))
-        if self.cross:
-            fixed = []
-            for layer in self.cross:
-                fixed.append(FixedLayer())
-                fixed[-1].keys, fixed[-1].values = layer.keys[:slots], layer.values[:slots]
-                fixed[-1].is_initialized = True
-            cache = EncoderDecoderCache(cache, Cache(layers=fixed))
-        return cache, start, used
+        if not self.cross:
+            return cache
+        fixed = []
+        for layer in self.cross:
+            fixed.append(FixedLayer())
+            fixed[-1].keys, fixed[-1].values = layer.keys[:slots], layer.values[:slots]
+            fixed[-1].is_initialized = True
+        return EncoderDecoderCache(cache, Cache(layers=fixed))
 
 
-def split_cache(cache: Cache) -> tuple[list[Any], list[Any]]:
-    """Return the layers of a decoder's cache: of the text, and of the image that its layers attend to, if any."""
-    if isinstance(cache, EncoderDecoderCache):
-        return cache.self_attention_cache.layers, cache.cross_attention_cache.layers
-    return cache.layers, []
+def split_cache(cache: Cache) -> tuple[Pairs, Pairs]:
+    """Return keys and values of a decoder's cache: of the text, and of the image that layers attend to, if any."""
+    crossed = isinstance(cache, EncoderDecoderCache)
+    own = cache.self_attention_cache.layers if crossed else cache.layers
+    cross = cache.cross_attention_cache.layers if crossed else []
+    return [(layer.keys, layer.values) for layer in own], [(layer.keys, layer.values) for layer in cross]
 
 
 def grows_plainly(config: Any) -> bool:

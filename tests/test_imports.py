@@ -23,6 +23,7 @@ ROOMS = [
     "modeling",
     "text_decoder generation",
     "search",
+    "decoder_steps gpt2_steps",
     "fusion slot_cache",
     "processing",
     "labels",
