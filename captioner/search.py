@@ -27,8 +27,8 @@ from captioner.slot_cache import SlotCache
 FAR = -1.0e9
 """Score of what is not to be chosen, as in transformers."""
 
-ROWS = {"cpu": 48}
-"""Texts that a step continues, by device; more than that no longer makes a token cheaper. `GPU_ROWS` for the others."""
+ROWS = {"cpu": 192}
+"""Texts that a step continues, by device. On a CPU more make a token no cheaper; `GPU_ROWS` for other devices."""
 
 GPU_ROWS = 1024
 
@@ -139,7 +139,7 @@ class Search:
         self.batches = iter(batches)
         more = True
         while more or self.working:
-            # a pass for a single image costs nearly as much as for several, so wait for a few free slots
+            # a pass for a single image costs nearly as much as for several, so wait until a quarter is free
             while more and self.slots - self.working >= max(1, self.slots // 4):
                 more = self.admit()
                 yield from self.release()
@@ -162,7 +162,7 @@ class Search:
         if mask.all():
             inputs["attention_mask"] = None
         logits = self.steps.read_prompt(inputs, positions, self.working)  # (B, 1, V)
-        self.cache.clear(self.working, len(mask))
+        self.cache.prepare(self.working, len(mask))
         new = self.new_state(batch, mask, positions[:, -1] + 1)
         new = self.select(new, logits.float().expand(-1, self.beams, -1))
         self.state = {name: torch.cat([self.state[name], new[name]]) for name in new} if self.working else new

@@ -91,9 +91,11 @@ class SlotCache:
                 layer.keys[slot : slot + count, :, :columns] = keys
                 layer.values[slot : slot + count, :, :columns] = values
 
-    def clear(self, slot: int, count: int) -> None:
-        """Write zeros where slots of new images have no token yet: what the mask hides must still be a number."""
-        for layer in self.own:
+    def prepare(self, slot: int, count: int) -> None:
+        """Prepare the columns of slots of new images, from `slot` on, in which no token stands yet."""
+        if slot == 0:  # no other image is at work, so that the columns in use can be few again
+            self.step, self.used = 0, self.first_columns
+        for layer in self.own:  # what the mask hides must still be a number
             layer.keys[slot : slot + count, :, self.first_columns : self.used] = 0
             layer.values[slot : slot + count, :, self.first_columns : self.used] = 0
 
