@@ -9,9 +9,11 @@ Other programs slow both sides, so the ratios count, and of the times the least.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 import tyro
@@ -36,7 +38,7 @@ class Settings:
     """Turns."""
 
 
-def measure(ways: dict[str, Callable[[], object]], settings: Settings) -> None:
+def measure(ways: Mapping[str, Callable[[], object]], settings: Settings) -> None:
     """Print a line for each way: milliseconds an image, and how many times as fast as the first."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(settings.repeats + 1):
@@ -69,7 +71,7 @@ def main() -> None:
     pixels = torch.randn(settings.batch, *loaded.processor.image["input_size"])
     if len(settings.images) >= settings.batch:
         pixels = torch.stack([loaded.processor.pixels(image) for image in settings.images[: settings.batch]])
-    prompts = loaded.processor.prompts(settings.batch)
+    prompts: dict[str, Any] = {**loaded.processor.prompts(settings.batch)}
     tokens = model.encode(pixels)
     forms = {"encoder": encoder} | {
         f"encoder for inference, {dtype}": encoder.optimize_for_inference(dtype)
@@ -77,15 +79,19 @@ def main() -> None:
     }
     for threads in settings.threads:
         torch.set_num_threads(threads)
-        print(f"\n{threads} threads, ms per image at batch {settings.batch}: least, median; ratios: median, of the least")
-        measure({name: lambda form=form: form.encode(pixels) for name, form in forms.items()}, settings)
+        print(f"\n{threads} threads, batch {settings.batch}")
+        print(f"{'ms per image: least, median':>50}{'speed-up: median, of the least':>34}")
+        measure({name: partial(form.encode, pixels) for name, form in forms.items()}, settings)
         for beams in (1, 3, 5):
 
             def ours(beams: int = beams) -> torch.Tensor:
                 return model.generate(image_tokens=tokens, num_beams=beams, **prompts)
 
             assert torch.equal(ours(), by_transformers(ours)), "the tokens differ"
-            ways = {f"transformers, {beams} beams": lambda: by_transformers(ours), f"our search, {beams} beams": ours}
+            ways: dict[str, Callable[[], object]] = {
+                f"transformers, {beams} beams": partial(by_transformers, ours),
+                f"our search, {beams} beams": ours,
+            }
             measure(ways, settings)
 
 

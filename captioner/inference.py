@@ -74,7 +74,7 @@ class Captioner:
     ):
         self.device = pick_device(device)
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
-        self.model: CaptionerModel = model.to(self.device, dtype).eval()  # type: ignore[arg-type]
+        self.model: CaptionerModel = model.to(self.device, dtype).eval()
         # a copy for speed alone: the model stays as it was loaded
         self.encoder = self.model.encoder
         if self.device.type == "cpu":
@@ -144,10 +144,10 @@ class Captioner:
             size = self.model.config.grid if grid is None else grid
             tokens = self.encoder.encode(pixel_values.to(self.device), size)
             prompts = self.processor.prompts(len(tokens), self.device)
+            options: dict[str, Any] = {**prompts, **generation}
             if not logprob:
-                captions = self.processor.captions(self.model.generate(image_tokens=tokens, **prompts, **generation))
+                captions = self.processor.captions(self.model.generate(image_tokens=tokens, **options))
                 return captions, [None] * len(captions)
-            options = {**prompts, **generation}
             sequences, logprobs = self.model.generate_with_log_probability(tokens, **options)
             return self.processor.captions(sequences), [round(value, 4) for value in logprobs.tolist()]
 

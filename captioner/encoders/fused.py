@@ -39,7 +39,7 @@ class FusedConv(nn.Module):
         self.register_buffer("weight", (conv.weight * scale[:, None, None, None]).detach())
         self.register_buffer("bias", bias.detach())
         self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
-        self.padding = None if isinstance(conv, Conv2dSame) else list(conv.padding)  # type: ignore[arg-type]
+        self.padding = None if isinstance(conv, Conv2dSame) else list(conv.padding)
         act = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
         self.attr, self.scalars = ACTIVATIONS.get(type(act), ("none", []))
         self.act = nn.Identity() if type(act) in ACTIVATIONS else act
@@ -59,7 +59,7 @@ class FusedConv(nn.Module):
         """Lay out the weights for an input like x (B, C, H, W); return them and the padding."""
         weight, padding = self.weight, self.padding
         if padding is None:
-            padding, margins = [], []
+            padding, margins = list[int](), list[int]()
             for size, kernel, stride, dilation in zip(
                 x.shape[2:], weight.shape[2:], self.stride, self.dilation, strict=True
             ):
@@ -108,17 +108,17 @@ def follow(network: nn.Module, example: torch.Tensor) -> list[tuple[nn.Conv2d, n
     calls: dict[int, int] = {}
 
     def convolved(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        outputs[id(output)] = (module, output)  # type: ignore[assignment]  # held, so that no other takes its id
+        outputs[id(output)] = (module, output)  # held, so that no other takes its id
         calls[id(module)] = calls.get(id(module), 0) + 1
 
     def normed(module: nn.Module, args: tuple) -> None:
         calls[id(module)] = calls.get(id(module), 0) + 1
         if id(args[0]) in outputs:
-            pairs.append((outputs[id(args[0])][0], module))  # type: ignore[arg-type]
+            pairs.append((outputs[id(args[0])][0], module))
 
     hooks = []
     for module in network.modules():
-        if type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros":
+        if type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros" and module.padding != "same":
             hooks.append(module.register_forward_hook(convolved))
         elif type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.running_mean is not None:
             hooks.append(module.register_forward_pre_hook(normed))
