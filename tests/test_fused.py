@@ -118,6 +118,7 @@ def test_what_cannot_be_folded_stays():
         nn.Sequential(conv, nn.BatchNorm2d(4, track_running_stats=False)),
         nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), norm),
         nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), norm),
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding="valid"), norm),
         nn.Sequential(nn.Linear(8, 8)),
     ):
         assert fuse_convolutions(network.eval(), x) is network

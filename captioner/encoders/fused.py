@@ -118,7 +118,7 @@ def follow(network: nn.Module, example: torch.Tensor) -> list[tuple[nn.Conv2d, n
 
     hooks = []
     for module in network.modules():
-        if type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros" and module.padding != "same":
+        if type(module) in (nn.Conv2d, Conv2dSame) and (module.padding_mode, type(module.padding)) == ("zeros", tuple):
             hooks.append(module.register_forward_hook(convolved))
         elif type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.running_mean is not None:
             hooks.append(module.register_forward_pre_hook(normed))
