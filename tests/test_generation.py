@@ -6,6 +6,8 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
@@ -155,9 +157,40 @@ def test_log_probabilities_are_those_of_a_second_pass(name, setting, build, monk
     torch.testing.assert_close(logprobs, second(texts, repeated), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2, cross-attention", "llama"])
+def test_several_texts_of_an_image_come_best_first(name, penalty, build):
+    model, count = build(name), 4
+    settings = {"num_beams": count, "num_return_sequences": count, "length_penalty": penalty, "max_new_tokens": 9}
+    texts, logprobs = model.generate_with_log_probability(3 * torch.randn(5, 5, 32), **settings)
+    assert texts.shape[0] == logprobs.shape[0] == 5 * count
+    lengths = torch.tensor([row.index(2) + 1 if 2 in row else len(row) for row in texts[:, 1:].tolist()])
+    scores = (logprobs / lengths**penalty).view(5, count)
+    assert (scores.diff(dim=1) <= 1e-4).all()
+    assert len({tuple(text) for text in texts[:count].tolist()}) == count
+
+
+class Forbid(LogitsProcessor):
+    """Forbid a token."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([12]), -torch.inf)
+
+
+def test_logits_processors_of_a_call_are_applied(build, run):
+    model = build()
+    plain = run(model, num_beams=1)[0]
+    assert (plain == 12).any()
+    got, expected, used = run(model, num_beams=1, do_sample=False, logits_processor=LogitsProcessorList([Forbid()]))
+    assert not used
+    assert torch.equal(got, expected)
+    assert not (got == 12).any()
+
+
 def test_what_only_transformers_does_is_left_to_it(build, run):
     model = build()
     others = [{"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}]
+    others += [{"prefix_allowed_tokens_fn": lambda number, text: [4, 5, 6]}, {"sequence_bias": {(5,): 2.0}}]
     others += [{"use_cache": False}, {"forced_eos_token_id": 2}, {"renormalize_logits": True, "num_beams": 2}]
     for settings in others:
         torch.manual_seed(0)
