@@ -1,4 +1,4 @@
-"""Greedy and beam search over images: the captions of transformers' `generate` in less than half of the time.
+"""Greedy and beam search over images: the captions of transformers' `generate`, 3 beams in half of the time.
 
 What differs: the decoder reads the prefix of an image once for all beams, and `slot_cache.py` stores it once. An image
 leaves as soon as its search ends, and the next one takes its slot. The log-probability of a caption is summed up during
