@@ -14,74 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import can_return_tuple
 
+from captioner.configuration import CaptionerConfig
 from captioner.encoders import rebuild_encoder, unsaved_buffers
-from captioner.errors import SettingError
 from captioner.fusion import FUSIONS, Fusion
-from captioner.generation import check_room, merge_settings
-from captioner.grids import Grid, parse_grid
+from captioner.generation import generate_texts
+from captioner.grids import Grid
 from captioner.labels import count_targets, label_generated, next_labels, split_targets, token_loss
 from captioner.text_decoder import TextDecoder
-
-
-class CaptionerConfig(PretrainedConfig):
-    """Configuration of a `CaptionerModel`.
-
-    Args:
-        encoder_config: `{"name": timm name, "kwargs": {...}}`, the arguments of `create_encoder`.
-        text_config: configuration of any causal language model, as an object or a dict with `model_type`.
-        fusion: how the decoder reads the image, a key of `FUSIONS`.
-        grid: compressed grid (rows, columns) of the image tokens; `None` for the encoder's default.
-        blind: whether the image tokens are zeroed. Such a model is the image-blind baseline: its scores show how much
-            the captions of a training set teach without images.
-
-    Raises:
-        SettingError: there is no such fusion, or the decoder does not support it.
-    """
-
-    model_type = "captioner"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - transformers declares it so
-
-    def __init__(
-        self,
-        encoder_config: dict | None = None,
-        text_config: PretrainedConfig | dict | None = None,
-        fusion: str = "prefix",
-        grid: Grid | None = None,
-        blind: bool = False,
-        **kwargs: Any,
-    ):
-        if fusion not in FUSIONS:
-            raise SettingError(f"there is no fusion '{fusion}'; there are {', '.join(FUSIONS)}", "fusion")
-        self.encoder_config = encoder_config or {"name": "lookupvit_small_patch16_224", "kwargs": {}}
-        if text_config is None:
-            text_config = {"model_type": "gpt2"}
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        FUSIONS[fusion].configure(text_config)
-        self.text_config: PretrainedConfig = text_config
-        self.fusion, self.blind = fusion, blind
-        self.grid = parse_grid(grid)
-        super().__init__(**kwargs)
-
-    @property
-    def hidden_size(self) -> int:
-        """Decoder width E."""
-        return self.text_config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """Decoder vocabulary V."""
-        return self.text_config.vocab_size
 
 
 class Projector(nn.Module):
@@ -306,23 +253,40 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             ValueError: there is no image, prompts and images do not match, or the decoder has no room for the text.
         """
         prefix = self.prefix(pixel_values, image_tokens, grid)
-        if input_ids is None:
-            input_ids = self.start_ids(len(prefix))
-        if len(input_ids) != len(prefix):
-            raise ValueError(f"{len(input_ids)} prompts for {len(prefix)} images; give one for each")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        settings = merge_settings(self.generation_config, generation_config, kwargs, input_ids.shape[1])
-        check_room(self.fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
-        inputs = self.fusion.arrange(prefix, input_ids, attention_mask)
-        return self.decoder.generate(**{"input_ids": input_ids, **inputs, **settings})
+        settings = (self.generation_config, generation_config, kwargs)
+        return generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings)[0]
 
-    def start_ids(self, count: int) -> torch.Tensor:
-        """Return the start token for each of `count` texts that have no prompt, (count, 1)."""
-        start = self.generation_config.bos_token_id
-        if start is None:
-            raise ValueError("no text: give input_ids, because generation_config has no bos_token_id to start with")
-        return torch.full((count, 1), start, device=self.device)
+    @torch.no_grad()
+    def generate_with_log_probability(
+        self,
+        image_tokens: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Continue a text about each image, as `generate` does, and return the log-probabilities, too.
+
+        Greedy and beam search sum them up during the search. After any other way to generate, such as sampling,
+        `log_probability` computes them in one more pass of the decoder.
+
+        Args:
+            image_tokens: encoded images (B, M, D).
+            input_ids: start token and prompt of each text (B, T0); the start token alone if absent.
+            attention_mask: 0 where a prompt is padded on its left (B, T0).
+            kwargs: settings of transformers' `generate`.
+
+        Returns:
+            Texts (B * num_return_sequences, T), those of an image in a row, best first in a beam search; and their
+            log-probabilities (B * num_return_sequences,), float32.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        prefix, settings = self.prefix(None, image_tokens), (self.generation_config, None, kwargs)
+        texts, logprobs = generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings, logprob=True)
+        if logprobs is None:
+            logprobs = self.log_probability(texts, image_tokens, input_ids, attention_mask)
+        return texts, logprobs
 
     @torch.no_grad()
     def log_probability(

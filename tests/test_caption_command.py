@@ -306,13 +306,13 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(saved_model, images, 
 def test_log_probabilities_are_computed_where_they_are_shown_alone(saved_model, images, tmp_path, monkeypatch):
     from captioner import CaptionerModel
 
-    computed, compute = [], CaptionerModel.log_probability
+    computed, compute = [], CaptionerModel.generate_with_log_probability
 
     def count(self, *args, **kwargs):
         computed.append(1)
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(CaptionerModel, "log_probability", count)
+    monkeypatch.setattr(CaptionerModel, "generate_with_log_probability", count)
     assert run("caption", images, "--model", saved_model, "--output", tmp_path / "out.txt") == 0
     assert run("caption", images, "--model", saved_model) == 0
     assert not computed

@@ -21,7 +21,7 @@ ROOMS = [
     "inference",
     "data",
     "modeling",
-    "text_decoder generation",
+    "configuration text_decoder generation",
     "fusion",
     "processing",
     "labels",

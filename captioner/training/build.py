@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from captioner.configuration import CaptionerConfig
 from captioner.data.encoding import token_shapes
 from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
 from captioner.errors import SettingError, first_line
@@ -24,7 +25,7 @@ from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
 from captioner.hub import hub_options
 from captioner.inference import check_complete, load
-from captioner.modeling import CaptionerConfig, CaptionerModel
+from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.training.config import ModelConfig, TrainConfig
 from captioner.training.lora import tune
