@@ -19,6 +19,7 @@ ROOMS = [
     "metrics",
     "transformers_auto",
     "inference",
+    "search",
     "data",
     "modeling",
     "text_decoder generation",

@@ -51,6 +51,8 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         value = value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype)
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        numbers = value.flatten().clone(memory_format=torch.contiguous_format)  # an expanded tensor has no bytes to view
+        numbers = value.flatten().clone(
+            memory_format=torch.contiguous_format
+        )  # an expanded tensor has no bytes to view
         digest.update(numbers.view(torch.uint8).numpy().data)
     return digest.hexdigest()
