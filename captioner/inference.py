@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging as transformers_logging
 
+from captioner.data.caption_formats import LOW_CONFIDENCE
 from captioner.data.open_ahead import open_ahead
 from captioner.encoders.shipped import SHIPPED, WEIGHTS
 from captioner.errors import SettingError
@@ -25,9 +26,6 @@ from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 from captioner.runs.digests import digest_json, digest_tensors
 from captioner.search import Candidate, Search, check_count, describe_search, make_search
-
-LOW_CONFIDENCE = "below the least confidence"
-"""Reason of an image whose best caption is withheld."""
 
 
 @dataclass
@@ -142,7 +140,10 @@ class Captioner:
                 found = self.search(pixel_values, keys, search, grid, logprob or search.min_confidence > 0)
                 for (result, _, _), candidates in zip(good, found, strict=True):
                     result.fill(candidates, search, logprob)
-            yield from (result for result, *_ in batch)
+            for result, *_ in batch:
+                if search.captions > 1 and result.candidates is None:
+                    result.candidates = []
+                yield result
 
     def open(self, numbered: tuple[int, ImageSource]) -> tuple[Caption, str, torch.Tensor | None]:
         """Open an image, given with its number in a stream.

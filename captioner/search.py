@@ -272,12 +272,12 @@ def describe_search(search: Search, model: CaptionerModel) -> dict[str, Any]:
     """Return what decides about the captions beside the model and the grid, in a form that JSON can hold."""
     settings = search.resolve(model)
     sampling = bool(settings.get("do_sample"))
-    drop = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample"} | (set() if sampling else set(WARPERS))
-    described = {name: value for name, value in sorted(settings.items()) if name not in drop and value is not None}
-    described |= {"captions": search.captions, "prompt": search.prompt.strip()}
-    described |= {"min_confidence": search.min_confidence, "sample": sampling}
+    described: dict[str, Any] = {"captions": search.captions, "sample": sampling, "prompt": search.prompt.strip()}
+    described["min_confidence"] = search.min_confidence
     if sampling:
         described["seed"] = search.seed
+    drop = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample"} | (set() if sampling else set(WARPERS))
+    described |= {name: value for name, value in sorted(settings.items()) if name not in drop and value is not None}
     return {name: value if is_plain(value) else repr(value) for name, value in described.items()}
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from captioner.data.path_filter import EXCLUDED, PathFilter
 from captioner.images.names import escape_name
 from captioner.images.opening import SUFFIXES, UNREAD
 
@@ -19,6 +20,9 @@ SIDECAR_FOLDERS = frozenset(
 
 
 HIDDEN = "hidden"
+
+READABLE = frozenset(("image", *UNREAD.values()))
+"""Kinds of files that patterns choose among."""
 
 KINDS = 8
 """Kinds of files that are named in one line; others are only counted."""
@@ -48,12 +52,16 @@ class FolderImages:
         return ", ".join(parts)
 
 
-def search_folder(root: Path) -> FolderImages:
+def search_folder(root: Path, wanted: PathFilter | None = None) -> FolderImages:
     """Find the images in a folder and the folders within it, by their file endings.
 
     Hidden files and folders (`.git`, `.cache`) are left out and counted; what operating systems leave in folders is
     not even counted. Links to folders are followed, and every folder is searched once, by the name that needs no link
     where there is one, so that links in a circle end.
+
+    Args:
+        root: the folder.
+        wanted: chooses among the images; the others are counted.
     """
     found = FolderImages(root)
     seen: set[tuple[int, int]] = set()
@@ -77,6 +85,8 @@ def search_folder(root: Path) -> FolderImages:
                 folders.append(path)
             elif kind == "link":
                 links.append(path)
+            elif kind in READABLE and wanted is not None and not wanted(path.relative_to(root).as_posix()):
+                found.others[EXCLUDED] += 1
             elif kind == "image":
                 found.files.append(path)
             elif kind in UNREAD.values():

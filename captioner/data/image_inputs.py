@@ -12,6 +12,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from captioner.data.image_files import search_folder
+from captioner.data.path_filter import EXCLUDED, PathFilter
 from captioner.images.names import escape_name
 from captioner.images.opening import MAX_BYTES, SUFFIXES, UNREAD, ignore_pillow_warnings, supported
 
@@ -40,12 +41,15 @@ class FoundImages:
         self.images += [(path, path) for path in paths]
 
 
-def find_images(inputs: Sequence[str], standard_input: BinaryIO | None = None) -> FoundImages:
+def find_images(
+    inputs: Sequence[str], standard_input: BinaryIO | None = None, wanted: PathFilter | None = None
+) -> FoundImages:
     """Resolve inputs to images, in the order given; images of a folder are sorted.
 
     Args:
         inputs: files, folders, glob patterns, and `-` for standard input.
         standard_input: an image, or a list of paths: one a line, or each ended by a zero byte as `find -print0` does.
+        wanted: chooses among the files of folders and those that patterns match; files that are named are all taken.
     """
     found = FoundImages()
     for item in inputs:
@@ -53,9 +57,9 @@ def find_images(inputs: Sequence[str], standard_input: BinaryIO | None = None) -
         if item == STANDARD_INPUT:
             add_standard_input(found, standard_input)
         elif os.path.isdir(item):  # unlike pathlib's, takes what cannot be reached for no folder
-            add_folder(found, item)
+            add_folder(found, item, wanted)
         elif glob.has_magic(item) and not os.path.lexists(item):
-            add_pattern(found, item)
+            add_pattern(found, item, wanted)
         elif item.endswith(os.sep) and not os.path.lexists(item.rstrip(os.sep)):
             found.problems.append(f"there is no folder '{name}'")
         elif not os.path.lexists(item) and path.suffix.lower() not in SUFFIXES | UNREAD.keys():
@@ -65,9 +69,9 @@ def find_images(inputs: Sequence[str], standard_input: BinaryIO | None = None) -
     return found
 
 
-def add_folder(found: FoundImages, name: str) -> None:
+def add_folder(found: FoundImages, name: str, wanted: PathFilter | None) -> None:
     """Add the images of a folder and the folders within it."""
-    folder = search_folder(Path(name))
+    folder = search_folder(Path(name), wanted)
     left_out, name = folder.left_out(), escape_name(name)
     found.add_paths(sorted(map(str, folder.files)))
     found.problems += folder.unreadable
@@ -78,16 +82,21 @@ def add_folder(found: FoundImages, name: str) -> None:
         said.append(f"left out in the folder '{name}': {left_out}")
 
 
-def add_pattern(found: FoundImages, pattern: str) -> None:
+def add_pattern(found: FoundImages, pattern: str, wanted: PathFilter | None) -> None:
     """Add the files that match a pattern; a folder that matches is searched, unless `**` goes into folders itself."""
-    matches = sorted(glob.glob(pattern, recursive=True))
+    matches, excluded = sorted(glob.glob(pattern, recursive=True)), 0
     if not matches:
         found.problems.append(f"no file matches '{escape_name(pattern)}'")
     for match in matches:
-        if not os.path.isdir(match):
+        if os.path.isdir(match):
+            if "**" not in pattern:
+                add_folder(found, match, wanted)
+        elif wanted is None or wanted(Path(match).as_posix()):
             found.add_paths([match])
-        elif "**" not in pattern:
-            add_folder(found, match)
+        else:
+            excluded += 1
+    if excluded:
+        found.notes.append(f"left out of '{escape_name(pattern)}': {excluded} {EXCLUDED}")
 
 
 def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
