@@ -42,11 +42,19 @@ class Caption:
     """The error without the image's name, in a few words, by which errors can be counted."""
     candidates: list[Candidate] | None = None
     """All captions of the image, best first, where several were asked for; the first of them is `caption`."""
+    confidence: float | None = None
+    """Confidence of the caption (see `Candidate`); `None` where the log-probability is."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return path, caption, logprob and error, in this order, and `captions` where several were asked for."""
         row = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
         return row if self.candidates is None else row | {"captions": [asdict(one) for one in self.candidates]}
+
+    def best_first(self) -> list[Candidate]:
+        """Return all captions of the image, one or several."""
+        if self.candidates is not None:
+            return self.candidates
+        return [] if self.caption is None else [Candidate(self.caption, self.logprob, self.confidence)]
 
     def fill(self, candidates: list[Candidate], search: Search, logprob: bool) -> None:
         """Take the captions that a search has found; those below its least confidence are withheld.
@@ -64,9 +72,10 @@ class Caption:
                 f"{quote_name(self.path)} gets no caption: the confidence is {best:.4f}, below {search.min_confidence}"
             )
         else:
-            self.caption, self.logprob = sure[0].caption, sure[0].logprob if logprob else None
+            sure = sure if logprob else [Candidate(one.caption) for one in sure]
+            self.caption, self.logprob, self.confidence = sure[0].caption, sure[0].logprob, sure[0].confidence
         if search.captions > 1:
-            self.candidates = sure if logprob else [Candidate(one.caption) for one in sure]
+            self.candidates = sure
 
 
 class Captioner:
@@ -86,7 +95,7 @@ class Captioner:
     ):
         self.device, self.name = pick_device(device), name
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
-        self.model: CaptionerModel = model.to(self.device, dtype).eval()  # type: ignore[arg-type]
+        self.model: CaptionerModel = model.to(self.device, dtype).eval()
         self.processor = processor
         self._lock = threading.Lock()  # decoders and fast tokenizers may keep state while they run
 

@@ -13,6 +13,7 @@ ROOMS = [
     "options",
     "commands",
     "recipes",
+    "serving",
     "training pretraining",
     "evaluation",
     "report",

@@ -59,7 +59,9 @@ class CaptionFiles:
             SettingError: caption files exist, and are neither left nor replaced.
         """
         owners: dict[str, str] = {}
-        kept, problems, exist = [], [], set()
+        kept: list[tuple[str, str | BinaryIO]] = []
+        problems: list[str] = []
+        exist: set[str] = set()
         for name, source in images:
             if not isinstance(source, str) or not Path(name).name:
                 problems.append(f"'{escape_name(name)}' is no file of its own and has no caption file beside it")
