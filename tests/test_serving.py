@@ -103,7 +103,7 @@ def test_one_image_that_cannot_be_used_does_not_spoil_the_others(client):
         ({"images": ["/etc/passwd"]}, 422, "cannot|not"),
         ({"images": ["file:///etc/passwd"]}, 422, "other URLs are not opened"),
         ({"images": ["http://localhost/a.png"]}, 422, "other URLs are not opened"),
-        ({"images": ["QQ=="] * 5}, 413, "4 images, not 5"),
+        ({"images": ["QQ=="] * 5}, 422, "4 images, not 5"),
         ({"images": ["QQ=="], "captions": 0}, 422, "captions"),
         ({"images": ["QQ=="], "captions": 3, "num_beams": 2}, 422, "as many beams"),
         ({"images": ["QQ=="], "seed": 2}, 422, "seed has no effect"),

@@ -40,7 +40,7 @@ class ServeConfig:
     max_upload_mib: float = 20.0
     """Size of a request in MiB, above which it is answered 413."""
     max_images: int = 16
-    """Images of a request, above which it is answered 413."""
+    """Images of a request, above which it is answered 422."""
     max_megapixels: float = 50.0
     """Size of an image in millions of pixels, above which it is refused."""
     timeout: float = 60.0

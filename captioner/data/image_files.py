@@ -7,7 +7,7 @@ from pathlib import Path
 
 from captioner.data.path_filter import EXCLUDED, PathFilter
 from captioner.images.names import escape_name
-from captioner.images.opening import SUFFIXES, UNREAD
+from captioner.images.opening import SUFFIXES, UNREAD, remedy
 
 SIDECARS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store", ".localized", "icon\r", ".picasa.ini"))
 """Files that operating systems and their image viewers leave in folders, in lower case; `._x.jpg` is one, too."""
@@ -43,8 +43,8 @@ class FolderImages:
     """Folders that could not be read, each with its reason."""
 
     def left_out(self) -> str:
-        """Say what was left out, by kind: `2 HEIC (not read: convert to JPEG or PNG), 1 .txt, 3 hidden`."""
-        parts = [f"{count} {kind} (not read: convert to JPEG or PNG)" for kind, count in sorted(self.unread.items())]
+        """Say what was left out, by kind: `2 SVG (not read: convert it to JPEG or PNG), 1 .txt`."""
+        parts = [f"{count} {kind} (not read: {remedy(kind)})" for kind, count in sorted(self.unread.items())]
         common = self.others.most_common(KINDS)
         parts += [f"{count} {kind}" for kind, count in common]
         if rest := self.others.total() - sum(count for _, count in common):

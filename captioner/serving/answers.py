@@ -42,9 +42,9 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     404: {"model": Failure, "description": "There is no such page or model."},
     405: {"model": Failure, "description": "The page takes other methods."},
     408: {"model": Failure, "description": "The request took too long."},
-    413: {"model": Failure, "description": "The request is too large, or has too many images."},
+    413: {"model": Failure, "description": "The request is too large."},
     415: {"model": Failure, "description": "The content type is not known here."},
-    422: {"model": Failure, "description": "An image cannot be used, or an option has a wrong value."},
+    422: {"model": Failure, "description": "No image can be used, there are too many, or an option has a wrong value."},
     503: {"model": Failure, "description": "The server is busy, or closes."},
 }
 """The answers of errors, as the API describes them."""

@@ -111,7 +111,7 @@ def add_chat(app: FastAPI, service: Service, name: str) -> None:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise refuse(415, "send application/json")
         try:
-            asked = ChatRequest.model_validate_json(await request.body())
+            asked = ChatRequest.model_validate_json(await request.body(), strict=True)
             upload, options = asked.image(), asked.options()
         except ValidationError as error:
             unreadable = error.errors()[0]["type"] == "json_invalid"

@@ -133,7 +133,7 @@ async def read_request(request: Request, limits: Limits) -> tuple[list[Upload], 
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
-            asked = CaptionRequest.model_validate_json(await request.body())
+            asked = CaptionRequest.model_validate_json(await request.body(), strict=True)
             check_count(len(asked.images), limits)
             data = [read_base64(text) for text in asked.images]
             return [Upload(f"image {number}", one) for number, one in enumerate(data, 1)], asked
@@ -176,4 +176,4 @@ def check_count(count: int, limits: Limits) -> None:
     if count == 0:
         raise refuse(422, "there are no images")
     if count > limits.images:
-        raise refuse(413, f"a request may have {limits.images} images, not {count}")
+        raise refuse(422, f"a request may have {limits.images} images, not {count}")
