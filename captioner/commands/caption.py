@@ -3,24 +3,29 @@
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 from tqdm import tqdm
 
 from captioner.data.caption_beside import CaptionFiles
 from captioner.data.caption_formats import LOW_CONFIDENCE, find_format
-from captioner.data.caption_output import check_maker, check_output, open_output, read_output
+from captioner.data.caption_metadata import Metadata
+from captioner.data.caption_output import Writer, check_maker, check_output, open_output, read_output
 from captioner.data.image_inputs import STANDARD_INPUT, FoundImages, find_images
 from captioner.data.path_filter import PathFilter
 from captioner.errors import SettingError, check_positive, check_shares
 from captioner.grids import parse_grid
-from captioner.images import ImageError
+from captioner.images import ImageError, ImageSource
 from captioner.images.names import escape_name
 from captioner.runs.progress import progress_bar
+
+if TYPE_CHECKING:
+    from captioner.inference import Caption
 
 Append = tyro.conf.UseAppendAction
 """One pattern for each `--include`, so that a folder that follows is not taken for a pattern."""
@@ -31,8 +36,8 @@ class CaptionConfig:
     """Caption images."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = ()
-    """Images, folders (searched through, hidden ones left out), glob patterns; `-` reads an image or a list of paths
-    from standard input: one a line, or each ended by a zero byte as `find -print0` does."""
+    """Images, folders (searched through, hidden ones left out), zip and tar archives, glob patterns; `-` reads an image
+    or a list of paths from standard input: one a line, or each ended by a zero byte as `find -print0` does."""
     include: Annotated[tuple[str, ...], Append] = ()
     """Pattern of the files to caption in folders, as in a `.gitignore`; may be given several times."""
     exclude: Annotated[tuple[str, ...], Append] = ()
@@ -42,6 +47,8 @@ class CaptionConfig:
     printed."""
     beside: str | None = None
     """Write a caption file beside each image, with this ending: `txt` writes `a.txt` for `a.jpg`."""
+    metadata: bool = False
+    """Write each caption into the image's own file, as XMP and IPTC description. Images that have one are left out."""
     prefix: str = ""
     """Text before each caption in files beside images."""
     suffix: str = ""
@@ -50,7 +57,7 @@ class CaptionConfig:
     """Continue an output that exists: images captioned in it are left out, those that failed are tried again. Another
     model, grid or search than it was made with is refused. Beside images: leave out those that have a caption file."""
     overwrite: bool = False
-    """Replace an output that exists, or the caption files beside images."""
+    """Replace an output that exists, the caption files beside images, or descriptions in them."""
     model: str | None = None
     """Folder or hub id of the captioner; `None` for the shipped one."""
     device: str | None = None
@@ -87,9 +94,11 @@ class CaptionConfig:
     def __post_init__(self):
         if self.resume and self.overwrite:
             raise SettingError("resume continues the output, overwrite replaces it: choose one")
-        if self.output is not None and self.beside is not None:
-            raise SettingError("captions are written to one output or beside the images: choose one")
-        if (self.resume or self.overwrite) and self.output is None and self.beside is None:
+        if (self.output is not None) + (self.beside is not None) + self.metadata > 1:
+            raise SettingError("captions are written to an output, beside the images or into them: choose one")
+        if self.metadata and self.captions > 1:
+            raise SettingError("an image holds one description, not several captions", "captions")
+        if (self.resume or self.overwrite) and self.output is None and self.beside is None and not self.metadata:
             raise SettingError("resume and overwrite are about the file that output names: name it")
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "captions", "temperature", "top_k", "top_p")
         check_shares(self, "min_confidence")
@@ -140,22 +149,22 @@ def caption_files(config: CaptionConfig) -> int:
         FileNotFoundError: no input holds an image.
         SettingError: the output cannot be written; what is in it stays.
     """
-    beside = None if config.beside is None else CaptionFiles(config.beside, config.prefix, config.suffix)
+    each = make_image_output(config)
     wanted = PathFilter(config.include, config.exclude) if config.include or config.exclude else None
     done, failed = set[str](), set[str]()
-    if beside is None:
+    if each is None:
         check_output(config.output, config.resume, config.overwrite)
     if config.resume and config.output is not None:
         done, failed = read_output(config.output)
     found = find_inputs(config, wanted)
-    if beside is not None:
-        found.images, problems, done = beside.plan(found.images, config.resume, config.overwrite)
+    if each is not None:
+        found.images, problems, done = each.plan(found.images)
         found.problems += problems
     for line in found.problems + found.notes:
         tell(line)
-    place = f"*{beside.ending} files beside them" if beside else escape_name(f"'{config.output}'")
     images = [(name, source) for name, source in found.images if name not in done]
-    if not images and beside is not None:
+    place = each.where if each is not None else f"'{escape_name(str(config.output))}'" if config.output else ""
+    if not images and each is not None:
         tell(f"all {len(found.images)} images are captioned in {place}")
         return len(found.problems)
     grid = parse_grid(config.grid)
@@ -168,33 +177,61 @@ def caption_files(config: CaptionConfig) -> int:
         if (done or failed) and not check_maker(config.output, made_by):
             tell(f"{place} does not say what made it; it is continued unchecked")
     results = captioner.stream(
-        (source for _, source in images),
+        (cast(ImageSource, source) for _, source in images),
         batch_size=config.batch_size,
         grid=grid,
-        logprob=beside is None and find_format(config.output).has_logprob,
+        logprob=each is None and find_format(config.output).has_logprob,
         workers=min(8, os.cpu_count() or 1) if config.workers is None else config.workers,
         **config.search(),
     )
-    reasons: Counter[str] = Counter()
-    output = nullcontext(beside) if beside else open_output(config.output, made_by, append=bool(done | failed))
+    named = zip((name for name, _ in images), progress_bar(results, total=len(images), unit="img"), strict=True)
+    output = nullcontext(each) if each is not None else open_output(config.output, made_by, append=bool(done | failed))
     with output as writer:
-        for (name, _), result in zip(images, progress_bar(results, total=len(images), unit="img"), strict=True):
-            result.path = name
-            if result.error is None or name not in failed:
-                try:
-                    writer.write(result.as_dict())
-                except ImageError as error:  # of the one file that is beside this image
-                    result.error, result.reason = str(error), error.kind
-            if result.error is not None:
-                reasons[result.reason or "unusable"] += 1
-            if result.error is not None and result.reason != LOW_CONFIDENCE:
-                tell(f"skipped: {result.error}")
+        reasons = write_results(named, writer, failed)
     if images:
-        place = "" if config.output is None and beside is None else place
         tell(summarize(len(images) - reasons.total(), config.captions, reasons, place, len(done)))
     else:
         tell(f"all {len(found.images)} images are captioned in {place}")
     return reasons.total() - reasons[LOW_CONFIDENCE] + len(found.problems)
+
+
+def make_image_output(config: CaptionConfig) -> CaptionFiles | Metadata | None:
+    """Return what writes captions image by image: beside the images or into them; `None` for one output.
+
+    Raises:
+        SettingError: an ending that is none, or a library that is not installed.
+    """
+    if config.beside is not None:
+        return CaptionFiles(config.beside, config.prefix, config.suffix, config.resume, config.overwrite)
+    return Metadata(config.overwrite) if config.metadata else None
+
+
+def write_results(
+    results: Iterable[tuple[str, "Caption"]], writer: Writer | CaptionFiles | Metadata, failed: set[str]
+) -> Counter[str]:
+    """Write the captions of images as they come.
+
+    Args:
+        results: name and captions of each image.
+        writer: writes them.
+        failed: images whose error an earlier run has written.
+
+    Returns:
+        How many images have no caption, by reason.
+    """
+    reasons: Counter[str] = Counter()
+    for name, result in results:
+        result.path = name
+        if result.error is None or name not in failed:
+            try:
+                writer.write(result.as_dict())
+            except ImageError as error:  # of one caption file, or of one image's metadata
+                result.error, result.reason = str(error), error.kind
+        if result.error is not None:
+            reasons[result.reason or "unusable"] += 1
+        if result.error is not None and result.reason != LOW_CONFIDENCE:
+            tell(f"skipped: {result.error}")
+    return reasons
 
 
 def find_inputs(config: CaptionConfig, wanted: PathFilter | None) -> FoundImages:

@@ -4,9 +4,9 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from captioner.data.caption_formats import Row
+from captioner.data.image_inputs import Source
 from captioner.errors import SettingError
 from captioner.images import ImageError
 from captioner.images.names import escape_name
@@ -24,17 +24,25 @@ class CaptionFiles:
         ending: ending of the caption files, such as `.txt`.
         prefix: text before every caption.
         suffix: text after every caption.
+        resume: whether images that have a caption file are left out.
+        overwrite: whether caption files that exist are replaced.
 
     Raises:
         SettingError: the ending is none, or one of images.
     """
 
-    def __init__(self, ending: str, prefix: str = "", suffix: str = ""):
+    def __init__(self, ending: str, prefix: str = "", suffix: str = "", resume: bool = False, overwrite: bool = False):
+        self.resume, self.overwrite = resume, overwrite
         self.ending, self.prefix, self.suffix = f".{ending.removeprefix('.')}", prefix, suffix
         if len(self.ending) < 2 or any(mark in self.ending for mark in ("/", "\\", "\0")):
             raise SettingError(f"'{escape_name(ending)}' is not the ending of a file, such as txt", "beside")
         if self.ending.lower() in SUFFIXES | UNREAD.keys():
             raise SettingError(f"{self.ending} is an ending of images, which caption files would replace", "beside")
+
+    @property
+    def where(self) -> str:
+        """Where the captions are, for a message about images."""
+        return f"*{self.ending} files beside them"
 
     def place(self, name: str) -> Path:
         """Return the caption file of an image."""
@@ -42,14 +50,13 @@ class CaptionFiles:
         return path.with_name(path.stem + self.ending)
 
     def plan(
-        self, images: Sequence[tuple[str, str | BinaryIO]], resume: bool, overwrite: bool
-    ) -> tuple[list[tuple[str, str | BinaryIO]], list[str], set[str]]:
+        self,
+        images: Sequence[tuple[str, Source]],
+    ) -> tuple[list[tuple[str, Source]], list[str], set[str]]:
         """Find out which images can have a caption file.
 
         Args:
             images: names and sources.
-            resume: whether images that have a caption file are left out.
-            overwrite: whether caption files that exist are replaced.
 
         Returns:
             The images that can have a file, each once; a line for every other image, whose file is that of another
@@ -59,7 +66,7 @@ class CaptionFiles:
             SettingError: caption files exist, and are neither left nor replaced.
         """
         owners: dict[str, str] = {}
-        kept: list[tuple[str, str | BinaryIO]] = []
+        kept: list[tuple[str, Source]] = []
         problems: list[str] = []
         exist: set[str] = set()
         for name, source in images:
@@ -78,10 +85,10 @@ class CaptionFiles:
                     f"'{escape_name(name)}' is left out: its caption file '{escape_name(str(place))}' is that of "
                     f"'{escape_name(owner)}'"
                 )
-        if exist and not (resume or overwrite):
+        if exist and not (self.resume or self.overwrite):
             count = "1 caption file exists" if len(exist) == 1 else f"{len(exist)} caption files exist"
             raise SettingError(f"{count}, such as '{escape_name(str(self.place(min(exist))))}'", "resume", "overwrite")
-        return kept, problems, exist if resume else set()
+        return kept, problems, exist if self.resume else set()
 
     def write(self, row: Row) -> None:
         """Write the captions of an image, one a line, whole or not at all; an image without captions gets no file.

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,13 +44,23 @@ class FolderImages:
     """Folders that could not be read, each with its reason."""
 
     def left_out(self) -> str:
-        """Say what was left out, by kind: `2 SVG (not read: convert it to JPEG or PNG), 1 .txt`."""
-        parts = [f"{count} {kind} (not read: {remedy(kind)})" for kind, count in sorted(self.unread.items())]
-        common = self.others.most_common(KINDS)
-        parts += [f"{count} {kind}" for kind, count in common]
-        if rest := self.others.total() - sum(count for _, count in common):
-            parts.append(f"{rest} others")
-        return ", ".join(parts)
+        """Say what was left out, by kind: `2 SVG (not read: convert it to JPEG or PNG), 1 .txt, 3 hidden`."""
+        return describe_left_out(self.unread, self.others)
+
+
+def describe_left_out(unread: Counter[str], others: Counter[str]) -> str:
+    """Say what was left out, by kind.
+
+    Args:
+        unread: images of formats that are not read.
+        others: files that are no images.
+    """
+    parts = [f"{count} {kind} (not read: {remedy(kind)})" for kind, count in sorted(unread.items())]
+    common = others.most_common(KINDS)
+    parts += [f"{count} {kind}" for kind, count in common]
+    if rest := others.total() - sum(count for _, count in common):
+        parts.append(f"{rest} others")
+    return ", ".join(parts)
 
 
 def search_folder(root: Path, wanted: PathFilter | None = None) -> FolderImages:
@@ -105,7 +116,6 @@ def classify(entry: os.DirEntry[str]) -> str:
         An empty string for what an operating system has left.
     """
     name = entry.name.lower()
-    ending = os.path.splitext(name)[1]
     try:
         is_folder = entry.is_dir()
     except OSError:  # a link to what cannot be reached
@@ -114,8 +124,22 @@ def classify(entry: os.DirEntry[str]) -> str:
         return ""
     if is_folder:
         return HIDDEN if name.startswith(".") else "link" if entry.is_symlink() else "folder"
+    return classify_file(name)
+
+
+def classify_file(name: str) -> str:
+    """Say what a file is by its name: image, the name of a format that is not read, or another kind."""
+    ending = os.path.splitext(name.lower())[1]
     if name.startswith("."):
         return HIDDEN
     if ending in SUFFIXES:
         return "image"
     return UNREAD.get(ending) or (escape_name(ending) if ending else "without an ending")
+
+
+def is_left_by_system(parts: Sequence[str]) -> bool:
+    """Tell whether an operating system has left a file, by the parts of its path; so is one without a name."""
+    if not parts:
+        return True
+    name, folders = parts[-1].lower(), {part.lower() for part in parts[:-1]}
+    return name in SIDECARS or name.startswith("._") or not folders.isdisjoint(SIDECAR_FOLDERS)

@@ -1,4 +1,4 @@
-"""From what a person names (files, folders, patterns, a list on standard input) to images, in that order."""
+"""From what a person names (files, folders, archives, patterns, a list on standard input) to images, in that order."""
 
 import codecs
 import glob
@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from PIL import Image
 
+from captioner.data.archives import Member, is_archive, search_archive
 from captioner.data.image_files import search_folder
 from captioner.data.path_filter import EXCLUDED, PathFilter
 from captioner.images.names import escape_name
@@ -25,20 +26,19 @@ HEAD = 4096
 """Bytes of a list that are looked at to tell it from an image."""
 
 
+Source: TypeAlias = str | Member | BinaryIO
+
+
 @dataclass
 class FoundImages:
     """Images to caption, and what is to be said of the rest."""
 
-    images: list[tuple[str, str | BinaryIO]] = field(default_factory=list)
-    """Each image's name, and its path or, of standard input, its content."""
+    images: list[tuple[str, Source]] = field(default_factory=list)
+    """Each image's name, and its path, its place in an archive or, of standard input, its content."""
     problems: list[str] = field(default_factory=list)
     """Inputs that gave no image although they should have."""
     notes: list[str] = field(default_factory=list)
     """Files of folders that were left out because they are no images."""
-
-    def add_paths(self, paths: Sequence[str]) -> None:
-        """Add images by their paths, which are their names."""
-        self.images += [(path, path) for path in paths]
 
 
 def find_images(
@@ -49,13 +49,14 @@ def find_images(
     Args:
         inputs: files, folders, glob patterns, and `-` for standard input.
         standard_input: an image, or a list of paths: one a line, or each ended by a zero byte as `find -print0` does.
-        wanted: chooses among the files of folders and those that patterns match; files that are named are all taken.
+        wanted: chooses among the files of folders and archives and those that patterns match; files that are named are
+            all taken.
     """
     found = FoundImages()
     for item in inputs:
         name, path = escape_name(item), Path(item)
         if item == STANDARD_INPUT:
-            add_standard_input(found, standard_input)
+            add_standard_input(found, standard_input, wanted)
         elif os.path.isdir(item):  # unlike pathlib's, takes what cannot be reached for no folder
             add_folder(found, item, wanted)
         elif glob.has_magic(item) and not os.path.lexists(item):
@@ -65,15 +66,32 @@ def find_images(
         elif not os.path.lexists(item) and path.suffix.lower() not in SUFFIXES | UNREAD.keys():
             found.problems.append(f"there is no file and no folder '{name}'")
         else:
-            found.add_paths([item])
+            add_file(found, item, wanted)
     return found
+
+
+def add_file(found: FoundImages, path: str, wanted: PathFilter | None) -> None:
+    """Add a file, or the images in it if it is an archive."""
+    if not is_archive(path) or not os.path.isfile(path):
+        found.images.append((path, path))
+        return
+    archive, name = search_archive(path, wanted), escape_name(path)
+    found.images += [(member.name, member) for member in archive.members]
+    if archive.problem:
+        found.problems.append(archive.problem)
+    left_out = archive.left_out()
+    if not archive.members and not archive.problem:
+        found.problems.append(f"no images in the archive '{name}'" + (f"; left out: {left_out}" if left_out else ""))
+    elif left_out:
+        said = found.problems if archive.unread else found.notes
+        said.append(f"left out in the archive '{name}': {left_out}")
 
 
 def add_folder(found: FoundImages, name: str, wanted: PathFilter | None) -> None:
     """Add the images of a folder and the folders within it."""
     folder = search_folder(Path(name), wanted)
     left_out, name = folder.left_out(), escape_name(name)
-    found.add_paths(sorted(map(str, folder.files)))
+    found.images += [(path, path) for path in sorted(map(str, folder.files))]
     found.problems += folder.unreadable
     if not folder.files and not folder.unreadable:
         found.problems.append(f"no images in the folder '{name}'" + (f"; left out: {left_out}" if left_out else ""))
@@ -92,14 +110,14 @@ def add_pattern(found: FoundImages, pattern: str, wanted: PathFilter | None) -> 
             if "**" not in pattern:
                 add_folder(found, match, wanted)
         elif wanted is None or wanted(Path(match).as_posix()):
-            found.add_paths([match])
+            add_file(found, match, wanted)
         else:
             excluded += 1
     if excluded:
         found.notes.append(f"left out of '{escape_name(pattern)}': {excluded} {EXCLUDED}")
 
 
-def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
+def add_standard_input(found: FoundImages, file: BinaryIO | None, wanted: PathFilter | None) -> None:
     """Add the image, or the images of the list, on standard input."""
     data = b"" if file is None else file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -111,7 +129,8 @@ def add_standard_input(found: FoundImages, file: BinaryIO | None) -> None:
         image.name = "standard input"  # what messages call it
         found.images.append((STANDARD_INPUT, image))
     else:
-        found.add_paths(read_list(data))
+        for path in read_list(data):
+            add_file(found, path, wanted)
 
 
 def is_image(data: bytes) -> bool:
