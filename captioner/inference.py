@@ -146,7 +146,7 @@ class Captioner:
             good = [(result, key, pixels) for result, key, pixels in batch if pixels is not None]
             if good:
                 pixel_values, keys = torch.stack([pixels for *_, pixels in good]), [key for _, key, _ in good]
-                found = self.search(pixel_values, keys, search, grid, logprob or search.min_confidence > 0)
+                found = self.search(pixel_values, keys, search, grid, logprob or search.needs_logprob(self.model))
                 for (result, _, _), candidates in zip(good, found, strict=True):
                     result.fill(candidates, search, logprob)
             for result, *_ in batch:

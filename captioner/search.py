@@ -112,6 +112,11 @@ class Search:
             )
         return settings | {"num_beams": max(settings.get("num_beams") or 1, self.captions)}
 
+    def needs_logprob(self, model: CaptionerModel) -> bool:
+        """Tell whether captions are chosen or ordered by their confidence."""
+        drawn = self.captions > 1 and bool(self.resolve(model).get("do_sample"))
+        return drawn or self.min_confidence > 0
+
     def run(
         self,
         model: CaptionerModel,

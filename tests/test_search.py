@@ -67,6 +67,9 @@ def test_confidence_is_the_mean_probability_of_a_token(model, image):
     assert result.as_dict()["captions"][0] == vars(result.candidates[0])
     [single] = model.stream(image, captions=1)
     assert single.candidates is None
+    for search in ({"captions": 3}, {"captions": 5, "do_sample": True, "seed": 1, "temperature": 2.0}):
+        [shown], [hidden] = model.stream(image, **search), model.stream(image, logprob=False, **search)
+        assert [one.caption for one in hidden.candidates] == [one.caption for one in shown.candidates]
     [without] = model.stream(image, captions=2, logprob=False)
     assert [one.logprob for one in without.candidates] == [None, None]
 
