@@ -165,6 +165,16 @@ def test_an_output_that_does_not_say_what_made_it_is_continued_with_a_note(capti
     assert not (tmp_path / "out.jsonl.settings.json").exists()
 
 
+def test_rows_of_several_captions_do_not_go_below_columns_of_one(caption, images, tmp_path, capsys):
+    output = tmp_path / "out.csv"
+    assert caption(images / "a.jpg", "--output", output) == 0
+    (tmp_path / "out.csv.settings.json").unlink()
+    before = output.read_bytes()
+    assert caption(images, "--output", output, "--resume", "--captions", "2") == 1
+    assert "out.csv' has columns for another number of captions" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
 def test_parquet_is_written_at_the_end_and_a_kill_loses_nothing(caption, images, tmp_path, monkeypatch, capsys):
     output, lines = tmp_path / "out.parquet", tmp_path / "out.parquet.part.jsonl"
     write = Writer.write

@@ -149,6 +149,12 @@ class Writer:
             raise SettingError(f"cannot write {self.name}: {error.strerror}; what is in it stays", "resume") from None
 
 
+def first_line(path: Path) -> str:
+    """Return the first line of a file, without its end."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return file.readline().rstrip("\r\n")
+
+
 @contextmanager
 def open_output(path: Path | None, made_by: Mapping[str, Any], append: bool = False) -> Iterator[Writer]:
     """Open an output file, or standard output where there is no path; text is UTF-8, whatever the locale.
@@ -177,6 +183,8 @@ def open_output(path: Path | None, made_by: Mapping[str, Any], append: bool = Fa
     try:
         if not append:
             write_settings(written, made_by)
+        elif form.header is not None and first_line(written) not in ("", form.header(captions)):
+            raise SettingError(f"{name} has columns for another number of captions", "captions", "output")
         writer = Writer(file, form, name, captions)
         if form.header is not None and file.tell() == 0:
             writer.write_line(form.header(captions))
