@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from operator import index
 from pathlib import Path
@@ -14,24 +14,19 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging as transformers_logging
 
+from captioner.data.caption_formats import LOW_CONFIDENCE
+from captioner.data.open_ahead import open_ahead
 from captioner.encoders.shipped import SHIPPED, WEIGHTS
 from captioner.errors import SettingError, first_line
-from captioner.grids import Grid, parse_grid
+from captioner.grids import Grid, parse_grid, write_grid
 from captioner.hub import hub_options
 from captioner.images import ImageError, ImageSource, each_image, is_single, name_source
+from captioner.images.sources import IN_MEMORY, quote_name
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
+from captioner.runs.digests import digest_json, digest_tensors
+from captioner.search import Candidate, Search, check_count, describe_search, make_search
 from captioner.transformers_versions import LOADING_ERRORS
-
-COUNTS = ("batch_size", "num_beams", "max_new_tokens")
-"""Options of captioning that must be whole numbers above 0."""
-
-REFUSED = {
-    "num_return_sequences": "captioning returns one caption per image",
-    "return_dict_in_generate": "captioning returns captions",
-    "max_length": "max_new_tokens limits the length of a caption",
-}
-"""Options of transformers' `generate` that captioning refuses, and why."""
 
 
 @dataclass
@@ -46,25 +41,60 @@ class Caption:
     error: str | None = None
     reason: str | None = None
     """The kind of error in a few words, without the image's name, so that errors can be counted by kind."""
+    candidates: list[Candidate] | None = None
+    """All captions of the image, best first, if several were requested; the first of them is `caption`."""
+    confidence: float | None = None
+    """Confidence of the caption (see `Candidate`); `None` if the log-probability is."""
 
-    def as_dict(self) -> dict[str, str | float | None]:
-        """Return path, caption, logprob and error, in this order."""
-        return {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
+    def as_dict(self) -> dict[str, Any]:
+        """Return path, caption, logprob and error, in this order, and `captions` where several were asked for."""
+        row = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
+        return row if self.candidates is None else row | {"captions": [asdict(one) for one in self.candidates]}
+
+    def best_first(self) -> list[Candidate]:
+        """Return all captions of the image, one or several."""
+        if self.candidates is not None:
+            return self.candidates
+        return [] if self.caption is None else [Candidate(self.caption, self.logprob, self.confidence)]
+
+    def fill(self, candidates: list[Candidate], search: Search, logprob: bool) -> None:
+        """Take the captions that a search has found; those below its least confidence are withheld.
+
+        Args:
+            candidates: the captions, best first.
+            search: what was searched for.
+            logprob: whether log-probabilities are shown.
+        """
+        sure = [one for one in candidates if (one.confidence or 0) >= search.min_confidence]
+        if not sure:
+            best = max(one.confidence or 0 for one in candidates)
+            self.reason = LOW_CONFIDENCE
+            self.error = (
+                f"{quote_name(self.path)} gets no caption: the confidence is {best:.4f}, below {search.min_confidence}"
+            )
+        else:
+            sure = sure if logprob else [Candidate(one.caption) for one in sure]
+            self.caption, self.logprob, self.confidence = sure[0].caption, sure[0].logprob, sure[0].confidence
+        if search.captions > 1:
+            self.candidates = sure
 
 
 class Captioner:
     """A model and its processor on a device, ready to caption; several threads may use one at the same time.
 
-    Images are opened in the calling thread. The model captions one batch at a time.
+    The model captions one batch at a time.
 
     Args:
         model: the captioner model.
         processor: its processor.
         device: a torch device; `None` takes CUDA, then MPS, then the CPU.
+        name: what the model is called: `shipped`, a folder or a hub id.
     """
 
-    def __init__(self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None):
-        self.device = pick_device(device)
+    def __init__(
+        self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None, name: str | None = None
+    ):
+        self.device, self.name = pick_device(device), name
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
         self.model: CaptionerModel = model.to(self.device, dtype).eval()
         self.processor = processor
@@ -76,7 +106,8 @@ class Captioner:
         batch_size: int = 16,
         grid: Grid | str | int | None = None,
         logprob: bool = True,
-        **generation: Any,
+        workers: int = 0,
+        **options: Any,
     ) -> Iterator[Caption]:
         """Caption images in order, one batch at a time; an image that cannot be used gives a result with an error.
 
@@ -86,56 +117,101 @@ class Captioner:
             batch_size: images per batch.
             grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
             logprob: whether to compute log-probabilities, which needs one more pass of the decoder.
-            generation: settings of transformers' `generate`, such as `num_beams`.
+            workers: threads that open the images of the next batches while the model runs. With 0, each batch is opened
+                in the calling thread.
+            options: see `make_search`: `captions`, `prompt`, `seed`, `min_confidence`, and settings of transformers'
+                `generate`, such as `num_beams`.
 
         Raises:
-            ValueError: the encoder does not have this grid, or an option does not fit one caption per image.
+            ValueError: the encoder does not have this grid, or an option is not known or does not fit the others.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, **generation}
-        for name, value in options.items():
-            if name in COUNTS and value is not None:
-                options[name] = check_count(name, value)
-            if name in REFUSED and value is not None:
-                raise ValueError(f"{REFUSED[name]}; leave {name} out")
-        grid = parse_grid(grid)
-        return self._stream(each_image(images), options.pop("batch_size"), grid, logprob, options)
+        batch_size, grid = check_count("batch_size", batch_size), parse_grid(grid)
+        search = make_search(**options)
+        search.resolve(self.model)
+        if isinstance(workers, bool) or index(workers) < 0:
+            raise SettingError(f"workers must be a whole number of at least 0, not {workers!r}", "workers")
+        return self._stream(each_image(images), batch_size, grid, logprob, index(workers), search)
 
     def _stream(
-        self, sources: Iterator[ImageSource], batch_size: int, grid: Grid | None, logprob: bool, options: dict[str, Any]
+        self,
+        sources: Iterator[ImageSource],
+        batch_size: int,
+        grid: Grid | None,
+        logprob: bool,
+        workers: int,
+        search: Search,
     ) -> Iterator[Caption]:
-        while batch := list(islice(sources, batch_size)):
-            results, pixels = [], []
-            for image in batch:
-                results.append(Caption(name_source(image)))
-                try:
-                    pixels.append(self.processor.pixels(image))
-                except ImageError as error:
-                    results[-1].error, results[-1].reason = str(error), error.kind
-            good = [result for result in results if result.error is None]
+        opened = open_ahead(enumerate(sources), self.open, workers, 2 * batch_size)
+        while batch := list(islice(opened, batch_size)):
+            good = [(result, key, pixels) for result, key, pixels in batch if pixels is not None]
             if good:
-                captions, logprobs = self.generate(torch.stack(pixels), grid, logprob, **options)
-                for result, text, value in zip(good, captions, logprobs, strict=True):
-                    result.caption, result.logprob = text, value
-            yield from results
+                pixel_values, keys = torch.stack([pixels for *_, pixels in good]), [key for _, key, _ in good]
+                found = self.search(pixel_values, keys, search, grid, logprob or search.needs_logprob(self.model))
+                for (result, _, _), candidates in zip(good, found, strict=True):
+                    result.fill(candidates, search, logprob)
+            for result, *_ in batch:
+                if search.captions > 1 and result.candidates is None:
+                    result.candidates = []
+                yield result
 
-    @torch.inference_mode()
-    def generate(
-        self, pixel_values: torch.Tensor, grid: Grid | str | None = None, logprob: bool = True, **generation: Any
-    ) -> tuple[list[str], list[float] | list[None]]:
-        """Caption pixels (B, 3, H, W); options as of `stream`.
+    def open(self, numbered: tuple[int, ImageSource]) -> tuple[Caption, str, torch.Tensor | None]:
+        """Open an image, given with its number in a stream.
 
         Returns:
-            B captions and their log-probabilities, or `None` for each if `logprob` is false.
+            A caption that has the image's name, and the error where it cannot be used; a key for random numbers: the
+            name, or the number of an image in memory; the pixels (3, H, W), if any.
+        """
+        number, image = numbered
+        result = Caption(name_source(image))
+        key = f"#{number}" if result.path == IN_MEMORY else result.path
+        try:
+            return result, key, self.processor.pixels(image)
+        except ImageError as error:
+            result.error, result.reason = str(error), error.kind
+            return result, key, None
+
+    @torch.inference_mode()
+    def search(
+        self,
+        pixel_values: torch.Tensor,
+        keys: list[str],
+        search: Search,
+        grid: Grid | None = None,
+        logprob: bool = True,
+    ) -> list[list[Candidate]]:
+        """Find captions for pixels (B, 3, H, W).
+
+        Args:
+            pixel_values: the images.
+            keys: a name for each image, on which the random numbers of sampling depend.
+            search: what to search for.
+            grid: compressed grid; `None` for the model's own.
+            logprob: whether to compute log-probabilities and confidences.
+
+        Returns:
+            The captions of each image, best first.
         """
         with self._lock:
-            tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
-            prompts: dict[str, Any] = self.processor.prompts(len(tokens), self.device)
-            sequences = self.model.generate(image_tokens=tokens, **prompts, **generation)
-            captions = self.processor.captions(sequences)
-            if not logprob:
-                return captions, [None] * len(captions)
-            logprobs = self.model.log_probability(sequences, tokens, prompts["input_ids"])
-        return captions, [round(value, 4) for value in logprobs.tolist()]
+            image_tokens = self.model.encode(pixel_values.to(self.device), grid)
+            return search.run(self.model, self.processor, image_tokens, keys, logprob)
+
+    def describe(self, grid: Grid | str | int | None = None, **options: Any) -> dict[str, Any]:
+        """Return what decides about captions: weights, preprocessing, grid and search, in a form that JSON can hold.
+
+        Args:
+            grid: as of `stream`.
+            options: as of `stream`.
+        """
+        config = self.model.config
+        used = parse_grid(grid) or config.grid or self.model.encoder.grid
+        kind = {"encoder": config.encoder_config, "fusion": config.fusion, "blind": config.blind}
+        kind |= {"image": self.processor.image, "prompt": self.processor.prompt}
+        return {
+            "model": self.name,
+            "weights": digest_json([digest_tensors(self.model.state_dict()), kind]),
+            "grid": None if used is None else write_grid(used),
+            **describe_search(make_search(**options), self.model),
+        }
 
     @overload
     def __call__(self, images: ImageSource, **options: Any) -> str: ...
@@ -151,28 +227,16 @@ class Captioner:
 
         Raises:
             ImageError: an image cannot be used.
+            ValueError: several captions of each image are requested, which `stream` returns.
         """
+        if options.get("captions", 1) != 1:
+            raise ValueError("a call gives one caption of each image; stream gives several")
         captions = []
         for result in self.stream(images, **{"logprob": False, **options}):
             if result.error is not None or result.caption is None:
                 raise ImageError(result.error or "no caption", result.reason or "unusable")
             captions.append(result.caption)
         return captions[0] if is_single(images) else captions
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return a whole number above 0 as an int; integers of numpy are accepted.
-
-    Raises:
-        SettingError: the value is not a whole number above 0.
-    """
-    try:
-        count = 0 if isinstance(value, bool) else index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise SettingError(f"{name} must be a whole number above 0, not {value!r}", name)
-    return count
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -248,7 +312,7 @@ def load(model: str | Path | None = None, device: str | None = None) -> Captione
     except LOADING_ERRORS as error:
         raise SettingError(f"'{source}' is not a captioner model: {first_line(error)}", "model") from None
     check_weights(source, info)
-    return Captioner(loaded, processor, device)
+    return Captioner(loaded, processor, device, name=SHIPPED if source == str(WEIGHTS) else source)
 
 
 def check_weights(source: str, info: dict[str, Any]) -> None:
