@@ -47,7 +47,7 @@ class Caption:
     """Confidence of the caption (see `Candidate`); `None` if the log-probability is."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return path, caption, logprob and error, in this order, and `captions` where several were asked for."""
+        """Return path, caption, logprob and error, in this order, and `captions` if several were requested."""
         row = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
         return row if self.candidates is None else row | {"captions": [asdict(one) for one in self.candidates]}
 
@@ -58,11 +58,11 @@ class Caption:
         return [] if self.caption is None else [Candidate(self.caption, self.logprob, self.confidence)]
 
     def fill(self, candidates: list[Candidate], search: Search, logprob: bool) -> None:
-        """Take the captions that a search has found; those below its least confidence are withheld.
+        """Set the captions that a search found, without those below its least confidence.
 
         Args:
             candidates: the captions, best first.
-            search: what was searched for.
+            search: the settings of the search.
             logprob: whether log-probabilities are shown.
         """
         sure = [one for one in candidates if (one.confidence or 0) >= search.min_confidence]
@@ -88,7 +88,7 @@ class Captioner:
         model: the captioner model.
         processor: its processor.
         device: a torch device; `None` takes CUDA, then MPS, then the CPU.
-        name: what the model is called: `shipped`, a folder or a hub id.
+        name: name of the model: `shipped`, a folder or a hub id.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Captioner:
         """Open an image, given with its number in a stream.
 
         Returns:
-            A caption that has the image's name, and the error where it cannot be used; a key for random numbers: the
+            A caption with the image's name, and the error if it cannot be used; a key for random numbers, which is the
             name, or the number of an image in memory; the pixels (3, H, W), if any.
         """
         number, image = numbered
@@ -184,7 +184,7 @@ class Captioner:
         Args:
             pixel_values: the images.
             keys: a name for each image, on which the random numbers of sampling depend.
-            search: what to search for.
+            search: the settings of the search.
             grid: compressed grid; `None` for the model's own.
             logprob: whether to compute log-probabilities and confidences.
 
@@ -196,7 +196,7 @@ class Captioner:
             return search.run(self.model, self.processor, image_tokens, keys, logprob)
 
     def describe(self, grid: Grid | str | int | None = None, **options: Any) -> dict[str, Any]:
-        """Return what decides about captions: weights, preprocessing, grid and search, in a form that JSON can hold.
+        """Return all that captions depend on: weights, preprocessing, grid and search, as values of types of JSON.
 
         Args:
             grid: as of `stream`.

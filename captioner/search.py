@@ -1,4 +1,4 @@
-"""How captions of a batch of images are searched for: the best by beams, or drawn at random; and how sure the model is.
+"""Find captions of a batch of images: the best by beam search, or random ones by sampling; and their confidence.
 
 Letters: B images, K captions of each, M image tokens, D encoder width, T0 tokens of the prompt, T text tokens,
 V vocabulary.
@@ -29,12 +29,12 @@ from captioner.processing import CaptionerProcessor
 from captioner.runs.digests import digest_text
 
 COUNTS = ("batch_size", "num_beams", "max_new_tokens", "captions")
-"""Options of captioning that count something."""
+"""Options of captioning that must be whole numbers above 0."""
 
 REFUSED = {
-    "num_return_sequences": "captions says how many captions an image gets",
-    "return_dict_in_generate": "captioning gives captions",
-    "max_length": "max_new_tokens says how long a caption may be",
+    "num_return_sequences": "captions sets the number of captions of an image",
+    "return_dict_in_generate": "captioning returns captions",
+    "max_length": "max_new_tokens limits the length of a caption",
 }
 """Options of transformers' `generate` that captioning refuses, and why."""
 
@@ -46,10 +46,10 @@ WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "typical_p": TypicalLogitsWarper,
     "epsilon_cutoff": EpsilonLogitsWarper,
 }
-"""Settings of transformers' `generate` that change the distribution tokens are drawn from, in the order they apply."""
+"""Settings of transformers' `generate` that change the distribution of sampling, in the order in which they apply."""
 
 NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0}
-"""Values of these settings that change nothing."""
+"""Values of these settings that have no effect."""
 
 
 @dataclass
@@ -69,14 +69,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """What captions are searched for, and how.
+    """Settings of a search for captions.
 
     Attributes:
         captions: captions of each image, K.
-        prompt: text that every caption begins with; the captions then hold it. If it is empty, the processor's own
-            prompt is continued, and left out of the captions.
+        prompt: text that every caption starts with; it is part of the captions. If it is empty, the processor's own
+            prompt is continued, which is not part of the captions.
         seed: seed of the random numbers of sampling.
-        min_confidence: least confidence of a caption; what is below is withheld.
+        min_confidence: least confidence of a caption; captions below are withheld.
         generation: settings of transformers' `generate`. With `do_sample` tokens are drawn at random.
     """
 
@@ -86,7 +86,7 @@ class Search:
     min_confidence: float = 0.0
     generation: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.min_confidence <= 1:
             raise SettingError(
                 f"min_confidence is a probability between 0 and 1, not {self.min_confidence}", "min_confidence"
@@ -96,7 +96,7 @@ class Search:
         """Merge the settings of generation with the model's own, and find the number of beams.
 
         Raises:
-            SettingError: there are fewer beams than captions, or tokens are to be drawn and searched for by beams.
+            SettingError: there are fewer beams than captions, or beams are set for sampling.
         """
         own = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
         settings = own | {name: value for name, value in self.generation.items() if value is not None}
@@ -113,7 +113,7 @@ class Search:
         return settings | {"num_beams": max(settings.get("num_beams") or 1, self.captions)}
 
     def needs_logprob(self, model: CaptionerModel) -> bool:
-        """Tell whether captions are chosen or ordered by their confidence."""
+        """Return whether captions are chosen or ordered by their confidence."""
         drawn = self.captions > 1 and bool(self.resolve(model).get("do_sample"))
         return drawn or self.min_confidence > 0
 
@@ -131,8 +131,8 @@ class Search:
             model: the captioner model.
             processor: its processor.
             image_tokens: image tokens (B, M, D).
-            names: a name for each image. What is drawn for an image depends on its name and the seed alone, so it is
-                the same in any batch and after any interruption.
+            names: a name for each image. The captions drawn for an image depend only on its name and the seed, so they
+                are the same in any batch and after any interruption.
             logprob: whether to compute log-probabilities and confidences, which takes one more pass of the decoder.
 
         Returns:
@@ -149,7 +149,9 @@ class Search:
         if settings.get("do_sample"):
             rows = [(name, number) for name in names for number in range(count)]
             options = {name: value for name, value in options.items() if name not in WARPERS}
-            options |= {name: None for name in WARPERS if name in settings}  # the model's own, which would be warned of
+            options |= {
+                name: None for name in WARPERS if name in settings
+            }  # the model's own, for which transformers would warn
             options |= {"do_sample": False, "num_beams": 1}
             options["logits_processor"] = LogitsProcessorList([*make_warpers(settings), SeededNoise(self.seed, rows)])
             repeats = count
@@ -185,12 +187,12 @@ def make_search(
     min_confidence: float = 0.0,
     **generation: Any,
 ) -> Search:
-    """Check what is asked of captioning.
+    """Check the options of captioning and return them as a `Search`.
 
     Args:
         captions: captions of each image, best first.
-        prompt: text that the captions begin with; without one, the processor's own is continued.
-        seed: seed of sampling; `None` takes one at random, from torch's own random numbers.
+        prompt: text that the captions start with; without it, the processor's own is continued.
+        seed: seed of sampling; `None` draws a seed from torch's random numbers.
         min_confidence: least confidence of a caption, the geometric mean of its tokens' probabilities, from 0 to 1. An
             image without such a caption gets an error.
         generation: settings of transformers' `generate`, such as `num_beams`; `do_sample=True` draws captions.
@@ -212,10 +214,10 @@ def make_search(
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return an option that counts something as an int; numpy's integers are taken.
+    """Return a whole number above 0 as an int; integers of numpy are accepted.
 
     Raises:
-        SettingError: it is no whole number above 0.
+        SettingError: the value is not a whole number above 0.
     """
     try:
         count = 0 if isinstance(value, bool) else index(value)
@@ -227,10 +229,10 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_warpers(settings: dict[str, Any]) -> None:
-    """Refuse settings of sampling that transformers does not take.
+    """Refuse settings of sampling that transformers does not accept.
 
     Raises:
-        SettingError: naming the first of them.
+        SettingError: a setting is not accepted; the message names the first one.
     """
     for name in WARPERS:
         try:
@@ -238,11 +240,11 @@ def check_warpers(settings: dict[str, Any]) -> None:
         except (ValueError, TypeError):
             raise SettingError(f"{name} cannot be {settings[name]!r}", name) from None
     if settings.get("eta_cutoff"):
-        raise SettingError("eta_cutoff is not known to seeded sampling; use epsilon_cutoff", "eta_cutoff")
+        raise SettingError("eta_cutoff does not work with seeded sampling; use epsilon_cutoff", "eta_cutoff")
 
 
 def make_warpers(settings: dict[str, Any]) -> list[LogitsProcessor]:
-    """Return what changes the distribution before a token is drawn."""
+    """Return the processors that change the distribution before a token is drawn."""
     return [make(settings[name]) for name, make in WARPERS.items() if settings.get(name) not in (None, NEUTRAL[name])]
 
 
@@ -274,7 +276,7 @@ class SeededNoise(LogitsProcessor):
 
 
 def describe_search(search: Search, model: CaptionerModel) -> dict[str, Any]:
-    """Return what decides about the captions beside the model and the grid, in a form that JSON can hold."""
+    """Return all that captions depend on beside the model and the grid, as values of types of JSON."""
     settings = search.resolve(model)
     sampling = bool(settings.get("do_sample"))
     described: dict[str, Any] = {"captions": search.captions, "sample": sampling, "prompt": search.prompt.strip()}
@@ -287,5 +289,5 @@ def describe_search(search: Search, model: CaptionerModel) -> dict[str, Any]:
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether JSON gives a value back as it is."""
+    """Return whether JSON preserves a value."""
     return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))

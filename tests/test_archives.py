@@ -89,7 +89,7 @@ def test_each_of_several_files_with_one_name_is_an_image(make):
 
 def test_patterns_choose_among_the_files_of_archives(make):
     path = make([("2024/a.png", encode()), ("2025/b.png", encode())])
-    found = find_images([path], wanted=PathFilter(exclude=["2024/"]))
+    found = find_images([path], path_filter=PathFilter(exclude=["2024/"]))
     assert [name for name, _ in found.images] == [f"{path}/2025/b.png"]
     assert "1 excluded by the patterns" in found.notes[0]
 

@@ -155,7 +155,7 @@ def test_images_that_failed_are_tried_again(saved_model, images, tmp_path, endin
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
 def test_a_caption_without_words_is_a_caption(tmp_path, ending):
     path = tmp_path / f"out.{ending}"
-    with open_output(path) as output:
+    with open_output(path, {"captions": 1}) as output:
         output.write({"path": "a.jpg", "caption": "", "logprob": -1.0, "error": None})
     assert read_output(path) == ({"a.jpg"}, set())
 

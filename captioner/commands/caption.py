@@ -1,4 +1,4 @@
-"""Captioning files and folders: find the images, caption them, write each result as soon as it is there."""
+"""Caption files and folders: find the images, caption them, and write each result at once."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from captioner.inference import Caption
 
 Append = tyro.conf.UseAppendAction
-"""One pattern for each `--include`, so that a folder that follows is not taken for a pattern."""
+"""One pattern for each option, so that a folder after it does not count as a pattern."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class CaptionConfig:
     captions: int = 1
     """Captions of each image, best first."""
     prompt: str | None = None
-    """Text that every caption begins with, such as `a photo of`."""
+    """Text that every caption starts with, such as `a photo of`."""
     min_confidence: float = 0.0
     """Least confidence of a caption, from 0 to 1: the geometric mean of its tokens' probabilities. An image whose
     captions are all below gets none."""
@@ -105,7 +105,7 @@ class CaptionConfig:
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "captions", "temperature", "top_k", "top_p")
         check_shares(self, "min_confidence")
         if self.top_p is not None and self.top_p > 1:
-            raise SettingError(f"top_p is a share between 0 and 1, not {self.top_p}", "top_p")
+            raise SettingError(f"top_p must be a share between 0 and 1, not {self.top_p}", "top_p")
         if self.workers is not None and self.workers < 0:
             raise SettingError(f"workers must be at least 0, not {self.workers}", "workers")
         if self.sample and self.num_beams is not None:
@@ -142,23 +142,23 @@ def caption_files(config: CaptionConfig) -> int:
     """Run the captioning job.
 
     Returns:
-        How many images could not be captioned and inputs not be read. Images whose captions are below the least
-        confidence are not among them.
+        The number of images that could not be captioned and of inputs that could not be read. Images whose captions
+        are below the least confidence do not count.
 
     Raises:
-        ValueError: no input, an unknown output format, an output that exists or that something else has made, a model
-            or device that cannot be had.
-        FileNotFoundError: no input holds an image.
-        SettingError: the output cannot be written; what is in it stays.
+        ValueError: there is no input; the output has an unknown format, exists, or was made with other settings; or
+            there is no such model or device.
+        FileNotFoundError: no input contains an image.
+        SettingError: the output cannot be written; its content stays.
     """
     each = make_image_output(config)
-    wanted = PathFilter(config.include, config.exclude) if config.include or config.exclude else None
+    path_filter = PathFilter(config.include, config.exclude) if config.include or config.exclude else None
     done, failed = set[str](), set[str]()
     if each is None:
         check_output(config.output, config.resume, config.overwrite)
     if config.resume and config.output is not None:
         done, failed = read_output(config.output)
-    found = find_inputs(config, wanted)
+    found = find_inputs(config, path_filter)
     if each is not None:
         found.images, problems, done = each.plan(found.images)
         found.problems += problems
@@ -177,7 +177,7 @@ def caption_files(config: CaptionConfig) -> int:
     if config.output is not None:
         made_by = captioner.describe(grid, **config.search())
         if (done or failed) and not check_maker(config.output, made_by):
-            tell(f"{place} does not say what made it; it is continued unchecked")
+            tell(f"{place} does not record what made it, so this is not checked")
     results = captioner.stream(
         (cast(ImageSource, source) for _, source in images),
         batch_size=config.batch_size,
@@ -198,10 +198,10 @@ def caption_files(config: CaptionConfig) -> int:
 
 
 def make_image_output(config: CaptionConfig) -> CaptionFiles | Metadata | None:
-    """Return what writes captions image by image: beside the images or into them; `None` for one output.
+    """Return the writer of captions beside the images or into them; `None` if all captions go to one output.
 
     Raises:
-        SettingError: an ending that is none, or a library that is not installed.
+        SettingError: the ending is not valid, or a library is not installed.
     """
     if config.beside is not None:
         return CaptionFiles(config.beside, config.prefix, config.suffix, config.resume, config.overwrite)
@@ -211,15 +211,15 @@ def make_image_output(config: CaptionConfig) -> CaptionFiles | Metadata | None:
 def write_results(
     results: Iterable[tuple[str, "Caption"]], writer: Writer | CaptionFiles | Metadata, failed: set[str]
 ) -> Counter[str]:
-    """Write the captions of images as they come.
+    """Write the captions of each image as soon as they are made.
 
     Args:
         results: name and captions of each image.
         writer: writes them.
-        failed: images whose error an earlier run has written.
+        failed: images whose errors an earlier run wrote.
 
     Returns:
-        How many images have no caption, by reason.
+        The number of images without a caption, by reason.
     """
     reasons: Counter[str] = Counter()
     for name, result in results:
@@ -236,33 +236,33 @@ def write_results(
     return reasons
 
 
-def find_inputs(config: CaptionConfig, wanted: PathFilter | None) -> FoundImages:
-    """Find the images to caption; without inputs, they are read from standard input if that is no terminal.
+def find_inputs(config: CaptionConfig, path_filter: PathFilter | None) -> FoundImages:
+    """Find the images to caption; without inputs, they are read from standard input unless it is a terminal.
 
     Raises:
         ValueError: there are no inputs.
-        FileNotFoundError: no input holds an image.
+        FileNotFoundError: no input contains an image.
     """
     inputs, stdin = config.inputs, None if sys.stdin is None else sys.stdin
     if not inputs and stdin is not None and not stdin.isatty():
         inputs = (STANDARD_INPUT,)
     if not inputs:
         raise ValueError("no images: name files, folders or patterns, or - for standard input")
-    found = find_images(inputs, None if stdin is None else stdin.buffer, wanted)
+    found = find_images(inputs, None if stdin is None else stdin.buffer, path_filter)
     if not found.images:
         raise FileNotFoundError("; ".join(found.problems))
     return found
 
 
 def summarize(captioned: int, each: int, reasons: Counter[str], place: str, before: int) -> str:
-    """Say how many images were captioned, where the captions are, and why how many images have none.
+    """Return a line with the number of captions, their place, and the number of images without one by reason.
 
     Args:
         captioned: images with captions.
         each: captions of each of them.
         reasons: images without captions, by reason.
         place: where the captions are; empty for standard output.
-        before: images that had captions before.
+        before: images that already had captions.
     """
     line = f"{captioned} caption{'' if captioned == 1 else 's'}"
     if each > 1:

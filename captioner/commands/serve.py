@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from captioner.serving.settings import Credentials
 
 PASSWORD = "CAPTIONER_PASSWORD"
-"""Environment variable that holds the password."""
+"""Environment variable that contains the password."""
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Serve captions over HTTP; `/docs` shows the API. Without a user, anyone who reaches the address may ask."""
+    """Serve captions over HTTP; `/docs` shows the API. Without a user, anyone who reaches the address may use it."""
 
     host: str = "127.0.0.1"
-    """Address to listen on: this machine alone unless another is given, such as 0.0.0.0."""
+    """Address to listen on. The default is reached from this machine only; 0.0.0.0 is reached from the network."""
     port: int = 8000
     """Port to listen on."""
     model: str | None = None
-    """Folder or hub id of the captioner; `None` for the shipped one."""
+    """Folder or hub id of the captioner; `None` or `shipped` for the one that comes with this package."""
     device: str | None = None
-    """Where to run, such as cuda, cuda:1, mps or cpu; `None` picks the best there is."""
+    """Device to run on, such as cuda, cuda:1, mps or cpu; `None` for the best one here."""
     batch_size: int = 16
     """Images per batch; those of several requests are captioned together."""
     wait_ms: float = 5.0
     """Milliseconds that a batch waits for more images."""
     queue: int = 256
-    """Images that may wait; a request that has no place is answered 503."""
+    """Images that may wait; further requests are answered 503."""
     requests: int = 64
-    """Requests that are worked on at a time; others are answered 503."""
+    """Requests that are handled at the same time; others are answered 503."""
     max_upload_mib: float = 20.0
     """Size of a request in MiB, above which it is answered 413."""
     max_images: int = 16
@@ -46,11 +46,12 @@ class ServeConfig:
     timeout: float = 60.0
     """Seconds that a request may take."""
     user: str | None = None
-    """Name that has to be given, with the password in the environment variable CAPTIONER_PASSWORD or a file."""
+    """Name of the user who may use the server. The password is in the environment variable CAPTIONER_PASSWORD or in a
+    file."""
     password_file: Path | None = None
     """File whose first line is the password."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(
             self, "batch_size", "queue", "requests", "max_upload_mib", "max_images", "max_megapixels", "timeout"
         )
@@ -69,7 +70,7 @@ class ServeConfig:
 
     def unused(self) -> dict[str, str]:
         """Map the settings that have no effect beside the others to the reason."""
-        return {} if self.user is not None else {"password_file": "no user is named"}
+        return {} if self.user is not None else {"password_file": "there is no user"}
 
 
 SETTINGS = ServeConfig
@@ -79,7 +80,7 @@ def run(config: ServeConfig) -> int:
     """Serve until the process is stopped.
 
     Raises:
-        ValueError: packages are missing, the address cannot be had, no password is given, or there is no such model.
+        ValueError: a package is missing, the address cannot be used, there is no password, or there is no such model.
     """
     try:
         import uvicorn
@@ -104,7 +105,7 @@ def run(config: ServeConfig) -> int:
         host, port = listener.getsockname()[:2]
         print(f"captioner serve: http://{f'[{host}]' if ':' in host else host}:{port}/docs", file=sys.stderr)
         if credentials is None and not host.startswith("127.") and host != "::1":
-            print("captioner serve: anyone who reaches this address may ask for captions", file=sys.stderr)
+            print("captioner serve: anyone who reaches this address may use the server", file=sys.stderr)
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(config.timeout) or 1)
         )
@@ -116,22 +117,22 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to an address.
 
     Raises:
-        SettingError: the address cannot be had.
+        SettingError: the address cannot be used.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        number = getattr(error, "errno", None) or 0  # below 0 where the name has no address
+        number = getattr(error, "errno", None) or 0  # below 0 if the name has no address
         reason = os.strerror(number) if number > 0 else "there is no such address"
         raise SettingError(f"cannot listen on {escape_name(host)}, port {port}: {reason}", "host", "port") from None
 
 
 def read_credentials(config: ServeConfig) -> "Credentials | None":
-    """Return who may ask; `None` for everyone.
+    """Return the user and password that are required; `None` if everyone may use the server.
 
     Raises:
-        SettingError: a user is named and no password is given.
+        SettingError: there is a user but no password.
     """
     from captioner.serving.settings import Credentials
 

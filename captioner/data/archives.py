@@ -1,6 +1,6 @@
-"""Images inside zip and tar archives (WebDataset's shards too), read in place: nothing is ever unpacked to disk.
+"""Read images inside zip and tar archives (also shards of WebDataset) in place: nothing is unpacked to disk.
 
-An image is named by the archive and its place in it, `photos.zip/2024/a.jpg`. Such a name is shown and never opened.
+An image is named by the archive and its place in it, `photos.zip/2024/a.jpg`. Such a name is only shown, never opened.
 """
 
 import lzma
@@ -25,22 +25,22 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.z
 """Archives that are compressed as a whole, in which an image can only be reached through all those before it."""
 
 BLOCK = 512
-"""Bytes of a block of a tar; one without content ends it."""
+"""Bytes of a block of a tar; an empty block ends it."""
 
 OPEN = 8
-"""Zip archives that are held open at a time."""
+"""Zip archives that are open at the same time."""
 
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
-"""What broken archives raise."""
+"""Errors that broken archives raise."""
 
 
 def is_archive(path: str) -> bool:
-    """Tell whether a file is an archive, by its ending."""
+    """Return whether a file is an archive, by its ending."""
     return path.lower().endswith((ZIP, TAR, *COMPRESSED))
 
 
 class ZipFiles:
-    """Zip archives that are open, the least recently used of which makes room for another."""
+    """Open zip archives; the least recently used one is closed to make room for another."""
 
     def __init__(self) -> None:
         self.files: OrderedDict[str, zipfile.ZipFile] = OrderedDict()
@@ -66,7 +66,7 @@ class Member:
 
     Attributes:
         archive: path of the archive.
-        name: what the image is called: the archive's path and its own in it.
+        name: name of the image: the archive's path, and its own path in the archive.
         place: where it is: an entry of a zip, or the offset and size in a tar, in bytes.
     """
 
@@ -75,7 +75,7 @@ class Member:
     place: zipfile.ZipInfo | tuple[int, int]
 
     def seekable(self) -> bool:
-        """Tell that it is read from its start each time."""
+        """Return False: each `read` starts at the first byte."""
         return False
 
     def read(self, size: int = MAX_BYTES + 1) -> bytes:
@@ -100,31 +100,31 @@ class Member:
 
 @dataclass
 class ArchiveImages:
-    """What an archive holds."""
+    """The result of a search in an archive."""
 
     members: list[Member] = field(default_factory=list)
     """Images, in the order of the archive."""
     others: Counter[str] = field(default_factory=Counter)
-    """Files that are no images, by kind."""
+    """Numbers of files that are not images, by kind."""
     unread: Counter[str] = field(default_factory=Counter)
-    """Images of formats that are not read."""
+    """Numbers of images in formats that are not read, by format."""
     problem: str = ""
     """Why not all of the archive could be read."""
 
     def left_out(self) -> str:
-        """Say what was left out, by kind."""
+        """Return what was left out, by kind."""
         return describe_left_out(self.unread, self.others)
 
 
-def search_archive(path: str, wanted: PathFilter | None = None) -> ArchiveImages:
+def search_archive(path: str, path_filter: PathFilter | None = None) -> ArchiveImages:
     """Find the images in an archive by their endings.
 
-    Links, devices and files that a tar stores in pieces are left out and counted. An archive that breaks off gives the
-    images before that.
+    Links, devices and files that a tar stores in pieces are left out and counted. An archive that is cut off gives the
+    images before that place.
 
     Args:
         path: the archive.
-        wanted: chooses among the images by their path in the archive; the others are counted.
+        path_filter: chooses among the images by their path in the archive; the others are counted.
     """
     found, name = ArchiveImages(), f"'{escape_name(path)}'"
     if path.lower().endswith(COMPRESSED):
@@ -139,7 +139,7 @@ def search_archive(path: str, wanted: PathFilter | None = None) -> ArchiveImages
             kind = HIDDEN if any(part.startswith(".") and part != ".." for part in parts) else classify_file(parts[-1])
             if place is None:
                 found.others["linked, or not stored in one piece"] += 1
-            elif kind in READABLE and wanted is not None and not wanted("/".join(parts)):
+            elif kind in READABLE and path_filter is not None and not path_filter("/".join(parts)):
                 found.others[EXCLUDED] += 1
             elif kind == "image":
                 seen[inner] += 1
@@ -169,10 +169,10 @@ def list_tar(path: str) -> Iterator[tuple[str, tuple[int, int] | None]]:
     end, size = 0, os.stat(path).st_size
     with tarfile.open(path, "r:") as archive:
         for info in archive:
-            archive.members = []  # type: ignore[attr-defined]  # else every entry is held until the end
+            archive.members = []  # type: ignore[attr-defined]  # otherwise every entry stays in memory until the end
             end = info.offset_data + (-(-info.size // BLOCK) * BLOCK if info.isreg() else 0)
             whole = info.isreg() and not info.issparse()
             if not info.isdir():
                 yield info.name, (info.offset_data, info.size) if whole else None
-    if end + BLOCK > size:  # tarfile takes a file that is cut off for one that ends
+    if end + BLOCK > size:  # tarfile raises no error for a file that is cut off
         raise tarfile.ReadError("it is cut off")

@@ -1,4 +1,4 @@
-"""Caption files beside images, as tools that train on images want them: `a.txt` beside `a.jpg`."""
+"""Write caption files beside images, as tools that train on images read them: `a.txt` beside `a.jpg`."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CaptionFiles:
-    """Writes the captions of an image into a file of its own: the name of the image with another ending.
+    """Writer of one caption file for each image: the name of the image with another ending.
 
     Args:
         ending: ending of the caption files, such as `.txt`.
@@ -28,7 +28,7 @@ class CaptionFiles:
         overwrite: whether caption files that exist are replaced.
 
     Raises:
-        SettingError: the ending is none, or one of images.
+        SettingError: the ending is not valid, or is an ending of images.
     """
 
     def __init__(self, ending: str, prefix: str = "", suffix: str = "", resume: bool = False, overwrite: bool = False):
@@ -41,7 +41,7 @@ class CaptionFiles:
 
     @property
     def where(self) -> str:
-        """Where the captions are, for a message about images."""
+        """The place of the captions, for a message about images."""
         return f"*{self.ending} files beside them"
 
     def place(self, name: str) -> Path:
@@ -59,14 +59,14 @@ class CaptionFiles:
             images: names and sources.
 
         Returns:
-            The images that can have a file, each once; a line for every other image, whose file is that of another
-            image or that is no file; and the names of the images that need no caption any more.
+            The images that can have a file, each once; a line for every other image, which is not a file or
+            shares its caption file with another image; and the names of the images that are already captioned.
 
         Raises:
-            SettingError: caption files exist, and are neither left nor replaced.
+            SettingError: caption files exist, and neither `resume` nor `overwrite` is set.
         """
         owners: dict[str, str] = {}
-        kept: list[tuple[str, Source]] = []
+        chosen: list[tuple[str, Source]] = []
         problems: list[str] = []
         exist: set[str] = set()
         for name, source in images:
@@ -77,7 +77,7 @@ class CaptionFiles:
             owner = owners.get(os.path.abspath(place))
             if owner is None:
                 owners[os.path.abspath(place)] = name
-                kept.append((name, source))
+                chosen.append((name, source))
                 if os.path.lexists(place):
                     exist.add(name)
             elif os.path.abspath(owner) != os.path.abspath(name):
@@ -88,10 +88,10 @@ class CaptionFiles:
         if exist and not (self.resume or self.overwrite):
             count = "1 caption file exists" if len(exist) == 1 else f"{len(exist)} caption files exist"
             raise SettingError(f"{count}, such as '{escape_name(str(self.place(min(exist))))}'", "resume", "overwrite")
-        return kept, problems, exist if self.resume else set()
+        return chosen, problems, exist if self.resume else set()
 
     def write(self, row: Row) -> None:
-        """Write the captions of an image, one a line, whole or not at all; an image without captions gets no file.
+        """Write the captions of an image, one per line, whole or not at all; an image without captions gets no file.
 
         Raises:
             SettingError: the disk is full; files that were written stay.

@@ -14,22 +14,22 @@ from captioner.images.names import escape_name, unescape_name, write_json
 COLUMNS = ("path", "caption", "logprob", "error")
 
 MORE_COLUMNS = ("caption", "logprob", "confidence")
-"""What a table has of each of several captions, with its number: `caption_2`."""
+"""Columns of a table for each of several captions, with its number: `caption_2`."""
 
 LOW_CONFIDENCE = "below the least confidence"
-"""Reason of an image whose best caption is withheld."""
+"""Reason for an image whose best caption is withheld."""
 
 Row = Mapping[str, Any]
-"""A caption as `Caption.as_dict` gives it: the keys of `COLUMNS`, and `captions` where there are several."""
+"""A caption as `Caption.as_dict` returns it: the keys of `COLUMNS`, and `captions` if there are several."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of output files, one line an image.
+    """A format of output files, with one line per image.
 
     Attributes:
         write: returns the line of a row, without its end, given the number of captions; None for a row that the format
-            cannot hold.
+            cannot express.
         read: yields the name of each image in the text of a file, and whether it has a caption.
         has_logprob: whether it shows log-probabilities.
         header: returns the first line of a file, given the number of captions of each image; None for no such line.

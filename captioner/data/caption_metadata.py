@@ -1,4 +1,4 @@
-"""Captions in the metadata of the images themselves: XMP's description, and IPTC's caption where the format has IPTC.
+"""Write captions into the metadata of images: XMP's description, and IPTC's caption if the format has IPTC.
 
 An image is changed in memory and checked, then written whole beside the original, which it replaces. The pixels are
 copied, not encoded again.
@@ -22,7 +22,7 @@ from captioner.runs.files import open_whole
 XMP, IPTC = "Xmp.dc.description", "Iptc.Application2.Caption"
 
 CHARACTERS = {"Iptc.Envelope.CharacterSet": "\x1b%G"}
-"""How IPTC says that its text is UTF-8."""
+"""The entry of IPTC that declares its text to be UTF-8."""
 
 DEFAULT = 'lang="x-default"'
 
@@ -47,10 +47,10 @@ def load_library() -> ModuleType:
 
 
 class Metadata:
-    """Writes the caption of an image into the image's own metadata.
+    """Writer of captions into the metadata of the images.
 
     Args:
-        overwrite: whether a description that an image has is replaced.
+        overwrite: whether existing descriptions are replaced.
 
     Raises:
         SettingError: the library is not installed.
@@ -69,25 +69,25 @@ class Metadata:
             The images that are files, each once; a line for every other image; and the names of the images that have a
             description, which stays.
         """
-        kept: dict[str, tuple[str, Source]] = {}
+        chosen: dict[str, tuple[str, Source]] = {}
         problems: list[str] = []
         done: set[str] = set()
         for name, source in images:
             if not isinstance(source, str):
                 problems.append(f"'{escape_name(name)}' is no file of its own, into which a caption could be written")
-            elif (real := os.path.realpath(source)) not in kept:
-                kept[real] = (name, source)
+            elif (real := os.path.realpath(source)) not in chosen:
+                chosen[real] = (name, source)
                 if not self.overwrite and self.has_description(source):
                     done.add(name)
-        return list(kept.values()), problems, done
+        return list(chosen.values()), problems, done
 
     @property
     def where(self) -> str:
-        """Where the captions are, for a message about images."""
+        """The place of the captions, for a message about images."""
         return "the images themselves"
 
     def has_description(self, path: str) -> bool:
-        """Tell whether an image has a description; one whose metadata cannot be read counts as having none."""
+        """Return whether an image has a description; metadata that cannot be read counts as none."""
         try:
             with self.library.Image(path) as image:
                 return bool(image.read_xmp().get(XMP) or image.read_iptc().get(IPTC))

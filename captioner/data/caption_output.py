@@ -1,4 +1,4 @@
-"""Writing captions as they come, to a file or to standard output, and continuing a file that exists."""
+"""Write each caption at once to a file or to standard output, and continue a file that exists."""
 
 import csv
 import os
@@ -24,19 +24,19 @@ from captioner.images.names import escape_name, fit_encoding
 
 
 def written_file(path: Path) -> Path:
-    """Return the file that captions of an output are written to line by line: its own, or that beside a Parquet file.
+    """Return the file into which captions are written line by line: the output itself, or a file beside a Parquet file.
 
-    Where the output is a link, this is beside what it leads to.
+    If the output is a link, this is the file that it points to, or a file beside that.
     """
     real = Path(os.path.realpath(path))
     return lines_file(real) if is_parquet(path) else real
 
 
 def check_output(path: Path | None, resume: bool = False, overwrite: bool = False) -> None:
-    """Find out before any work whether an output can be written.
+    """Check before any work that an output can be written.
 
     Raises:
-        SettingError: it cannot, or it exists and is neither to be gone on with nor to be replaced.
+        SettingError: it cannot, or it exists and neither `resume` nor `overwrite` is set.
     """
     find_format(path)
     if path is None:
@@ -45,11 +45,9 @@ def check_output(path: Path | None, resume: bool = False, overwrite: bool = Fals
         return
     name = f"'{escape_name(str(path))}'"
     if (path.exists() or written_file(path).exists()) and not (resume or overwrite):
-        fact = (
-            f"{name} exists" if path.exists() else f"{name} is begun: '{escape_name(str(written_file(path)))}' exists"
-        )
-        raise SettingError(fact, "resume", "overwrite")
-    real = Path(os.path.realpath(path))  # where a link leads, even to a file that is not there
+        part = f"'{escape_name(str(written_file(path)))}', the started file of {name},"
+        raise SettingError(f"{name if path.exists() else part} exists", "resume", "overwrite")
+    real = Path(os.path.realpath(path))  # the target of a link, which may not exist
     folder = next(parent for parent in real.parents if os.path.lexists(parent))
     if not folder.is_dir():
         raise SettingError(f"cannot write {name}: '{escape_name(str(folder))}' is a file and no folder", "output")
@@ -65,10 +63,10 @@ def check_output(path: Path | None, resume: bool = False, overwrite: bool = Fals
 def read_output(path: Path) -> tuple[set[str], set[str]]:
     """Read the names of the images in an output file: those that have captions, and those that failed.
 
-    A last line without an end, which a killed run may leave, is taken off the file.
+    If a killed run left an incomplete last line, it is cut off the file.
 
     Raises:
-        SettingError: something else is in the file, or it cannot be read.
+        SettingError: the file has other content, or it cannot be read.
     """
     if is_parquet(path) and not written_file(path).exists():
         if not path.exists():
@@ -97,10 +95,10 @@ def read_output(path: Path) -> tuple[set[str], set[str]]:
 
 
 def check_maker(path: Path, made_by: Mapping[str, Any]) -> bool:
-    """Refuse to continue an output that another model, grid or search has made.
+    """Refuse to continue an output that was made with another model, grid or search.
 
     Returns:
-        Whether the output says what has made it; outputs of the first release do not.
+        Whether the output records what made it; outputs of the first release do not.
 
     Raises:
         SettingError: naming the first difference.
@@ -112,12 +110,12 @@ def check_maker(path: Path, made_by: Mapping[str, Any]) -> bool:
 
 
 class Writer:
-    """Writes rows of captions, each as soon as it is there.
+    """Writer of rows of captions, each at once.
 
     Args:
         file: an open text file.
         form: its format.
-        name: what a message calls the file; empty for standard output.
+        name: name of the file in messages; empty for standard output.
         captions: captions of each image.
     """
 
@@ -128,15 +126,15 @@ class Writer:
         """Write a row.
 
         Raises:
-            BrokenPipeError: whoever read standard output has gone.
-            SettingError: it cannot be written, the disk being full, say; what was written stays.
+            BrokenPipeError: the program that reads standard output has ended.
+            SettingError: it cannot be written, for example because the disk is full; what was written stays.
         """
         line = self.form.write(row, self.captions)
         if line is not None:
             self.write_line(line)
 
     def write_line(self, line: str) -> None:
-        """Write a line and flush it; what the encoding lacks is escaped."""
+        """Write a line and flush it; characters that the encoding lacks are escaped."""
         try:
             self.file.write(fit_encoding(line, self.file.encoding or "utf-8") + "\n")
             self.file.flush()
@@ -144,9 +142,9 @@ class Writer:
             raise
         except OSError as error:
             if not self.name:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # Python would try again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # Python would write again at its end
                 raise SettingError(f"cannot write to standard output: {error.strerror}", "output") from None
-            raise SettingError(f"cannot write {self.name}: {error.strerror}; what is in it stays", "resume") from None
+            raise SettingError(f"cannot write {self.name}: {error.strerror}; its content stays", "resume") from None
 
 
 def read_first_line(path: Path) -> str:
@@ -157,12 +155,12 @@ def read_first_line(path: Path) -> str:
 
 @contextmanager
 def open_output(path: Path | None, made_by: Mapping[str, Any], append: bool = False) -> Iterator[Writer]:
-    """Open an output file, or standard output where there is no path; text is UTF-8, whatever the locale.
+    """Open an output file, or standard output if the path is None; text in files is UTF-8 in every locale.
 
     Args:
         path: the output.
-        made_by: what makes the captions, as `Captioner.describe` returns it. It is written beside a file.
-        append: whether to write behind what is in the file, or to replace that.
+        made_by: the settings that make the captions, from `Captioner.describe`. They are written beside a file.
+        append: whether to append to the file, or to replace it.
 
     Raises:
         SettingError: it cannot be opened or written.
@@ -190,7 +188,7 @@ def open_output(path: Path | None, made_by: Mapping[str, Any], append: bool = Fa
             writer.write_line(form.header(captions))
         yield writer
     finally:
-        with suppress(OSError):  # of a full disk, which the writer has told
+        with suppress(OSError):  # a full disk, for which the writer raised an error
             file.close()
     if is_parquet(path):
         try:

@@ -1,6 +1,6 @@
-"""Parquet files of captions. Such a file cannot be appended to, so captions are first kept as JSON Lines beside it.
+"""Parquet files of captions. Such a file cannot be appended to, so captions are first written as JSON Lines beside it.
 
-Those lines are an output of their own, which a kill leaves whole; the Parquet file is written from them at the end.
+The lines are an output of their own, which survives a kill. At the end, the Parquet file is written from them.
 """
 
 import json
@@ -15,19 +15,19 @@ from captioner.runs.files import open_whole
 ENDING = ".parquet"
 
 ROWS = 10_000
-"""Rows that are held in memory at a time; a row group of the file has as many."""
+"""Rows in memory at the same time, and in a row group of the file."""
 
 KEY = b"captioner"
-"""Entry of the file's metadata that says what made it."""
+"""Entry of the file's metadata that records what made it."""
 
 
 def is_parquet(path: Path | None) -> bool:
-    """Tell whether an output is a Parquet file, by its ending."""
+    """Return whether an output is a Parquet file, by its ending."""
     return path is not None and path.suffix.lower() == ENDING
 
 
 def lines_file(path: Path) -> Path:
-    """Return where the captions of a Parquet file are until it is written."""
+    """Return the file that contains the captions until the Parquet file is written."""
     return path.with_name(f"{path.name}.part.jsonl")
 
 
@@ -37,7 +37,7 @@ def write_parquet(lines: Path, path: Path, made_by: Mapping[str, Any]) -> None:
     Args:
         lines: the JSON Lines.
         path: the Parquet file, which is replaced.
-        made_by: what made the captions; it goes into the metadata.
+        made_by: the settings that made the captions, for the metadata.
 
     Raises:
         OSError: the file cannot be written.
@@ -73,7 +73,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """Read the rows of a Parquet file that `write_parquet` wrote, with the names of images as they are on disk.
 
     Raises:
-        SettingError: it is another file, or it cannot be read.
+        SettingError: another program wrote the file, or it cannot be read.
     """
     with open_parquet(path) as file:
         for batch in file.iter_batches(ROWS):
@@ -82,7 +82,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read what made a Parquet file.
+    """Read the settings that made a Parquet file.
 
     Raises:
         SettingError: as `read_parquet`.
@@ -114,7 +114,7 @@ def open_parquet(path: Path) -> Any:
 
 
 def unpack_parquet(path: Path, lines: Path) -> None:
-    """Write the rows of a Parquet file as JSON Lines, whole or not at all, to be continued.
+    """Write the rows of a Parquet file as JSON Lines, whole or not at all, so that they can be continued.
 
     Raises:
         SettingError: as `read_parquet`.

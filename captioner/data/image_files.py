@@ -23,7 +23,7 @@ SIDECAR_FOLDERS = frozenset(
 HIDDEN = "hidden"
 
 READABLE = frozenset(("image", *UNREAD.values()))
-"""Kinds of files that patterns choose among."""
+"""Kinds of files to which patterns apply."""
 
 KINDS = 8
 """Most kinds of files that one line names; the others are only counted."""
@@ -49,11 +49,11 @@ class FolderImages:
 
 
 def describe_left_out(unread: Counter[str], others: Counter[str]) -> str:
-    """Say what was left out, by kind.
+    """Return what was left out, by kind.
 
     Args:
-        unread: images of formats that are not read.
-        others: files that are no images.
+        unread: numbers of images in formats that are not read, by format.
+        others: numbers of other files, by kind.
     """
     parts = [f"{count} {kind} (not read: {remedy(kind)})" for kind, count in sorted(unread.items())]
     common = others.most_common(KINDS)
@@ -63,7 +63,7 @@ def describe_left_out(unread: Counter[str], others: Counter[str]) -> str:
     return ", ".join(parts)
 
 
-def search_folder(root: Path, wanted: PathFilter | None = None) -> FolderImages:
+def search_folder(root: Path, path_filter: PathFilter | None = None) -> FolderImages:
     """Find the images in a folder and the folders within it, by their file endings.
 
     Hidden files and folders (`.git`, `.cache`) are left out and counted. Files of operating systems (`SIDECARS`) are
@@ -72,7 +72,7 @@ def search_folder(root: Path, wanted: PathFilter | None = None) -> FolderImages:
 
     Args:
         root: the folder.
-        wanted: chooses among the images; the others are counted.
+        path_filter: filter of the images; images that do not pass are counted.
     """
     found = FolderImages(root)
     seen: set[tuple[int, int]] = set()
@@ -96,7 +96,7 @@ def search_folder(root: Path, wanted: PathFilter | None = None) -> FolderImages:
                 folders.append(path)
             elif kind == "link":
                 links.append(path)
-            elif kind in READABLE and wanted is not None and not wanted(path.relative_to(root).as_posix()):
+            elif kind in READABLE and path_filter is not None and not path_filter(path.relative_to(root).as_posix()):
                 found.others[EXCLUDED] += 1
             elif kind == "image":
                 found.files.append(path)
@@ -128,7 +128,7 @@ def classify(entry: os.DirEntry[str]) -> str:
 
 
 def classify_file(name: str) -> str:
-    """Say what a file is by its name: image, the name of a format that is not read, or another kind."""
+    """Return the kind of a file by its name: `image`, a format that is not read, or another kind."""
     ending = os.path.splitext(name.lower())[1]
     if name.startswith("."):
         return HIDDEN
@@ -138,7 +138,7 @@ def classify_file(name: str) -> str:
 
 
 def is_left_by_system(parts: Sequence[str]) -> bool:
-    """Tell whether an operating system has left a file, by the parts of its path; so is one without a name."""
+    """Return whether an operating system created a file, by the parts of its path; True for an empty path."""
     if not parts:
         return True
     name, folders = parts[-1].lower(), {part.lower() for part in parts[:-1]}

@@ -1,4 +1,4 @@
-"""Resolve the inputs of a command (files, folders, archives, patterns, a list on standard input) to images, in order."""
+"""Resolve the inputs of a command (files, folders, archives, patterns, standard input) to images, in this order."""
 
 import codecs
 import glob
@@ -42,40 +42,40 @@ class FoundImages:
 
 
 def find_images(
-    inputs: Sequence[str], standard_input: BinaryIO | None = None, wanted: PathFilter | None = None
+    inputs: Sequence[str], standard_input: BinaryIO | None = None, path_filter: PathFilter | None = None
 ) -> FoundImages:
     """Resolve inputs to images, in the order given; images of a folder are sorted.
 
     Args:
-        inputs: files, folders, glob patterns, and `-` for standard input.
+        inputs: files, folders, archives, glob patterns, and `-` for standard input.
         standard_input: an image, or a list of paths: one a line, or each ended by a zero byte as `find -print0` does.
-        wanted: chooses among the files of folders and archives and those that patterns match; files that are named are
-            all taken.
+        path_filter: filter of the files in folders and archives and of those that patterns match. Files that are named
+            always pass.
     """
     found = FoundImages()
     for item in inputs:
         name, path = escape_name(item), Path(item)
         if item == STANDARD_INPUT:
-            add_standard_input(found, standard_input, wanted)
+            add_standard_input(found, standard_input, path_filter)
         elif os.path.isdir(item):  # pathlib would raise an error for a path that cannot be reached
-            add_folder(found, item, wanted)
+            add_folder(found, item, path_filter)
         elif glob.has_magic(item) and not os.path.lexists(item):
-            add_pattern(found, item, wanted)
+            add_pattern(found, item, path_filter)
         elif item.endswith(os.sep) and not os.path.lexists(item.rstrip(os.sep)):
             found.problems.append(f"there is no folder '{name}'")
         elif not os.path.lexists(item) and path.suffix.lower() not in SUFFIXES | UNREAD.keys():
             found.problems.append(f"there is no file and no folder '{name}'")
         else:
-            add_file(found, item, wanted)
+            add_file(found, item, path_filter)
     return found
 
 
-def add_file(found: FoundImages, path: str, wanted: PathFilter | None) -> None:
-    """Add a file, or the images in it if it is an archive."""
+def add_file(found: FoundImages, path: str, path_filter: PathFilter | None) -> None:
+    """Add an image file, or the images in an archive."""
     if not is_archive(path) or not os.path.isfile(path):
         found.images.append((path, path))
         return
-    archive, name = search_archive(path, wanted), escape_name(path)
+    archive, name = search_archive(path, path_filter), escape_name(path)
     found.images += [(member.name, member) for member in archive.members]
     if archive.problem:
         found.problems.append(archive.problem)
@@ -83,13 +83,13 @@ def add_file(found: FoundImages, path: str, wanted: PathFilter | None) -> None:
     if not archive.members and not archive.problem:
         found.problems.append(f"no images in the archive '{name}'" + (f"; left out: {left_out}" if left_out else ""))
     elif left_out:
-        said = found.problems if archive.unread else found.notes
-        said.append(f"left out in the archive '{name}': {left_out}")
+        lines = found.problems if archive.unread else found.notes
+        lines.append(f"left out in the archive '{name}': {left_out}")
 
 
-def add_folder(found: FoundImages, name: str, wanted: PathFilter | None) -> None:
+def add_folder(found: FoundImages, name: str, path_filter: PathFilter | None) -> None:
     """Add the images of a folder and the folders within it."""
-    folder = search_folder(Path(name), wanted)
+    folder = search_folder(Path(name), path_filter)
     left_out, name = folder.left_out(), escape_name(name)
     found.images += [(path, path) for path in sorted(map(str, folder.files))]
     found.problems += folder.unreadable
@@ -100,7 +100,7 @@ def add_folder(found: FoundImages, name: str, wanted: PathFilter | None) -> None
         lines.append(f"left out in the folder '{name}': {left_out}")
 
 
-def add_pattern(found: FoundImages, pattern: str, wanted: PathFilter | None) -> None:
+def add_pattern(found: FoundImages, pattern: str, path_filter: PathFilter | None) -> None:
     """Add the files that match a pattern. Matching folders are searched, unless the pattern has `**`."""
     matches, excluded = sorted(glob.glob(pattern, recursive=True)), 0
     if not matches:
@@ -108,16 +108,16 @@ def add_pattern(found: FoundImages, pattern: str, wanted: PathFilter | None) -> 
     for match in matches:
         if os.path.isdir(match):
             if "**" not in pattern:
-                add_folder(found, match, wanted)
-        elif wanted is None or wanted(Path(match).as_posix()):
-            add_file(found, match, wanted)
+                add_folder(found, match, path_filter)
+        elif path_filter is None or path_filter(Path(match).as_posix()):
+            add_file(found, match, path_filter)
         else:
             excluded += 1
     if excluded:
         found.notes.append(f"left out of '{escape_name(pattern)}': {excluded} {EXCLUDED}")
 
 
-def add_standard_input(found: FoundImages, file: BinaryIO | None, wanted: PathFilter | None) -> None:
+def add_standard_input(found: FoundImages, file: BinaryIO | None, path_filter: PathFilter | None) -> None:
     """Add the image, or the images of the list, on standard input."""
     data = b"" if file is None else file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -130,7 +130,7 @@ def add_standard_input(found: FoundImages, file: BinaryIO | None, wanted: PathFi
         found.images.append((STANDARD_INPUT, image))
     else:
         for path in read_list(data):
-            add_file(found, path, wanted)
+            add_file(found, path, path_filter)
 
 
 def is_image(data: bytes) -> bool:

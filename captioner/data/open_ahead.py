@@ -1,4 +1,4 @@
-"""Opening items on threads ahead of whoever uses them, in order and with bounded memory."""
+"""Open items on threads before they are used, in order and with bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +11,15 @@ Opened = TypeVar("Opened")
 
 
 def open_ahead(items: Iterable[Item], open_one: Callable[[Item], Opened], workers: int, ahead: int) -> Iterator[Opened]:
-    """Yield what `open_one` returns for each item, in the order of the items.
+    """Yield the result of `open_one` for each item, in the order of the items.
 
-    Decoders of images let other threads run, so threads are enough, and nothing has to be sent between processes.
+    Decoders of images release Python's lock, so threads are enough, and no data are sent between processes.
 
     Args:
-        items: what to open. They are taken from the iterable in the calling thread.
+        items: the items. They are taken from the iterable in the calling thread.
         open_one: opens one item. An error it raises is raised here, at the item's place.
-        workers: threads. With 0, each item is opened when it is asked for.
-        ahead: opened items, or items in work, that there may be at most.
+        workers: number of threads. With 0, each item is opened when it is requested.
+        ahead: most items that are open or being opened.
     """
     if workers == 0:
         yield from map(open_one, items)

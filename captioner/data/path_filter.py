@@ -1,4 +1,4 @@
-"""Which files of a folder or an archive are wanted, by patterns as in a `.gitignore`."""
+"""Choose among the files of a folder or an archive by patterns as in a `.gitignore`."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,17 @@ from pathspec import GitIgnoreSpec
 from captioner.errors import SettingError
 
 EXCLUDED = "excluded by the patterns"
-"""How files are counted that patterns leave out."""
+"""Kind of the files that patterns leave out."""
 
 
 class PathFilter:
-    """Chooses files by patterns: `*.jpg`, `2024/`, `raw/**/*.png`.
+    """Filter of files by patterns: `*.jpg`, `2024/`, `raw/**/*.png`.
 
-    A pattern without a slash is compared with the names of files and folders, one with a slash with the path from the
-    folder that is searched.
+    A pattern without a slash is compared with the names of files and folders. A pattern with a slash is compared with
+    the path from the folder that is searched.
 
     Args:
-        include: patterns of which a file must match one; without any, every file does.
+        include: patterns of which a file must match one; without patterns, every file passes.
         exclude: patterns of which a file must match none.
 
     Raises:
@@ -29,7 +29,7 @@ class PathFilter:
         self.exclude = read_patterns(exclude, "exclude")
 
     def __call__(self, path: str) -> bool:
-        """Tell whether a file is wanted, by its path from the folder that is searched, with `/`."""
+        """Return whether a file passes, by its path from the folder that is searched, with `/`."""
         return (self.include is None or self.include.match_file(path)) and not self.exclude.match_file(path)
 
 
@@ -37,7 +37,7 @@ def read_patterns(patterns: Sequence[str], setting: str) -> GitIgnoreSpec:
     """Read patterns.
 
     Raises:
-        SettingError: one cannot be read, or stands for nothing.
+        SettingError: a pattern cannot be read, or is empty.
     """
     for pattern in patterns:
         try:

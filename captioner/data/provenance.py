@@ -1,4 +1,4 @@
-"""What made an output: a small JSON file beside it, so that no other model, grid or search continues it."""
+"""Record what made an output in a small JSON file beside it, so that no other model, grid or search continues it."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from captioner.images.names import escape_name
 from captioner.runs.files import open_whole
 
 FREE = ("captioner", "model")
-"""Entries that may differ: the release of this package, and what the model is called; its weights decide."""
+"""Entries that may differ: the release of this package, and the name of the model, whose weights are compared."""
 
 
 def settings_file(output: Path) -> Path:
@@ -20,7 +20,7 @@ def settings_file(output: Path) -> Path:
 
 
 def write_settings(output: Path, made_by: Mapping[str, Any]) -> None:
-    """Write what makes an output beside it.
+    """Write the settings that make an output beside it.
 
     Raises:
         SettingError: the file cannot be written.
@@ -35,10 +35,10 @@ def write_settings(output: Path, made_by: Mapping[str, Any]) -> None:
 
 
 def read_settings(output: Path) -> dict[str, Any] | None:
-    """Read what made an output; `None` where no file says so.
+    """Read the settings that made an output; `None` if there is no file with them.
 
     Raises:
-        SettingError: the file cannot be read, or holds something else.
+        SettingError: the file cannot be read, or has other content.
     """
     path = settings_file(output)
     try:
@@ -46,26 +46,26 @@ def read_settings(output: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise SettingError(f"cannot read '{escape_name(str(path))}': {reason}", "output") from None
     if not isinstance(content, dict):
-        raise SettingError(f"'{escape_name(str(path))}' does not hold settings of an output", "output")
+        raise SettingError(f"'{escape_name(str(path))}' does not contain settings of an output", "output")
     return content
 
 
 def check_settings(output: Path, written: Path, made_by: Mapping[str, Any]) -> bool:
-    """Refuse to continue an output that something else has made.
+    """Refuse to continue an output that was made with other settings.
 
     Args:
-        output: the output, as messages name it.
-        written: the file that the settings are beside.
-        made_by: what would continue it.
+        output: the output, for messages.
+        written: the file beside which the settings are.
+        made_by: the settings that would continue it.
 
     Returns:
-        Whether a file says what has made the output.
+        Whether there is a file with the settings of the output.
 
     Raises:
-        SettingError: naming the first difference.
+        SettingError: they differ; the message names the first difference.
     """
     before = read_settings(written)
     if before is not None:
@@ -74,10 +74,10 @@ def check_settings(output: Path, written: Path, made_by: Mapping[str, Any]) -> b
 
 
 def compare_settings(output: Path, before: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
-    """Compare what made an output with what would continue it.
+    """Compare the settings that made an output with those that would continue it.
 
     Raises:
-        SettingError: naming the first difference.
+        SettingError: they differ; the message names the first difference.
     """
     name = f"'{escape_name(str(output))}'"
     for key in dict.fromkeys([*made_by, *before]):

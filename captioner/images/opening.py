@@ -45,7 +45,7 @@ UNREAD = (
 """Image formats that are not read, by file ending; such images must be converted to JPEG or PNG."""
 
 INSTALLABLE = {plugin.kind: plugin.install for plugin in ABSENT}
-"""Packages that would make formats readable."""
+"""Packages that make formats readable, by format."""
 
 MAX_BYTES = 512 * 2**20
 """Encoded size in bytes above which a file is refused without reading it."""
@@ -117,7 +117,7 @@ def advise(name: str) -> str:
 
 
 def remedy(unread: str) -> str:
-    """Say what to do about a format that is not read."""
+    """Return what to do with an image of a format that is not read."""
     package = INSTALLABLE.get(unread)
     return f"install {package} or convert it to JPEG or PNG" if package else "convert it to JPEG or PNG"
 
@@ -189,7 +189,7 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
     file.seek(0)
     with Image.open(file, formats=supported()) as image:
         check_size(image.width, image.height, name)
-        if isinstance(image, JpegImagePlugin.JpegImageFile):  # others would take a thumbnail that is in the file
+        if isinstance(image, JpegImagePlugin.JpegImageFile):  # other decoders would return a thumbnail from the file
             image.draft("RGB", DRAFT)
         image.load()
         return to_rgb(turn_upright(image), name)

@@ -1,4 +1,4 @@
-"""Formats that other packages decode: HEIC by pillow-heif, JPEG XL by pillow-jxl-plugin. Absent, they are not read."""
+"""Formats that optional packages decode: HEIC by pillow-heif, JPEG XL by pillow-jxl-plugin."""
 
 import struct
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ class Plugin:
     """A package that adds a decoder to Pillow.
 
     Attributes:
-        format: the name that Pillow has for the format.
-        kind: what people call the format.
-        module: the module to import; `install` is what pip calls its package.
-        install: see `module`.
+        format: Pillow's name of the format.
+        kind: usual name of the format.
+        module: name of the module to import.
+        install: name of the package for pip.
         endings: endings of the format's files.
     """
 
@@ -27,14 +27,14 @@ class Plugin:
 
     @property
     def installed(self) -> bool:
-        """Whether the package is there; it is not imported."""
+        """Whether the package is installed; it is not imported."""
         return find_spec(self.module) is not None
 
     def register(self) -> bool:
-        """Add the decoder to Pillow, and tell whether that worked."""
+        """Add the decoder to Pillow; returns whether that worked."""
         try:
             module = import_module(self.module)
-        except (ImportError, OSError):  # built for another machine, say
+        except (ImportError, OSError):  # for example, built for another machine
             return False
         if hasattr(module, "register_heif_opener"):
             module.register_heif_opener(thumbnails=False)
@@ -47,19 +47,19 @@ PLUGINS = (
 )
 
 RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
-"""Width to height by the number that a JPEG XL has for it."""
+"""Width to height, by its number in a JPEG XL."""
 
 BITS = (9, 13, 18, 30)
 """Bits of a side of a JPEG XL, by the two bits before it."""
 
 
 def jxl_size(data: bytes) -> tuple[int, int] | None:
-    """Read the width and height of a JPEG XL, whose decoder would decode it before it tells; `None` for other files.
+    """Read the width and height of a JPEG XL without decoding it, as its decoder would; `None` for other files.
 
     Source: ISO/IEC 18181-1, `SizeHeader`, and ISO/IEC 18181-2 for the boxes.
 
     Raises:
-        ValueError: it is a JPEG XL without a size.
+        ValueError: the JPEG XL has no size.
     """
     if data[:2] != b"\xff\x0a":
         if data[4:8] != b"JXL ":
@@ -85,7 +85,7 @@ def jxl_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jxl_boxes(data: bytes) -> Iterator[bytes]:
-    """Yield what the boxes of a JPEG XL hold of its image."""
+    """Yield the parts of the image in the boxes of a JPEG XL."""
     start = 0
     while start + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, start)

@@ -15,7 +15,7 @@ from captioner.images.names import escape_name
 
 
 class SafeJSON(JSONResponse):
-    """JSON of any text, half characters too, which UTF-8 cannot hold and JSON's escapes can."""
+    """JSON of any text, also of half characters (surrogates), which need JSON's escapes."""
 
     def render(self, content: Any) -> bytes:
         """Write JSON."""
@@ -24,7 +24,7 @@ class SafeJSON(JSONResponse):
 
 
 class Fault(BaseModel):
-    """What is wrong, in one line."""
+    """The error, in one line."""
 
     message: str
     type: str
@@ -51,13 +51,13 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 
 
 def fail(status: int, message: str, headers: Mapping[str, str] | None = None) -> SafeJSON:
-    """Return the answer of an error."""
+    """Return the answer for an error."""
     kind = HTTPStatus(status).phrase.lower().replace(" ", "_")
     return SafeJSON({"error": {"message": message, "type": kind}}, status, headers)
 
 
 def describe_fault(error: ValidationError | RequestValidationError) -> str:
-    """Write the first fault of a request as one line: where it is, and what is wrong; values are not repeated."""
+    """Return the first fault of a request in one line: its place and the error; values are not repeated."""
     first = error.errors()[0]
     place = ".".join(escape_name(str(part))[:80] for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
@@ -65,7 +65,7 @@ def describe_fault(error: ValidationError | RequestValidationError) -> str:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have an application answer errors in this form."""
+    """Let an application answer errors in this form."""
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, StarletteHTTPException)
@@ -76,7 +76,7 @@ def add_handlers(app: FastAPI) -> None:
         return fail(422, describe_fault(error))
 
     async def on_crash(request: Request, error: Exception) -> Response:
-        return fail(500, "the server failed; its log says why")
+        return fail(500, "the server failed; its log has the reason")
 
     app.add_exception_handler(StarletteHTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_fault)
@@ -84,13 +84,13 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def refuse(status: int, message: str) -> HTTPException:
-    """Return an error to raise, which becomes an answer."""
+    """Return an error that can be raised and becomes an answer."""
     headers = {"Retry-After": "1"} if status == 503 else None
     return HTTPException(status, message, headers)
 
 
 def flat_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema of a model with every part in its place; OpenAPI would look for references elsewhere."""
+    """Return the JSON schema of a model without references, which OpenAPI would resolve elsewhere."""
     schema = model.model_json_schema()
     parts = schema.pop("$defs", {})
 

@@ -45,7 +45,7 @@ class Candidate(BaseModel):
 
 
 class Result(BaseModel):
-    """The captions of one image, or why it has none."""
+    """The captions of one image, or its error."""
 
     name: str
     caption: str | None = Field(description="The best caption.")
@@ -61,7 +61,7 @@ class Results(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server captions."""
+    """State of the server."""
 
     status: str
     model: str
@@ -80,14 +80,14 @@ def create_app(
 
     Args:
         captioner: the captioner.
-        limits: what the server takes.
-        credentials: who may ask; `None` for everyone.
+        limits: limits of requests.
+        credentials: the user who may use the server; `None` for everyone.
         batch_size: images per batch, at most.
         queue: images that may wait, at most.
         wait: seconds that a batch waits for more images.
 
     Returns:
-        The application; `app.state.service` captions for what is mounted on it.
+        The application; its `app.state.service` captions for applications that are mounted on it.
     """
     limits, monitor = limits or Limits(), Monitor()
     engine = Engine(captioner, batch_size, queue, wait, monitor.batches.observe)
@@ -132,7 +132,7 @@ def create_app(
 
     @app.get("/health", summary="Health", response_model=Health, responses={503: FAILURES[503]})
     async def health() -> Any:
-        """Tell whether the server captions."""
+        """Return whether the server captions images."""
         if not engine.alive:
             return fail(503, "the engine has stopped")
         return {"status": "ok", "model": name, "waiting": len(engine)}
@@ -152,6 +152,6 @@ def create_app(
 
 
 def describe(result: Caption) -> dict[str, Any]:
-    """Write the captions of an image for an answer."""
+    """Return the captions of an image for an answer."""
     captions = [asdict(one) for one in result.best_first()]
     return {"name": result.path, "caption": result.caption, "captions": captions, "error": result.error}

@@ -47,7 +47,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A chat whose messages hold one image; options that are not listed are ignored."""
+    """A chat whose messages contain one image; options that are not listed are ignored."""
 
     model: str = "captioner"
     messages: list[Message] = Field(min_length=1, max_length=100)
@@ -76,7 +76,7 @@ class ChatRequest(BaseModel):
         """Return the image.
 
         Raises:
-            ValueError: there is none, or more than one, or it is not base64.
+            ValueError: there is no image, more than one, or it is not base64.
         """
         parts = [part for message in self.messages if isinstance(message.content, list) for part in message.content]
         urls = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
@@ -91,7 +91,7 @@ def add_chat(app: FastAPI, service: Service, name: str) -> None:
     Args:
         app: the application.
         service: captions the images.
-        name: what the model is called.
+        name: name of the model.
     """
 
     @app.post(
@@ -111,14 +111,14 @@ def add_chat(app: FastAPI, service: Service, name: str) -> None:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise refuse(415, "send application/json")
         try:
-            asked = ChatRequest.model_validate_json(await request.body(), strict=True)
-            upload, options = asked.image(), asked.options()
+            chat_request = ChatRequest.model_validate_json(await request.body(), strict=True)
+            upload, options = chat_request.image(), chat_request.options()
         except ValidationError as error:
             unreadable = error.errors()[0]["type"] == "json_invalid"
             raise refuse(400 if unreadable else 422, describe_fault(error)) from None
         except ValueError as error:
             raise refuse(422, str(error)) from None
-        if asked.model not in ("captioner", name):
+        if chat_request.model not in ("captioner", name):
             raise refuse(404, "there is no such model; /v1/models lists the models")
         [result] = await service.caption([upload], options)
         if result.error is not None and result.reason != LOW_CONFIDENCE:
@@ -128,7 +128,7 @@ def add_chat(app: FastAPI, service: Service, name: str) -> None:
         counts = [len(service.captioner.processor.tokenizer(text)["input_ids"]) for text in texts]
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         reasons = ["length" if longest and count >= longest else "stop" for count in counts]
-        if asked.stream:
+        if chat_request.stream:
             return StreamingResponse(write_events(head, texts, reasons), media_type="text/event-stream")
         choices = [
             {"index": n, "message": {"role": "assistant", "content": text}, "finish_reason": reason, "logprobs": None}
@@ -139,13 +139,13 @@ def add_chat(app: FastAPI, service: Service, name: str) -> None:
 
     @app.get("/v1/models", summary="List the model", response_class=SafeJSON, responses={401: FAILURES[401]})
     async def models() -> Any:
-        """List the one model, as OpenAI's clients ask for it."""
+        """List the one model, for OpenAI's clients."""
         model = {"id": name, "object": "model", "created": 0, "owned_by": "captioner"}
         return SafeJSON({"object": "list", "data": [model]})
 
 
 def write_events(head: dict[str, Any], texts: list[str], reasons: list[str]) -> Iterator[str]:
-    """Write an answer as server-sent events: the text of each choice, why it ends, and the end of all."""
+    """Write an answer as server-sent events: the text of each choice, the reason of its end, and a last event."""
     for number, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
         for delta, end in (({"role": "assistant", "content": text}, None), ({}, reason)):
             choice = {"index": number, "delta": delta, "finish_reason": end}

@@ -1,4 +1,4 @@
-"""One model for many requests: images wait in a bounded queue, and those that want the same are captioned in one batch.
+"""Caption the images of many requests with one model: they wait in a bounded queue, in batches of equal options.
 
 LitServe batches too, but owns the web server and its processes; this engine stands behind any application, such as the
 API and the page of one FastAPI program.
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """More images wait than the queue has places for."""
+    """The queue has not enough places for the images."""
 
 
 class Closed(Exception):
-    """The engine takes no images any more."""
+    """The engine is closed and takes no more images."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Job:
     Attributes:
         pixels: the image (3, H, W).
         key: a name for the image, on which the random numbers of sampling depend.
-        search: what captions to search for.
+        search: the settings of the search.
         grid: compressed grid; `None` for the model's own.
     """
 
@@ -48,7 +48,7 @@ class Job:
     result: "Future[list[Candidate]]" = field(default_factory=Future)
 
     def fits(self, other: "Job") -> bool:
-        """Tell whether both can be in one batch."""
+        """Return whether both can be in one batch."""
         return (self.grid, self.search) == (other.grid, other.search)
 
 
@@ -60,7 +60,7 @@ class Engine:
         batch_size: images per batch, at most.
         queue: images that may wait, at most.
         wait: seconds that a batch waits for more images.
-        observe: is called with the size of each batch.
+        observe: called with the size of each batch.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Engine:
                 self._run(batch)
 
     def _take(self) -> list[Job]:
-        """Wait for images and take those that can be in one batch with the first; none where the engine is closed."""
+        """Wait for images and take those that fit into one batch with the first; [] if the engine is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if not self._jobs:
@@ -145,7 +145,7 @@ class Engine:
             pixels, keys = torch.stack([job.pixels for job in batch]), [job.key for job in batch]
             found = self.captioner.search(pixels, keys, first.search, first.grid)
             assert len(found) == len(batch)
-        except Exception as error:  # the thread must live on, and whoever waits must hear of it
+        except Exception as error:  # the thread must continue, and all who wait get the error
             if not isinstance(error, SettingError):
                 logger.exception("a batch of %d images failed", len(batch))
             for job in batch:

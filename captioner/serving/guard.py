@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, how much may be sent, how many run at a time; it counts them, too."""
+"""Check every request before the application gets it: user, size, number of requests at a time; and count it."""
 
 import asyncio
 import time
@@ -12,10 +12,10 @@ from captioner.serving.monitoring import Monitor
 from captioner.serving.settings import Credentials, Limits
 
 OPEN = ("/health",)
-"""Paths that anyone may ask for, as load balancers do."""
+"""Paths without a password, for load balancers."""
 
 WORK = "/v1/"
-"""How the paths begin that take work."""
+"""Start of the paths that need the model."""
 
 
 class Guard:
@@ -23,8 +23,8 @@ class Guard:
 
     Args:
         app: the application.
-        limits: what the server takes.
-        credentials: who may ask; `None` for everyone.
+        limits: limits of requests.
+        credentials: the user who may use the server; `None` for everyone.
         monitor: counts the requests.
     """
 
@@ -33,7 +33,7 @@ class Guard:
         self.running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or hand it on."""
+        """Refuse a request, or pass it to the application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -90,11 +90,11 @@ class Guard:
 
 
 class Body:
-    """The body of a request, of which more bytes than a limit are refused, whatever the request declares.
+    """The body of a request. More bytes than the limit are refused, whatever length the request declares.
 
     Args:
-        source: where the body comes from.
-        limit: bytes it may have.
+        source: returns the parts of the body.
+        limit: most bytes of the body.
     """
 
     def __init__(self, source: Receive, limit: int):

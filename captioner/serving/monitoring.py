@@ -1,11 +1,11 @@
-"""What Prometheus may know of a server: requests, images, batches and the queue."""
+"""Counts for Prometheus: requests, images, batches and the queue."""
 
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 PATHS = ("/v1/caption", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
-"""Paths that are counted one by one; others, which anyone may make up, count as `other`."""
+"""Paths that are counted separately; all others, which clients may invent, count as `other`."""
 
 
 class Monitor:
@@ -31,7 +31,7 @@ class Monitor:
         self.seconds.labels(path).observe(seconds)
 
     def watch_queue(self, size: Callable[[], float]) -> None:
-        """Have the size of a queue asked for when the counts are read."""
+        """Set the function that returns the size of the queue; it is called when the counts are read."""
         self.queue.set_function(size)
 
     def write(self) -> bytes:

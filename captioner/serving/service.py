@@ -1,4 +1,4 @@
-"""From uploads to captions: images are opened on threads, wait for the engine, and come back as answers."""
+"""Caption uploads: images are opened on threads, wait for the engine, and get their captions."""
 
 import asyncio
 import os
@@ -22,12 +22,12 @@ from captioner.serving.uploads import Options, Upload
 
 @dataclass
 class Service:
-    """Captions uploads within limits; the API and a page share one.
+    """Captioning of uploads within limits; all parts of the server share one.
 
     Attributes:
         captioner: the captioner.
         engine: its queue.
-        limits: what is taken.
+        limits: limits of requests.
         monitor: counts images.
     """
 

@@ -1,4 +1,4 @@
-"""The limits of a server, and who may use it."""
+"""The limits of a server, and the user who may use it."""
 
 import secrets
 from base64 import b64decode
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes.
+    """Limits of requests.
 
     Attributes:
         upload: bytes of a request.
         images: images of a request.
         pixels: pixels of an image.
-        requests: requests that are worked on at a time; others are told to come again.
-        seconds: how long a request may take.
+        requests: requests that are handled at the same time; others are refused.
+        seconds: longest time of a request.
     """
 
     upload: int = 20 * 2**20
@@ -32,7 +32,7 @@ class Credentials:
     password: str
 
     def allow(self, header: bytes) -> bool:
-        """Tell whether an `Authorization` header is right, in a time that says nothing about the password."""
+        """Return whether an `Authorization` header is right, in a time that does not depend on the password."""
         scheme, _, value = header.partition(b" ")
         if scheme.lower() == b"bearer":
             return secrets.compare_digest(value.strip(), self.password.encode())

@@ -1,4 +1,4 @@
-"""What a request asks for: images as bytes and options of captioning. Nothing in it names a file of this machine."""
+"""Read requests: images as bytes, and options of captioning. No part of a request names a file of this machine."""
 
 import binascii
 import io
@@ -24,9 +24,9 @@ DATA_URL = re.compile(r"data:[\w.+-]*(?:/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,
 
 
 def check_text(value: Any) -> Any:
-    """Refuse text with half characters, which no tokenizer takes."""
+    """Refuse text with half characters (surrogates), which no tokenizer accepts."""
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("the text holds half a character")
+        raise ValueError("the text contains half a character")
     return value
 
 
@@ -39,7 +39,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     captions: int = Field(1, ge=1, le=8, description="Captions of each image, best first.")
-    prompt: Text = Field("", max_length=500, description="Text that every caption begins with.")
+    prompt: Text = Field("", max_length=500, description="Text that every caption starts with.")
     grid: str | None = Field(
         None,
         pattern=r"^[0-9]{1,3}(x[0-9]{1,3})?$",
@@ -63,7 +63,7 @@ class Options(BaseModel):
         return self
 
     def search(self) -> tuple[Search, Grid | None]:
-        """Return what is to be searched for, and the grid.
+        """Return the settings of the search, and the grid.
 
         Raises:
             SettingError: options do not fit one another.
@@ -77,7 +77,7 @@ class Options(BaseModel):
 
 
 class CaptionRequest(Options):
-    """Images to caption, in base64, and how."""
+    """Images to caption, in base64, and options."""
 
     images: list[str] = Field(
         min_length=1,
@@ -87,21 +87,21 @@ class CaptionRequest(Options):
 
 @dataclass(frozen=True)
 class Upload:
-    """An image of a request: what it is called, and its bytes."""
+    """An image of a request: its name and its bytes."""
 
     name: str
     data: bytes
 
     def check_size(self, pixels: int) -> None:
-        """Refuse an image with more pixels than a server takes, before they are decoded.
+        """Refuse an image with too many pixels before they are decoded.
 
         Raises:
-            ImageError: it has.
+            ImageError: it has too many pixels.
         """
         try:
             with ignore_pillow_warnings(), Image.open(io.BytesIO(self.data), formats=supported()) as image:
                 width, height = image.size
-        except Exception:  # Pillow raises nearly any kind on broken data, which is refused when it is decoded
+        except Exception:  # for broken data, Pillow raises nearly any error; the image is refused when it is decoded
             return
         if width * height > pixels:
             fact = f"'{escape_name(self.name)}' is {width}x{height} px; over {pixels / 1e6:g} megapixels is refused"
@@ -112,7 +112,7 @@ def read_base64(text: str) -> bytes:
     """Read base64, alone or in a `data:` URL.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is not base64.
     """
     found = DATA_URL.match(text[:200])
     if found is None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text[:50]):
@@ -133,10 +133,10 @@ async def read_request(request: Request, limits: Limits) -> tuple[list[Upload], 
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
-            asked = CaptionRequest.model_validate_json(await request.body(), strict=True)
-            check_count(len(asked.images), limits)
-            data = [read_base64(text) for text in asked.images]
-            return [Upload(f"image {number}", one) for number, one in enumerate(data, 1)], asked
+            caption_request = CaptionRequest.model_validate_json(await request.body(), strict=True)
+            check_count(len(caption_request.images), limits)
+            data = [read_base64(text) for text in caption_request.images]
+            return [Upload(f"image {number}", one) for number, one in enumerate(data, 1)], caption_request
         if kind == "multipart/form-data":
             return await read_form(request, limits)
     except ValidationError as error:
@@ -158,7 +158,7 @@ async def read_form(request: Request, limits: Limits) -> tuple[list[Upload], Opt
                     raise refuse(422, f"{name} must be a file of the form, not text")
                 uploads.append(Upload((value.filename or f"image {len(uploads) + 1}")[-200:], await value.read()))
             elif isinstance(value, UploadFile):
-                raise refuse(422, "files go into fields called images")
+                raise refuse(422, "files must be in fields named images")
             elif name in options:
                 raise refuse(422, "an option is given twice")
             else:
@@ -171,7 +171,7 @@ def check_count(count: int, limits: Limits) -> None:
     """Refuse a request without images, or with too many.
 
     Raises:
-        HTTPException: it is refused.
+        HTTPException: the number of images is refused.
     """
     if count == 0:
         raise refuse(422, "there are no images")
