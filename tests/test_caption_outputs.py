@@ -161,7 +161,7 @@ def test_an_output_that_does_not_say_what_made_it_is_continued_with_a_note(capti
     assert len(settings["weights"]) == 32
     (tmp_path / "out.jsonl.settings.json").unlink()
     assert caption(images, "--output", output, "--resume") == 0
-    assert "does not say what made it" in capsys.readouterr().err
+    assert "does not record what made it" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl.settings.json").exists()
 
 

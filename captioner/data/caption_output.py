@@ -45,7 +45,7 @@ def check_output(path: Path | None, resume: bool = False, overwrite: bool = Fals
         return
     name = f"'{escape_name(str(path))}'"
     if (path.exists() or written_file(path).exists()) and not (resume or overwrite):
-        part = f"'{escape_name(str(written_file(path)))}', the started file of {name},"
+        part = f"{name} was started: '{escape_name(str(written_file(path)))}'"
         raise SettingError(f"{name if path.exists() else part} exists", "resume", "overwrite")
     real = Path(os.path.realpath(path))  # the target of a link, which may not exist
     folder = next(parent for parent in real.parents if os.path.lexists(parent))
@@ -144,7 +144,7 @@ class Writer:
             if not self.name:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # Python would write again at its end
                 raise SettingError(f"cannot write to standard output: {error.strerror}", "output") from None
-            raise SettingError(f"cannot write {self.name}: {error.strerror}; its content stays", "resume") from None
+            raise SettingError(f"cannot write {self.name}: {error.strerror}; what is in it stays", "resume") from None
 
 
 def read_first_line(path: Path) -> str:
