@@ -286,9 +286,9 @@ def test_messages_are_one_line_whatever_the_name():
 
 
 def test_a_format_that_is_not_read_is_named(tmp_path):
-    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-    with pytest.raises(ImageError, match="HEIC is not read, convert it to JPEG or PNG"):
-        open_image(tmp_path / "a.HEIC")
+    (tmp_path / "a.PSD").write_bytes(b"8BPS\0\1" + bytes(100))
+    with pytest.raises(ImageError, match="Photoshop is not read, convert it to JPEG or PNG"):
+        open_image(tmp_path / "a.PSD")
 
 
 def test_a_closed_image_is_called_that(tmp_path):

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from captioner.data.caption_output import COLUMNS
+from captioner.data.caption_formats import COLUMNS
 from captioner.data.captions import Captions, ImageId, is_missing, plain_id, read_captions_of
 from captioner.data.columns import IMAGE_NAMES, find_caption_column, find_column
 from captioner.data.json_files import is_karpathy, read_coco, read_karpathy
@@ -122,7 +122,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     content = load_document(path)
     table = content if isinstance(content, Rows) else None
     rows: Any = content if table is None else table.rows
-    if path.suffix.lower() == ".csv" and rows and tuple(rows[0]) == COLUMNS:  # what `captioner caption` writes
+    if (
+        path.suffix.lower() == ".csv" and rows and tuple(rows[0])[: len(COLUMNS)] == COLUMNS
+    ):  # what `captioner caption` writes
         rows = [row | {"path": unescape_name(row["path"])} for row in rows]
     form = 'a list of {"image_id": ..., "caption": ...}'
     if not isinstance(rows, list):

@@ -24,7 +24,8 @@ from captioner.fusion import FUSIONS
 from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
 from captioner.hub import hub_options
-from captioner.inference import check_complete, load
+from captioner.inference import load
+from captioner.loading import check_complete
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.training.config import ModelConfig, TrainConfig
