@@ -210,10 +210,11 @@ def make_search(
     Raises:
         ValueError: an option has a wrong value, or does not fit captioning.
     """
+    generation = {name: value for name, value in generation.items() if value is not None}
     for name, value in generation.items():
-        if name in COUNTS and value is not None:
+        if name in COUNTS:
             generation[name] = check_count(name, value)
-        if name in REFUSED and value is not None:
+        if name in REFUSED:
             raise ValueError(f"{REFUSED[name]}; leave {name} out")
     if seed is None:
         seed = int(torch.randint(2**62, ())) if generation.get("do_sample") else 0
