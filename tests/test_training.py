@@ -137,7 +137,7 @@ def test_evaluation_fails_where_an_image_cannot_be_opened(captioned, saved_model
     assert first["caption"] == ""
     assert bad.name in first["error"]
     warnings = json.loads((tmp_path / "out" / "scores.json").read_text())["warnings"]
-    assert "images that cannot be opened, scored as if their caption were empty: 1" in warnings
+    assert "images that cannot be opened, scored with an empty caption: 1" in warnings
 
 
 def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path, no_java):

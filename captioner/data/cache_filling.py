@@ -164,7 +164,7 @@ def check_encoded(folder: Path, table: datasets.Dataset) -> None:
     Raises:
         SettingError: it does, or the image has changed.
     """
-    if change := TokenCache(folder).find_change(table):
+    if change := TokenCache(folder).find_change(table, image_names(table)):
         raise SettingError(f"{change}; a cache in a folder of its own can hold it", "output")
 
 

@@ -206,11 +206,11 @@ class TokenCache:
                 f"the token cache '{self.folder}' lacks {count} of {len(names)} images of the split "
                 f"'{table[0]['split']}'; `captioner cache` adds a split to the same folder"
             )
-        if change := self.find_change(table, SAMPLE):
+        if change := self.find_change(table, names, SAMPLE):
             raise ValueError(f"{change}: the images have changed; make another token cache")
         return CachedImages(self, names)
 
-    def find_change(self, table: "Dataset", most: int | None = None) -> str | None:
+    def find_change(self, table: "Dataset", names: Sequence[str], most: int | None = None) -> str | None:
         """Return how an image of a table differs from the image that was encoded under its name; `None` if none does.
 
         A few images are compared wherever they are. Others are compared if they are at another place, because an image
@@ -218,9 +218,9 @@ class TokenCache:
 
         Args:
             table: the caption table.
+            names: names of its images, as `image_names` returns them.
             most: most images at another place to compare; `None` for all of them.
         """
-        names = image_names(table)
         rows = [self.rows.get(name, -1) for name in names]
         files = [None if row < 0 else self.files[row] for row in rows]
         places = image_places(table) if any(files) else [""] * len(rows)
