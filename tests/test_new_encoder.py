@@ -135,7 +135,9 @@ def questions_about_encoders(source: str) -> list[str]:
             found += [alias.name for alias in node.names if alias.name in KINDS]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             asks = node.func.id in ("isinstance", "hasattr") or (node.func.id == "getattr" and len(node.args) == 3)
-            if asks and ("encoder" in ast.unparse(node.args[0]) or "Encoder" in ast.unparse(node.args[1])):
+            kind = ast.unparse(node.args[1]) if asks else ""
+            kind = kind.replace("EncoderDecoderCache", "")  # a class of transformers
+            if asks and ("encoder" in ast.unparse(node.args[0]) or "Encoder" in kind):
                 found.append(ast.unparse(node))
     return found
 
