@@ -27,7 +27,8 @@ ROOMS = [
     "labels",
     "encoders",
     "runs",
-    "images grids hub transformers_versions",
+    "tags",
+    "images grids hub transformers_versions text_files",
     "errors",
 ]
 """From top to bottom. What stands in one line shares a level: of two folders there, neither imports the other."""
