@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a caption decoder on a frozen encoder",
     "evaluate": "caption a split and score the captions",
     "pretrain": "train an encoder on outputs of teachers, class labels and words of captions",
+    "probe": "compare frozen encoders by what a linear map reads off their tokens",
     "score": "score the captions of any system against references, or compare two systems",
 }
 
