@@ -11,7 +11,7 @@ from captioner.grids import parse_grid
 if TYPE_CHECKING:
     from captioner.data.label_files import ImageLabels
     from captioner.data.token_cache import TokenCache
-    from captioner.pretraining.probe_images import Features, ProbeImage
+    from captioner.pretraining.probe_images import Features, ProbeImage, ProbeTargets
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,15 @@ def probe(config: ProbeConfig) -> list[dict[str, Any]]:
         names = config.grids or tuple(manifest["grids"])
         cache = TokenCache(config.tokens, grids=names)
         images = find_images(config, labels, cache)
+        targets = find_targets(config, labels, images)
         for name, features in zip(names, read_cache(cache, images, names), strict=True):
-            records.append(measure(config, labels, images, features, {"encoder": manifest["encoder"], "grid": name}))
+            records.append({"encoder": manifest["encoder"], "grid": name} | measure(features, targets))
     else:
         images = find_images(config, labels)
+        targets = find_targets(config, labels, images)
         for encoder in config.encoders:
             for name, features in encode(config, encoder, images):
-                records.append(measure(config, labels, images, features, {"encoder": encoder, "grid": name}))
+                records.append({"encoder": encoder, "grid": name} | measure(features, targets))
     print(format_table(records))
     if config.output:
         with open_whole(config.output) as file:
@@ -182,56 +184,42 @@ def encode(config: ProbeConfig, name: str, images: list["ProbeImage"]) -> list[t
     return [(grid_name(encoder, grid), found) for grid, found in zip(grids, features, strict=True)]
 
 
-def measure(
-    config: ProbeConfig,
-    labels: "ImageLabels | None",
-    images: list["ProbeImage"],
-    features: "Features",
-    record: dict[str, Any],
-) -> dict[str, Any]:
-    """Fit and measure the probes of one encoder at one grid; returns the record with their figures.
+def find_targets(
+    config: ProbeConfig, labels: "ImageLabels | None", images: list["ProbeImage"]
+) -> dict[str, "ProbeTargets"]:
+    """Find what the images are probed for, `labels` and `words`, before any image is encoded.
 
     Raises:
-        SettingError: no image is left to fit on, or to measure on.
+        ValueError: no image is left to fit on, or to measure on.
     """
-    import numpy as np
     import torch
 
-    from captioner.pretraining.probe_images import labelled_targets
-    from captioner.pretraining.ridge_probe import probe_labels, probe_words
-    from captioner.pretraining.words import CaptionWords, word_shares
+    from captioner.pretraining.probe_images import captioned_targets, labelled_targets
 
-    record |= {"tokens": features.shape[0], "width": features.shape[1], "features": features.pooled.shape[1]}
-    usable = ~features.pooled[:, 0].isnan().numpy()
-    held_out = np.array([image.held_out for image in images])
-
-    def parts(what: str, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Divide usable images into those to fit on and those to measure on."""
-        places = places[usable[places]]
-        fit, measured = places[~held_out[places]], places[held_out[places]]
-        if not len(measured):
-            raise SettingError(f"no image with {what} is held out to measure on", "held_out")
-        if len(fit) < 2:
-            raise SettingError(f"fewer than two images with {what} are left to fit on", "held_out")
-        return fit, measured
-
+    targets = {}
     if labels is not None and config.labels is not None:
-        places, targets = labelled_targets(labels, images, config.labels)
-        row = {place: number for number, place in enumerate(places.tolist())}
-        pairs = [(features.pooled[part], targets[[row[n] for n in part]]) for part in parts("labels", places)]
-        record["labels"] = probe_labels(pairs[0], pairs[1], labels.classes)
+        targets["labels"] = labelled_targets(labels, images, config.labels)
     if config.captions:
-        captioned = np.array([place for place, image in enumerate(images) if image.captions], int)
-        fit, measured = parts("captions", captioned)
-        words = CaptionWords([images[n].captions for n in fit], config.num_words)
-        if not words.words:
-            raise SettingError("the captions to fit on have no words of a-z", "captions")
-        shares = word_shares([images[n].captions for n in measured], words.words)
-        pairs = [
-            (features.pooled[fit], torch.from_numpy(words.targets)),
-            (features.pooled[measured], torch.from_numpy(shares)),
-        ]
-        record["words"] = probe_words(pairs[0], pairs[1], words.words)
+        targets["words"] = captioned_targets(images, config.num_words)
+    for found in targets.values():
+        found.divide(torch.ones(len(images), dtype=torch.bool))
+    return targets
+
+
+def measure(features: "Features", targets: dict[str, "ProbeTargets"]) -> dict[str, Any]:
+    """Fit and measure the probes of one encoder at one grid; returns their figures.
+
+    Raises:
+        SettingError: of the images that could be read, none is left to fit on, or to measure on.
+    """
+    from captioner.pretraining.ridge_probe import probe_labels, probe_words
+
+    record: dict[str, Any] = {"tokens": features.shape[0], "width": features.shape[1]}
+    record["features"] = features.pooled.shape[1]
+    for kind, found in targets.items():
+        parts = found.divide(~features.pooled[:, 0].isnan())
+        fit, held_out = ((features.pooled[found.places[part]], found.targets[part]) for part in parts)
+        record[kind] = (probe_labels if kind == "labels" else probe_words)(fit, held_out, found.names)
     return record
 
 

@@ -5,6 +5,7 @@ Letters: n images, B images of a batch, M image tokens, D their width, F feature
 
 import logging
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.images import ImageError, open_image
 from captioner.pretraining.image_store import file_name, file_path, open_source
+from captioner.pretraining.words import CaptionWords, word_shares
 from captioner.runs.processes import leave_signals_to_main
 from captioner.runs.progress import progress_bar
 
@@ -142,6 +144,9 @@ class Pixels(Dataset):
     def __init__(self, images: Sequence[ProbeImage], settings: dict):
         self.images, self.transform = images, create_transform(**settings)
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, number: int) -> tuple[int, torch.Tensor | str]:
         try:
             return number, self.transform(open_image(self.images[number].source))
@@ -241,7 +246,43 @@ def read_cache(cache: TokenCache, images: Sequence[ProbeImage], grids: Sequence[
     return found
 
 
-def labelled_targets(labels: ImageLabels, images: Sequence[ProbeImage], path: Path) -> tuple[np.ndarray, torch.Tensor]:
+@dataclass(frozen=True)
+class ProbeTargets:
+    """What people said of images.
+
+    Attributes:
+        what: `labels` or `captions`, for error messages.
+        names: names of the V targets: classes or words.
+        places: places of the images that have targets (m,), among the images of the probe.
+        targets: their targets (m, V): 1 for each class, or the share of the captions with each word.
+        held_out: whether each image is measured on (m,).
+    """
+
+    what: str
+    names: list[str]
+    places: torch.Tensor
+    targets: torch.Tensor
+    held_out: torch.Tensor
+
+    def divide(self, usable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which of the m images to fit on, and which to measure on.
+
+        Args:
+            usable: whether each image of the probe can be used (n,).
+
+        Raises:
+            SettingError: there are none to measure on, or fewer than two to fit on.
+        """
+        usable = usable[self.places]
+        fit, held_out = (torch.where(usable & part)[0] for part in (~self.held_out, self.held_out))
+        if not len(held_out):
+            raise SettingError(f"no image with {self.what} is held out to measure on", "held_out")
+        if len(fit) < 2:
+            raise SettingError(f"fewer than two images with {self.what} are left to fit on", "held_out")
+        return fit, held_out
+
+
+def labelled_targets(labels: ImageLabels, images: Sequence[ProbeImage], path: Path) -> ProbeTargets:
     """Find the labels of images by the names of their files.
 
     Args:
@@ -249,20 +290,40 @@ def labelled_targets(labels: ImageLabels, images: Sequence[ProbeImage], path: Pa
         images: the n images.
         path: the label file's path, for the error.
 
-    Returns:
-        Places of the labelled images (m,), and their targets (m, K): 1 for each of its classes.
-
     Raises:
         ValueError: no image is labelled, or two labelled images have one name.
     """
-    places = [place for place, image in enumerate(images) if image.name in labels.images]
-    names = [images[place].name for place in places]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two images are named '{twice}', so that a label file cannot tell them apart")
-    if not places:
+    found = {place: image for place, image in enumerate(images) if image.name in labels.images}
+    names = Counter(image.name for image in found.values())
+    if not names:
         raise SettingError(f"none of the images is labelled in '{path}'", "images", "labels")
-    targets = torch.zeros(len(places), len(labels.classes))
-    for row, name in enumerate(names):
-        targets[row, labels.images[name]] = 1
-    return np.array(places), targets
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"two images are named '{name}', so that a label file cannot tell them apart")
+    targets = torch.zeros(len(found), len(labels.classes))
+    for row, image in enumerate(found.values()):
+        targets[row, labels.images[image.name]] = 1
+    return ProbeTargets("labels", list(labels.classes), torch.tensor(list(found)), targets, held_out(found.values()))
+
+
+def captioned_targets(images: Sequence[ProbeImage], size: int) -> ProbeTargets:
+    """Find the share of each image's captions with each of the most frequent words of the images to fit on.
+
+    Args:
+        images: the n images, some of them with captions.
+        size: number of words.
+
+    Raises:
+        SettingError: the captions have no words.
+    """
+    found = {place: image for place, image in enumerate(images) if image.captions}
+    words = CaptionWords([image.captions for image in found.values() if not image.held_out], size).words
+    if not words:
+        raise SettingError("the captions to fit on have no words of a-z", "captions")
+    shares = torch.from_numpy(word_shares([image.captions for image in found.values()], words))
+    return ProbeTargets("captions", words, torch.tensor(list(found)), shares, held_out(found.values()))
+
+
+def held_out(images: Iterable[ProbeImage]) -> torch.Tensor:
+    """Return whether each image is held out (m,)."""
+    return torch.tensor([image.held_out for image in images], dtype=torch.bool)
