@@ -12,9 +12,9 @@ from training_runs import COLOURS
 
 from captioner.commands.cache import fill_cache
 from captioner.commands.probe import ProbeConfig, probe
+from captioner.metrics.multilabel import average_precision
 from captioner.pretraining.ridge_probe import (
     RidgeProbe,
-    average_precision,
     explained_variance,
     mean_precision,
     measure,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from captioner.metrics.multilabel import average_precision
 from captioner.pretraining.regression import TeacherRegression
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -64,19 +65,6 @@ class Measured:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Compute the average precision of scores (n,) for what is true (n,); NaN if nothing is.
-
-    It is the mean, over the true ones, of the precision among all that score at least as high; equal scores share a
-    threshold.
-    """
-    order = np.argsort(-scores, kind="stable")
-    found = np.cumsum(truth[order])
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # the last place of each score
-    hits, places = found[ends], ends + 1
-    return float(np.sum(np.diff(hits, prepend=0) * hits / places) / hits[-1]) if hits[-1] else float("nan")
 
 
 def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -38,7 +38,9 @@ def make_vocabulary(sources: Sequence[str], captions: Iterable[str], classes: Se
         elif sum(counts):
             raise SettingError("the captions have no nouns for the vocabulary", "captions")
     names = tuple(name for part in files for name in part.names)
-    return TagVocabulary(names, tuple(phrases for part in files for phrases in part.words))
+    words = tuple(phrases for part in files for phrases in part.words)
+    spoken = {phrase for phrases in words for phrase in phrases}  # a phrase of no tag may be one of another file's tag
+    return TagVocabulary(names, words, tuple(phrase for part in files for phrase in part.none if phrase not in spoken))
 
 
 def count_words(source: str) -> int:
