@@ -200,13 +200,13 @@ def test_faults_are_one_line(write, tmp_path, capsys):
             "class 'dragon', which is not in the phrases of COCO's classes; give --objects.words",
         ),
         ((*files, "--objects.labels", labels, "--objects.words", words), "--objects.words"),
-        ((*files, "--objects.labels", strangers), "labels of none of the 4 images, such as '000000000001.jpg'"),
+        ((*files, "--objects.labels", strangers), "labels of none of the images, such as '000000000001.jpg'"),
         ((*files, "--objects.labels", tmp_path / "gone.json"), "no file '"),
         ((*files, "--objects.words", tmp_path / "gone.json"), "gone.json'"),
         ((*files, "--objects.words", "coco", "--objects.leave-out", "dragon"), "no object is named 'dragon'"),
         ((*files, "--objects.words", "coco", "--objects.agreement", "0"), "agreement must be positive"),
         ((*files, "--objects.leave-out", "dog"), "--objects.leave-out has no effect"),
-        ((files[0], write("n.json", nameless), "--objects.labels", strangers), "files are unknown"),
+        ((files[0], write("n.json", nameless), "--objects.labels", strangers), "files have no names"),
         ((files[0], write("t.json", twice), "--objects.labels", write("one.json", COCO_LABELS)), "are both named"),
     ):
         assert run("score", *args, *FAST) in (1, 2), args
@@ -224,4 +224,7 @@ def test_objects_that_the_labels_cannot_hold_are_not_hallucinated(write):
     scores = score({1: "a dog and a cat"}, {1: ["a wall"]}, metrics=(), objects=found)
     assert scores["CHAIR-i"] == 0
     assert scores["objects-invented"] == 1
+    other = open_objects(ObjectConfig(labels=path), {1: "2.jpg"}, required=False)
+    assert list(score({1: "a dog"}, {1: ["a dog"]}, metrics=(), objects=other).corpus) == list(EXPECTED)[3:]
+    assert "labels of none of the images, such as '2.jpg'" in other.warnings[0]
     assert "objects without labels, left out of CHAIR-i" in scores.warnings[-1]

@@ -87,6 +87,9 @@ def test_intervals_hold_the_figure_and_shrink():
         assert found.low < found.value < found.high
         widths.append(found.high - found.low)
     assert widths[1] < widths[0] / 2
+    nothing = measure(mean_precision, np.zeros((3, 2)), np.zeros((3, 2)))
+    assert str(nothing) == "absent"
+    assert nothing.to_dict()["value"] is None
 
 
 def linear_data(count, noise, width=12):

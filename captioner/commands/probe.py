@@ -67,7 +67,7 @@ class ProbeConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Precision in which the encoder computes."""
     seed: int = 0
-    """Seed of the bootstrap samples, and of an encoder that has no trained weights."""
+    """Seed of an encoder that has no trained weights."""
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "num_words", "num_images", "batch_size")
@@ -138,7 +138,7 @@ def probe(config: ProbeConfig) -> list[dict[str, Any]]:
     print(format_table(records))
     if config.output:
         with open_whole(config.output) as file:
-            json.dump({"settings": asdict(config), "probes": records}, file, indent=1, default=plain)
+            json.dump({"settings": asdict(config), "probes": records}, file, indent=1, default=plain, allow_nan=False)
         print(f"figures written to {config.output}")
     return records
 
@@ -178,9 +178,16 @@ def encode(config: ProbeConfig, name: str, images: list["ProbeImage"]) -> list[t
     torch.manual_seed(config.seed)
     encoder = frozen_encoder(name).to("cuda" if torch.cuda.is_available() else "cpu")
     settings = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
-    grids = [parse_grid(grid) for grid in config.grids] or [None]
-    options = {"batch_size": config.batch_size, "workers": config.workers, "precision": config.mixed_precision}
-    features = encode_images(encoder, images, settings, grids, **options)
+    grids = [parse_grid(grid) for grid in config.grids or (None,)]
+    features = encode_images(
+        encoder,
+        images,
+        settings,
+        grids,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        precision=config.mixed_precision,
+    )
     return [(grid_name(encoder, grid), found) for grid, found in zip(grids, features, strict=True)]
 
 
@@ -225,8 +232,6 @@ def measure(features: "Features", targets: dict[str, "ProbeTargets"]) -> dict[st
 
 def format_table(records: list[dict[str, Any]]) -> str:
     """Return the table of figures, for a terminal."""
-    from captioner.pretraining.ridge_probe import LEVEL
-
     columns = {"labels": ("mAP", "micro AP"), "words": ("R2", "mAP")}
     used = [(kind, name) for kind, names in columns.items() if kind in records[0] for name in names]
     rows = [["encoder", "grid", "tokens", *(f"{name} of {kind}" for kind, name in used)]]
@@ -239,9 +244,11 @@ def format_table(records: list[dict[str, Any]]) -> str:
         if found := records[0].get(kind):
             counts = f"fitted on {found['fitted']:,} images, measured on {found['measured']:,}"
             lines.append(f"{kind}: {len(found[each])}, {counts}")
-    return "\n".join([*lines, f"in brackets: {100 * LEVEL:g}% intervals over the images"])
+    return "\n".join([*lines, "in brackets: 95% intervals over the images"])
 
 
 def plain(value: Any) -> Any:
     """Return a value of the records, or of the settings, for JSON."""
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)
+    from captioner.pretraining.ridge_probe import Measured
+
+    return value.to_dict() if isinstance(value, Measured) else str(value)

@@ -10,13 +10,14 @@ Letters: n images, K objects.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from captioner.data.captions import ImageId
 from captioner.data.image_finder import portable_name
 from captioner.data.label_files import ImageLabels, read_labels
 from captioner.errors import SettingError, check_positive
@@ -91,7 +92,7 @@ class Objects:
     """
 
     vocabulary: TagVocabulary
-    labels: Mapping[Hashable, AbstractSet[int]] | None = None
+    labels: Mapping[ImageId, AbstractSet[int]] | None = None
     labelled: frozenset[int] = frozenset()
     agreement: int = 3
     left_out: frozenset[int] = frozenset()
@@ -126,7 +127,7 @@ def object_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def count_objects(
-    image_ids: Sequence[Hashable],
+    image_ids: Sequence[ImageId],
     captions: Sequence[str],
     references: Sequence[Sequence[str]],
     objects: Objects,
@@ -147,6 +148,7 @@ def count_objects(
         mentions = Counter(number for other in others for number in set(find(other)) - objects.left_out)
         agreed = {number for number, times in mentions.items() if times >= objects.agreement}
         row[6:] = len(agreed), len(agreed & named), len(named), len(named - mentions.keys())
+        found: dict[str, AbstractSet[int]]
         found = {"agreed": agreed, "agreed_named": agreed & named, "named": named, "invented": named - mentions.keys()}
         if objects.labels is not None and image_id in objects.labels:
             there = objects.labels[image_id] - objects.left_out
@@ -186,12 +188,14 @@ def find_absent(total: np.ndarray, objects: Objects) -> dict[str, str]:
     return {name: reasons[name] for name in scores_of(objects) if np.isnan(scores[name])}
 
 
-def open_objects(config: ObjectConfig, files: Mapping[Hashable, str]) -> Objects | None:
+def open_objects(config: ObjectConfig, files: Mapping[ImageId, str], required: bool = True) -> Objects | None:
     """Read the phrases and the labels of a configuration; returns None if it wants no object scores.
 
     Args:
         config: the settings.
         files: file name of each image, by image id.
+        required: whether labels of none of the images are an error. Otherwise there are then no scores of labels, and a
+            warning.
 
     Raises:
         ValueError: a file has another form, the labels have an object without phrases, no image is labelled, or two
@@ -216,6 +220,12 @@ def open_objects(config: ObjectConfig, files: Mapping[Hashable, str]) -> Objects
         raise SettingError(f"'{config.labels}' has the class '{strange[0]}', which is not in {known}", "words")
     classes = [numbers[name.casefold()] for name in content.classes]
     labels = match_labels(content, classes, files, config.labels)
+    if not labels:
+        example = f", such as '{next(iter(files.values()))}'" if files else ", whose files have no names"
+        fact = f"'{config.labels}' has labels of none of the images{example}"
+        if required:
+            raise SettingError(fact, "labels")
+        return Objects(vocabulary, agreement=config.agreement, left_out=left_out, warnings=(fact,))
     labelled = frozenset(classes)
     warnings = []
     if missing := len(files) - len(labels):
@@ -227,8 +237,8 @@ def open_objects(config: ObjectConfig, files: Mapping[Hashable, str]) -> Objects
 
 
 def match_labels(
-    content: ImageLabels, classes: Sequence[int], files: Mapping[Hashable, str], path: Path
-) -> dict[Hashable, frozenset[int]]:
+    content: ImageLabels, classes: Sequence[int], files: Mapping[ImageId, str], path: Path
+) -> dict[ImageId, frozenset[int]]:
     """Find the labels of images by the names of their files.
 
     Args:
@@ -237,20 +247,18 @@ def match_labels(
         files: file name of each image, by image id.
         path: the label file's path, for the error.
 
+    Returns:
+        Numbers of the objects in each labelled image.
+
     Raises:
-        ValueError: no image has labels, or two images with labels have one file name.
+        ValueError: two images with labels have one file name.
     """
-    found: dict[Hashable, frozenset[int]] = {}
-    owner: dict[str, Hashable] = {}
+    found: dict[ImageId, frozenset[int]] = {}
+    owner: dict[str, ImageId] = {}
     for image_id, file in files.items():
         name = portable_name(file).rpartition("/")[2]
         if name in content.images:
             if (other := owner.setdefault(name, image_id)) != image_id:
                 raise ValueError(f"the images {other!r} and {image_id!r} are both named '{name}', as one in '{path}'")
             found[image_id] = frozenset(classes[number] for number in content.images[name])
-    if not files:
-        raise ValueError(f"the names of the images' files are unknown, so their labels in '{path}' cannot be found")
-    if not found:
-        example = next(iter(files.values()))
-        raise ValueError(f"'{path}' has labels of none of the {len(files):,} images, such as '{example}'")
     return found

@@ -86,8 +86,8 @@ class ProbeImages:
                     lacking += 1
                     continue
             found = self.images.setdefault(key, ProbeImage(source, file_name(image), False))
-            if held_out:
-                self.held_out.add(found.name or key)
+            if held_out and found.name:
+                self.held_out.add(found.name)
             if held_out or not found.captions:
                 found.held_out, found.captions = held_out, captions
         if lacking == len(table):
@@ -125,9 +125,10 @@ class ProbeImages:
         An image with the name of one that is held out is held out, too. Where none is, a fifth of them is, by name.
         """
         images = list(self.images.values())
+        chosen = bool(self.held_out) or any(image.held_out for image in images)
         for place, image in enumerate(images):
             image.held_out |= image.name in self.held_out
-            if not self.held_out:
+            if not chosen:
                 image.held_out = zlib.crc32((image.name or str(place)).encode()) % PARTS == 0
         parts = [[image for image in images if image.held_out == held_out] for held_out in (False, True)]
         return [part[n] for part in parts for n in spread(len(part), most)]
@@ -204,7 +205,7 @@ def encode_images(
         Pixels(images, settings), batch_size, num_workers=workers, collate_fn=list, worker_init_fn=leave_signals_to_main
     )
     shapes: list[tuple[int, int]] = [(0, 0)] * len(grids)
-    pooled: list[torch.Tensor | None] = [None] * len(grids)
+    pooled: dict[int, torch.Tensor] = {}
     for items in progress_bar(loader, desc="encoding", unit="batch"):
         good = [(number, pixels) for number, pixels in items if not isinstance(pixels, str)]
         for _, error in items:
@@ -219,12 +220,11 @@ def encode_images(
                 tokens = encoder.encode(pixels, grid)  # (B, M, D)
             found = pool(tokens, encoder).cpu()
             shapes[n] = (tokens.shape[1], tokens.shape[2])
-            rows = pooled[n] if pooled[n] is not None else torch.full((len(images), found.shape[1]), float("nan"))
+            rows = pooled.setdefault(n, torch.full((len(images), found.shape[1]), float("nan")))
             rows[places] = found
-            pooled[n] = rows
-    if any(rows is None for rows in pooled):
+    if not pooled:
         raise ValueError("no image can be opened")
-    return [Features(shape, rows) for shape, rows in zip(shapes, pooled, strict=True) if rows is not None]
+    return [Features(shape, pooled[n]) for n, shape in enumerate(shapes)]
 
 
 def read_cache(cache: TokenCache, images: Sequence[ProbeImage], grids: Sequence[str]) -> list[Features]:
