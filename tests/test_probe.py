@@ -63,14 +63,6 @@ def test_average_precision_by_hand():
     assert micro_precision(both, truth) == pytest.approx((1 * 1 / 2 + 1 * 2 / 6) / 2)
 
 
-def test_average_precision_is_that_of_scikit_learn():
-    sklearn = pytest.importorskip("sklearn.metrics")
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        scores, truth = generator.integers(0, 9, 50) / 9, generator.random(50) < 0.3
-        assert average_precision(scores, truth) == pytest.approx(sklearn.average_precision_score(truth, scores))
-
-
 def test_explained_variance_of_the_mean_and_of_the_truth():
     targets = np.random.default_rng(0).random((50, 3))
     assert explained_variance(targets, targets) == 1
