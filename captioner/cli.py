@@ -17,7 +17,9 @@ COMMANDS = {
     "cache": "encode images once and store their tokens, which train and evaluate then read",
     "train": "train a caption decoder on a frozen encoder",
     "evaluate": "caption a split and score the captions",
+    "tags": "make a head that names what is in an image, for a vocabulary of your own",
     "pretrain": "train an encoder on outputs of teachers, class labels and words of captions",
+    "probe": "compare frozen encoders by what a linear map reads off their tokens",
     "score": "score the captions of any system against references, or compare two systems",
 }
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
+from pyarrow.compute import struct_field
 from torch.utils.data import DataLoader
 
 from captioner.data.batches import ImageRows, Images, open_images
+from captioner.data.captions import ImageId
 from captioner.grids import Grid
 from captioner.metrics import Scores, score
 from captioner.modeling import CaptionerModel
@@ -106,6 +108,13 @@ def score_results(results: list[dict], table: "datasets.Dataset", **options: Any
 def count_failed(results: Sequence[dict]) -> int:
     """Count the results whose image could not be opened."""
     return sum("error" in row for row in results)
+
+
+def file_names(table: "datasets.Dataset") -> dict[ImageId, str]:
+    """Return the file name of each image of a caption table, by image id; images without a file name are left out."""
+    columns = table.select_columns(["image_id", "image"]).with_format("arrow")[:]
+    paths = struct_field(columns["image"], "path").to_pylist()
+    return {i: Path(path).name for i, path in zip(columns["image_id"].to_pylist(), paths, strict=True) if path}
 
 
 def write_results(results: Sequence[dict], path: Path) -> Path:

@@ -28,7 +28,7 @@ def test_help_is_light():
     assert not loaded & {"torch", "transformers", "timm", "datasets", "numpy", "PIL"}
 
 
-@pytest.mark.parametrize("command", ["caption", "cache", "train", "evaluate", "pretrain", "score"])
+@pytest.mark.parametrize("command", ["caption", "cache", "train", "evaluate", "pretrain", "probe", "score"])
 def test_the_help_of_every_command_needs_no_torch(command):
     code = f"""
 import sys

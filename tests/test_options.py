@@ -189,7 +189,15 @@ def test_an_error_names_the_options_that_mend_it():
 
 def test_help_has_no_line_breaks_of_the_source(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for args in (["train", "flickr8k"], ["pretrain", "debug"], ["cache"], ["evaluate"], ["caption"], ["score"]):
+    for args in (
+        ["train", "flickr8k"],
+        ["pretrain", "debug"],
+        ["cache"],
+        ["evaluate"],
+        ["caption"],
+        ["probe"],
+        ["score"],
+    ):
         assert run(*args, "--help") == 0
         lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
         for line, below in pairwise(lines):

@@ -165,7 +165,7 @@ def test_command_lines_that_cannot_be_meant(write, annotations, tmp_path, capsys
         assert message in error
         assert error.count("\n") == 1
     assert taken.read_text() == "precious"
-    monkeypatch.setattr("captioner.data.text_files.MAX_TEXT_BYTES", 50)
+    monkeypatch.setattr("captioner.text_files.MAX_TEXT_BYTES", 50)
     assert run("score", ours, annotations, *FAST) == 1
     assert "GiB is refused" in capsys.readouterr().err
     assert run("score", ours, annotations, "--metrics") == 1

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from captioner.encoders import TokenEncoder
+    from captioner.tagging.config import TagsConfig
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def fill_cache(config: CacheConfig) -> int:
     return left_out
 
 
-def open_encoder(config: CacheConfig, device: "torch.device") -> tuple["TokenEncoder", dict, Grid | None]:
+def open_encoder(
+    config: "CacheConfig | TagsConfig", device: "torch.device"
+) -> tuple["TokenEncoder", dict, Grid | None]:
     """Build the frozen encoder on a device.
 
     Returns:

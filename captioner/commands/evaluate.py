@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from captioner.data.config import TokenSourceConfig
 from captioner.errors import SettingError, check_positive
 from captioner.grids import parse_grid
+from captioner.metrics.objects import ObjectConfig
 
 if TYPE_CHECKING:
     from captioner.metrics import Scores
@@ -38,10 +39,15 @@ class EvaluateConfig:
     """Number of images to caption, from the first on; `None` for all."""
     spice: Path | None = None
     """Folder with SPICE's models. Without it, SPICE is not computed."""
+    objects: ObjectConfig = field(default_factory=ObjectConfig)
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "limit")
         parse_grid(self.grid)
+
+    def unused(self) -> dict[str, str]:
+        """Map the settings that have no effect beside the others to the reason."""
+        return {f"objects.{name}": why for name, why in self.objects.unused().items()}
 
 
 SETTINGS = EvaluateConfig
@@ -72,10 +78,11 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
     from captioner.data.batches import open_images
     from captioner.data.readers import read_split
     from captioner.data.token_cache import open_cache
-    from captioner.evaluation import caption_split, count_failed, score_results, write_results
+    from captioner.evaluation import caption_split, count_failed, file_names, score_results, write_results
     from captioner.inference import load
     from captioner.metrics import METRICS
     from captioner.metrics.java import spice_models
+    from captioner.metrics.objects import open_objects
     from captioner.runs.config import save_config
     from captioner.runs.files import check_folder, open_whole
     from captioner.runs.processes import start_processes
@@ -88,6 +95,7 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
     table = read_split(config.data, config.split)
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
+    objects = open_objects(config.objects, file_names(table))
     captioner = load(config.model, str(accelerator.device))
     grid = parse_grid(config.grid)
     cache = open_cache(config.data.tokens, captioner.model, captioner.processor, grid)
@@ -109,7 +117,7 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
         path = write_results(results, config.output / "results.json")
         accelerator.print(f"{len(results)} captions written to {path}")
         metrics = (*METRICS, "SPICE") if config.spice else METRICS
-        scores = score_results(results, table, metrics=metrics, spice_models=config.spice)
+        scores = score_results(results, table, metrics=metrics, objects=objects, spice_models=config.spice)
         with open_whole(config.output / "scores.json") as file:
             json.dump(scores.to_dict(), file, indent=1)
         accelerator.print(scores)

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from captioner.metrics.compare import signed
 from captioner.metrics.files import ReferenceSet
 from captioner.metrics.java import spice_models
 from captioner.metrics.matching import check_names, names_in_results
+from captioner.metrics.objects import LOWER_IS_BETTER, ObjectConfig, open_objects
 from captioner.metrics.systems import Evaluation, evaluate_systems
 from captioner.runs.files import open_whole
 
@@ -48,6 +49,7 @@ class ScoreConfig:
     """Scores to compute. METEOR needs Java; without Java it is left out with a note. For SPICE see `--spice`."""
     spice: Path | None = None
     """Folder with SPICE's models. Without it, SPICE is not computed."""
+    objects: ObjectConfig = field(default_factory=ObjectConfig)
     train: Path | None = None
     """Annotations of the training set. The share of the captions that occur in it word for word is then printed."""
     samples: int = 1000
@@ -58,6 +60,10 @@ class ScoreConfig:
     """Seed of the bootstrap samples and the swaps."""
     java_timeout: float = 1800.0
     """Longest time in seconds that METEOR and SPICE may take, each."""
+
+    def unused(self) -> dict[str, str]:
+        """Map the settings that have no effect beside the others to the reason."""
+        return {f"objects.{name}": why for name, why in self.objects.unused().items()}
 
 
 SETTINGS = ScoreConfig
@@ -93,6 +99,7 @@ def score_files(config: ScoreConfig) -> Evaluation:
         for rows in results.values():
             for row in rows:
                 row["image_id"] = names.get(row["image_id"], row["image_id"])
+    objects = open_objects(config.objects, references.files)
     images = find_images(references, annotations, config.images) if config.report else {}
     evaluation = evaluate_systems(
         results,
@@ -104,6 +111,7 @@ def score_files(config: ScoreConfig) -> Evaluation:
         partial=config.partial,
         allow_empty=config.allow_empty,
         metrics=(*config.metrics, "SPICE") if config.spice else config.metrics,
+        objects=objects,
         spice_models=config.spice,
         java_timeout=config.java_timeout,
     )
@@ -128,7 +136,7 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
     Raises:
         ValueError: too few or too many files, an unknown ending, an output that exists or is an input.
     """
-    if not (config.metrics or config.spice):
+    if not (config.metrics or config.spice or config.objects.wanted):
         raise ValueError(f"no score to compute; name some of {', '.join(METRICS)} with --metrics")
     if config.spice:
         spice_models(config.spice)
@@ -136,7 +144,8 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
         raise ValueError("--images are for the page of --report; name that too")
     if len(config.files) not in (2, 3):
         raise ValueError(f"name RESULTS [RESULTS_B] ANNOTATIONS, two files or three, not {len(config.files)}")
-    for path in (*config.files, *([config.train] if config.train else [])):
+    further = [path for path in (config.train, config.objects.labels) if path]
+    for path in (*config.files, *further):
         if not path.exists():
             raise FileNotFoundError(f"no file '{path}'")
         if path.is_dir():
@@ -146,7 +155,7 @@ def check_paths(config: ScoreConfig) -> tuple[Path, ...]:
             continue
         if written.suffix not in endings:
             raise ValueError(f"--{option} '{written}' must end in {' or '.join(endings)}")
-        if any(written.resolve() == other.resolve() for other in (*config.files, config.train) if other):
+        if any(written.resolve() == other.resolve() for other in (*config.files, *further)):
             raise ValueError(f"--{option} '{written}' is a file to read; name another")
         if written.is_dir():
             raise ValueError(f"--{option} '{written}' is a folder; name a file")
@@ -215,6 +224,8 @@ def format_table(evaluation: Evaluation, annotations: str) -> str:
             row.append(f"<= {gain.p:.3f}" if least else f"{gain.p:.3f}")
         rows.append(row)
     lines += [*_aligned(rows), ""]
+    if lower := [name for name in LOWER_IS_BETTER if name in systems[0].scores.corpus]:
+        lines += [f"lower is better: {', '.join(lower)}", ""]
 
     seen = any(system.statistics.seen_in_training is not None for system in systems)
     rows = [["captions", "words", "shortest to longest", "vocabulary", "distinct-1", "distinct-2", "different"]]

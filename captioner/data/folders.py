@@ -19,9 +19,9 @@ from pathlib import Path
 
 from captioner.data.records import NO_SPLIT, Record
 from captioner.data.splits import ALIASES, SPLIT_SETTINGS, SPLITS, find_split, is_split_name, split_names
-from captioner.data.text_files import read_text
 from captioner.errors import MissingError, SettingError
 from captioner.images import SUFFIXES
+from captioner.text_files import read_text
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioner.data.text_files import parse_json_text, read_text
+from captioner.text_files import parse_json_text, read_text
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from captioner.data.columns import CAPTION_NAMES, IMAGE_NAMES, plain_name
-from captioner.data.text_files import DECODER, RepeatedKeyError, parse_json_text, read_text
+from captioner.text_files import DECODER, RepeatedKeyError, parse_json_text, read_text
 
 LINE_ENDINGS = frozenset((".jsonl", ".ndjson"))
 """File endings of JSON Lines."""

@@ -1,7 +1,7 @@
 """Confidence intervals of scores, and tests of the difference of two systems, by resampling images.
 
-For each sample, BLEU and METEOR are computed again from the counts of its images; other scores are means. The document
-frequencies of CIDEr stay those of the whole set.
+For each sample, BLEU, METEOR and the object scores are computed again from the counts of its images; other scores are
+means. The document frequencies of CIDEr stay those of the whole set.
 """
 
 from collections.abc import Callable
@@ -120,7 +120,8 @@ def paired_test(
         two = both.corpus_of(np.concatenate([swapped, 1 - swapped], axis=1))
         for name in names:
             observed = abs(b[name] - a[name])
-            extreme[name] += int(np.sum(np.abs(two[name] - one[name]) >= observed - 1e-12))
+            apart = np.abs(two[name] - one[name])
+            extreme[name] += int(np.sum(~(apart < observed - 1e-12)))  # NaN, of a sample without objects, counts, too
     return {
         name: Difference(
             a[name],

@@ -18,7 +18,7 @@ from captioner.data.row_files import Rows, load_document
 from captioner.data.splits import select_split
 from captioner.errors import SettingError
 from captioner.images.names import unescape_name
-from captioner.metrics.scores import name_ids
+from captioner.metrics.inputs import name_ids
 
 ID_COLUMNS = ("image_id", "path", "file_name", "filename", "image")
 """Columns that may name the image of a result; the first one present is used, then the other usual names of images."""

@@ -6,8 +6,7 @@ needs Java and its models, and is computed on request. Scores are fractions, not
 
 import math
 import os
-from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,21 +16,27 @@ from captioner.errors import SettingError
 from captioner.metrics import java, overlap
 from captioner.metrics.cider import CiderD, DocumentFrequency
 from captioner.metrics.explain import NGramMatch, matched_ngrams
+from captioner.metrics.inputs import (
+    Predictions,
+    References,
+    check_text,
+    common_ids,
+    describe_counts,
+    one_each,
+)
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
+from captioner.metrics.objects import RATIOS, Objects, count_objects, object_scores
 from captioner.metrics.ptb.tokenizer import tokenize
 from captioner.metrics.spaces import count_unsplit
 
-KEYS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-"""Names of the scores, in the order in which papers print them."""
+KEYS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", *RATIOS)
+"""Names of the scores, in the order in which papers print them; the object scores come last."""
 
 METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
 """The default metrics of `score`; `SPICE` may be added."""
 
 PTB = "PTB (Python, the tokens of Stanford CoreNLP 3.4.1 as pycocoevalcap runs it)"
 NO_TOKENIZER = "none (captions taken as tokens between spaces)"
-
-Predictions = Mapping[Any, str] | Iterable[Mapping]
-References = Mapping[Any, Sequence[str]]
 
 
 @dataclass
@@ -57,13 +62,19 @@ class Scores:
     references: list[list[str]] = field(default_factory=list, repr=False)
     """Tokenized references, in the order of `image_ids`."""
     statistics: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    """Rows of numbers whose sum over images gives a corpus score: `BLEU` (images, 10), `METEOR` (images, 23)."""
+    """Rows of numbers whose sum over images gives corpus scores: `BLEU` (images, 10), `METEOR` (images, 23), `objects`
+    (images, 10)."""
+    objects: dict[str, dict[str, int | float | None]] = field(default_factory=dict, repr=False)
+    """Counts of each object, by name, where object scores were computed; see `ObjectCounts.per_object`."""
 
     def __getitem__(self, name: str) -> float | None:
         return self.corpus[name]
 
     def __str__(self) -> str:
-        rows = [f"{name:<8}{'absent' if value is None else f'{value:.4f}'}" for name, value in self.corpus.items()]
+        width = max([7, *map(len, self.corpus)]) + 1
+        rows = [
+            f"{name:<{width}}{'absent' if value is None else f'{value:.4f}'}" for name, value in self.corpus.items()
+        ]
         notes = [f"{name} absent: {reason}" for name, reason in self.absent.items()]
         notes += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*rows, f"{len(self.image_ids)} images, tokenizer: {self.tokenizer}", *notes])
@@ -98,6 +109,8 @@ class Scores:
                 results |= {f"BLEU-{n + 1}": values[..., n] for n in range(4)}
             elif name == "METEOR":
                 results[name] = java.meteor(weights @ self.statistics["METEOR"])
+            elif name in RATIOS:
+                results[name] = object_scores(weights @ self.statistics["objects"])[name]
             elif not name.startswith("BLEU"):
                 results[name] = weights @ np.nan_to_num(values) / (weights @ ~np.isnan(values))
         return results
@@ -115,7 +128,7 @@ class Scores:
             "absent": self.absent,
             "warnings": self.warnings,
             "partial": self.partial,
-        }
+        } | ({"objects": self.objects} if self.objects else {})
 
     def _place(self, image_id: Hashable) -> int:
         if image_id not in self.image_ids:
@@ -132,6 +145,7 @@ def score(
     allow_empty: bool = False,
     tokenized: bool = False,
     document_frequency: DocumentFrequency | None = None,
+    objects: Objects | None = None,
     spice_models: str | os.PathLike | None = None,
     java_timeout: float = java.TIMEOUT,
 ) -> Scores:
@@ -146,6 +160,7 @@ def score(
         allow_empty: whether an empty prediction gets zeros instead of an error.
         tokenized: whether the captions are tokens already, joined by single spaces.
         document_frequency: n-gram statistics for CIDEr from another corpus; by default from `references`.
+        objects: objects to find in the captions, for the object scores (see `captioner.metrics.objects`); none without.
         spice_models: folder with SPICE's models, see `captioner.metrics.java.spice`.
         java_timeout: longest time in seconds that METEOR and SPICE may take, each.
 
@@ -158,9 +173,9 @@ def score(
     unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
     if unknown:
         raise ValueError(f"no metric '{unknown[0]}'; choose from {', '.join((*METRICS, 'SPICE'))}")
-    captions = _one_each(predictions)
-    image_ids, counts = _common_ids(captions, references, partial)
-    _check_text(captions, references, image_ids, allow_empty)
+    captions = one_each(predictions)
+    image_ids, counts = common_ids(captions, references, partial)
+    check_text(captions, references, image_ids, allow_empty)
     sides = [captions[image_id] for image_id in image_ids], [list(references[image_id]) for image_id in image_ids]
     scores = Scores({}, {}, image_ids, NO_TOKENIZER if tokenized else PTB, partial=counts if partial else None)
     scores.predictions, scores.references = sides if tokenized else (tokenize(sides[0]), _tokenize_groups(sides[1]))
@@ -180,18 +195,26 @@ def score(
         try:
             if spice_models is None:
                 raise java.JavaError("spice_models must name the folder of its models; nothing is downloaded")
-            found = java.spice(scores.predictions, scores.references, spice_models, java_timeout)
-            if np.isnan(found).all():
+            values = java.spice(scores.predictions, scores.references, spice_models, java_timeout)
+            if np.isnan(values).all():
                 raise java.JavaError("the program gave no caption a score")
-            scores.per_image["SPICE"] = found
+            scores.per_image["SPICE"] = values
         except java.JavaError as error:
             scores.absent["SPICE"] = str(error)
+
+    if objects is not None:
+        found = count_objects(image_ids, *sides, objects)
+        scores.statistics["objects"], scores.objects = found.rows, found.per_object
+        scores.per_image |= found.per_image
+        scores.absent |= found.absent
 
     scores.per_image = {name: scores.per_image[name] for name in KEYS if name in scores.per_image}
     corpus = scores.corpus_of(np.ones(len(image_ids)))
     named = [name for name in KEYS if name in corpus or name in scores.absent]
     scores.corpus = {name: float(corpus[name]) if name in corpus else None for name in named}
     scores.warnings = _limits(scores, captions, counts, document_frequency is None)
+    if objects is not None:
+        scores.warnings += objects.warnings
     if unsplit := count_unsplit([*scores.predictions, *(text for group in scores.references for text in group)]):
         scores.warnings.append(
             f"captions without spaces between words (as in Chinese, Japanese, Thai): {unsplit}; each counts as few "
@@ -222,71 +245,6 @@ def _tokenize_groups(groups: list[list[str]]) -> list[list[str]]:
     return [[next(tokens) for _ in group] for group in groups]
 
 
-def _one_each(predictions: Predictions) -> Mapping[Hashable, str]:
-    """Return predictions as a mapping; COCO results become one.
-
-    Raises:
-        ValueError: a row lacks a key, or an id is unusable or given twice.
-    """
-    if isinstance(predictions, Mapping):
-        return predictions
-    if not isinstance(predictions, Iterable):
-        raise ValueError(f"predictions must be a mapping or COCO results, not {type(predictions).__name__}")
-    rows = list(predictions)
-    bad = [row for row in rows if not isinstance(row, Mapping) or not {"image_id", "caption"} <= set(row)]
-    if bad:
-        raise ValueError(f"{len(bad)} results lack 'image_id' or 'caption', such as {str(bad[0])[:80]}")
-    odd = [row["image_id"] for row in rows if not _is_hashable(row["image_id"])]
-    if odd:
-        raise ValueError(f"{name_ids(odd)} with an id that is neither a number nor text")
-    times = Counter(row["image_id"] for row in rows)
-    twice = [image_id for image_id, number in times.items() if number > 1]
-    if twice:
-        raise ValueError(f"{name_ids(twice)} predicted more than once; give one caption each")
-    return {row["image_id"]: row["caption"] for row in rows}
-
-
-def _common_ids(captions: Mapping, references: References, partial: bool) -> tuple[list[Any], dict[str, int]]:
-    """Return the ids that both sides have, and the numbers of `Scores.partial`."""
-    if not isinstance(references, Mapping):
-        raise ValueError(f"references must be a mapping of image ids to captions, not {type(references).__name__}")
-    missing = [image_id for image_id in references if image_id not in captions]
-    extra = [image_id for image_id in captions if image_id not in references]
-    if (missing or extra) and not partial:
-        parts = []
-        if missing:
-            parts.append(f"{name_ids(missing)} without a prediction")
-        if extra:
-            parts.append(f"{name_ids(extra)} predicted but without references")
-        ours, theirs = ({type(image_id).__name__ for image_id in ids} for ids in (captions, references))
-        differ = ours and theirs and ours.isdisjoint(theirs)
-        hint = f" (ids are {'/'.join(ours)} in the one, {'/'.join(theirs)} in the other)" if differ else ""
-        raise SettingError(f"{'; '.join(parts)}{hint}", "partial")
-    common = [image_id for image_id in references if image_id in captions]
-    if not common:
-        raise ValueError("no image id has both a prediction and references")
-    return common, {"scored": len(common), "missing": len(missing), "extra": len(extra)}
-
-
-def _check_text(captions: Mapping, references: References, image_ids: list[Any], allow_empty: bool) -> None:
-    odd = [image_id for image_id in image_ids if not isinstance(captions[image_id], str)]
-    if odd:
-        what = repr(captions[odd[0]])[:60]
-        raise ValueError(f"{name_ids(odd)} with a prediction that is no text but {what}")
-    empty = [image_id for image_id in image_ids if not captions[image_id].strip()]
-    if empty and not allow_empty:
-        raise SettingError(f"{name_ids(empty)} with an empty prediction", "allow_empty")
-    odd = [image_id for image_id in image_ids if not _is_group(references[image_id])]
-    if odd:
-        raise ValueError(f"{name_ids(odd)} without a list of references")
-    odd = [image_id for image_id in image_ids if not all(isinstance(caption, str) for caption in references[image_id])]
-    if odd:
-        raise ValueError(f"{name_ids(odd)} with a reference that is no text")
-    empty = [image_id for image_id in image_ids if not all(caption.strip() for caption in references[image_id])]
-    if empty:
-        raise ValueError(f"{name_ids(empty)} with an empty reference; remove it")
-
-
 def _limits(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequency: bool) -> list[str]:
     """Return the warnings of `Scores`: facts that limit what the scores mean."""
     limits = []
@@ -310,33 +268,6 @@ def _limits(scores: Scores, captions: Mapping, counts: dict[str, int], own_frequ
     if silent:
         limits.append(f"predictions without words: {silent}")
     return limits
-
-
-def describe_counts(counts: Mapping[str, int]) -> str:
-    """Return how many images a partial score covers and leaves out, as a line of text."""
-    return "images scored: {scored}; without a prediction: {missing}; without references: {extra}".format(**counts)
-
-
-def name_ids(image_ids: Iterable[Hashable], first: int = 3) -> str:
-    """Return the number of images and the first few ids, for a message."""
-    image_ids = list(image_ids)
-    shown = [f"{image_id!r}"[:60] for image_id in image_ids[:first]]
-    if len(image_ids) > first:
-        shown.append("...")
-    count = "1 image" if len(image_ids) == 1 else f"{len(image_ids)} images"
-    return f"{count} ({', '.join(shown)})"
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _is_group(captions: Any) -> bool:
-    return isinstance(captions, Collection) and not isinstance(captions, str | bytes) and len(captions) > 0
 
 
 def python_id(image_id: Hashable) -> Hashable:

@@ -8,8 +8,9 @@ from captioner.data.captions import ImageId
 from captioner.errors import SettingError
 from captioner.metrics.compare import Difference, Interval, confidence, paired_test
 from captioner.metrics.files import ReferenceSet
+from captioner.metrics.inputs import describe_counts
 from captioner.metrics.ptb.tokenizer import tokenize
-from captioner.metrics.scores import Scores, describe_counts, score
+from captioner.metrics.scores import Scores, score
 from captioner.metrics.statistics import CaptionStatistics, caption_statistics
 
 

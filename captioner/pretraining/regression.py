@@ -7,7 +7,7 @@ targets of an image that was described are predicted by a fit on *other* images 
 Letters: B views, F features, V targets: words or classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -48,10 +48,12 @@ class TeacherRegression:
         features: number of features F.
         width: number of targets V.
         sum_processes: returns the sum of a tensor over the processes, where several share the examples.
+        penalties: penalties from which the best is chosen, in the units of `RIDGES`.
 
     Attributes:
         weights: (FOLDS + 1, F, V): the weights that predict each fold, fitted on the other folds; then their mean, for
             images without targets.
+        penalty: the chosen penalty.
         explained: share of the targets' variance that is explained on images outside the fit.
 
     Raises:
@@ -64,6 +66,7 @@ class TeacherRegression:
         features: int,
         width: int,
         sum_processes: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+        penalties: Sequence[float] = RIDGES,
     ):
         squares = torch.zeros(FOLDS, features, features, dtype=torch.float64)
         products = torch.zeros(FOLDS, features, width, dtype=torch.float64)
@@ -78,7 +81,8 @@ class TeacherRegression:
         squares, products, spread = sum_processes(squares), sum_processes(products), sum_processes(spread)
         if not squares[:, -1, -1].sum():
             raise ValueError("no image with captions or labels can be opened, so that there is nothing to fit")
-        self.weights, error = min((fit_folds(squares, products, ridge) for ridge in RIDGES), key=lambda fit: fit[1])
+        fits = ((*fit_folds(squares, products, penalty), penalty) for penalty in penalties)
+        self.weights, error, self.penalty = min(fits, key=lambda fit: fit[1])
         around_mean = spread - products.sum(0)[-1].square() / squares[:, -1, -1].sum()
         self.explained = 1 - ((spread.sum() + error) / around_mean.sum()).item()
 

@@ -18,17 +18,27 @@ class CaptionWords:
     """
 
     def __init__(self, captions: Sequence[list[str]], size: int):
-        per_image = [Counter(w for c in group for w in set(re.findall(r"[a-z]+", c.lower()))) for group in captions]
-        frequency = Counter(word for words in per_image for word in words)
+        frequency = Counter(word for group in captions for word in count_words(group))
         self.words = [word for word, _ in sorted(frequency.items(), key=lambda item: (-item[1], item[0]))[:size]]
-        index = {word: i for i, word in enumerate(self.words)}
-        self.targets = np.zeros((len(captions), len(self.words)), np.float32)
-        for row, (words, group) in enumerate(zip(per_image, captions, strict=True)):
-            for word, count in words.items():
-                if word in index:
-                    self.targets[row, index[word]] = count / len(group)
+        self.targets = word_shares(captions, self.words)
 
     @property
     def prior(self) -> np.ndarray:
         """Mean target of each word, (V,)."""
         return self.targets.mean(0)
+
+
+def count_words(captions: Sequence[str]) -> Counter[str]:
+    """Count the captions in which each word occurs."""
+    return Counter(word for caption in captions for word in set(re.findall(r"[a-z]+", caption.lower())))
+
+
+def word_shares(captions: Sequence[Sequence[str]], words: Sequence[str]) -> np.ndarray:
+    """Return the share of each image's captions in which each word occurs, float32 (images, V)."""
+    index = {word: place for place, word in enumerate(words)}
+    shares = np.zeros((len(captions), len(words)), np.float32)
+    for row, group in enumerate(captions):
+        for word, count in count_words(group).items():
+            if word in index:
+                shares[row, index[word]] = count / len(group)
+    return shares

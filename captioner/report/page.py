@@ -17,6 +17,7 @@ import numpy as np
 from captioner.images import ImageError, open_image
 from captioner.metrics.compare import Difference, signed
 from captioner.metrics.files import ImageId
+from captioner.metrics.objects import LOWER_IS_BETTER
 from captioner.metrics.statistics import CaptionStatistics
 from captioner.metrics.systems import Evaluation
 from captioner.report.html import data_block, figure, page_end, page_start, resource, section, table
@@ -142,7 +143,7 @@ def _scores(evaluation: Evaluation) -> str:
             cells += (
                 f'<td class="score">{signed(gain.difference)}</td>'
                 f'<td class="ranges"><span>{signed(gain.low)} to {signed(gain.high)}</span></td>'
-                f"<td>{_verdict(gain, evaluation.level)}</td>"
+                f"<td>{_verdict(name, gain, evaluation.level)}</td>"
             )
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     note = (
@@ -150,6 +151,8 @@ def _scores(evaluation: Evaluation) -> str:
     )
     if gains is not None:
         note += f"; p from swapping the two systems' captions at random, {evaluation.samples:,} times"
+    if lower := [name for name in LOWER_IS_BETTER if name in systems[0].scores.corpus]:
+        note += f". Lower is better for {', '.join(lower)}"
     head = f'<thead><tr><th scope="col">Metric</th>{heads}</tr></thead>'
     content = table(head, rows, "scores") + f'<div class="intervals">{_intervals(evaluation, percent)}</div>'
     return section("scores", "Scores", f'<div class="with-{len(systems)}">{content}</div><p class="note">{note}.</p>')
@@ -165,14 +168,16 @@ def _intervals(evaluation: Evaluation, percent: str) -> str:
     if gains:
         rows = [(name, [Range(gain.difference, gain.low, gain.high)]) for name, gain in gains.items()]
         label = f"Differences with their {percent}s; the table has the values"
-        plots += figure("B - A", f"{percent}; right of 0, B is better", intervals(rows, label, signed=True))
+        lower = [name for name in LOWER_IS_BETTER if name in gains]
+        note = f"{percent}; right of 0, B is better" + (f", but left of 0 for {', '.join(lower)}" if lower else "")
+        plots += figure("B - A", note, intervals(rows, label, signed=True))
     return plots
 
 
-def _verdict(gain: Difference, level: float) -> str:
+def _verdict(name: str, gain: Difference, level: float) -> str:
     if gain.p >= 1 - level:
         return f"no clear difference <small>p {gain.p:.3f}</small>"
-    n = int(gain.difference > 0)
+    n = int((gain.difference > 0) != (name in LOWER_IS_BETTER))
     return f'<span class="name name-{n}"><b class="letter">{"AB"[n]}</b> better</span> <small>p {gain.p:.3f}</small>'
 
 
