@@ -13,6 +13,7 @@ from captioner.options import UsageError, mends, one_line, read_settings
 
 COMMANDS = {
     "caption": "caption images: files, folders, patterns, standard input",
+    "serve": "caption over HTTP: an API, health and counts",
     "cache": "encode images once and store their tokens, which train and evaluate then read",
     "train": "train a caption decoder on a frozen encoder",
     "evaluate": "caption a split and score the captions",

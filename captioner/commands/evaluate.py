@@ -48,13 +48,21 @@ SETTINGS = EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate, and return the exit code."""
-    evaluate(config)
-    return 0
+    """Evaluate, and return the exit code: 1 if an image could not be opened."""
+    return 1 if evaluate_split(config)[1] else 0
 
 
 def evaluate(config: EvaluateConfig) -> "Scores | None":
-    """Run the evaluation job; returns the scores in the main process, None in the others.
+    """Run the evaluation job, and return the scores; `None` in all processes but the main one. See `evaluate_split`."""
+    return evaluate_split(config)[0]
+
+
+def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
+    """Run the evaluation job.
+
+    Returns:
+        The scores, which are `None` in all processes but the main one; and the number of images that could not be
+        opened.
 
     Raises:
         ValueError: there are no data, the folder holds no captioner, the token cache is of another model, or `output`
@@ -64,17 +72,18 @@ def evaluate(config: EvaluateConfig) -> "Scores | None":
     from captioner.data.batches import open_images
     from captioner.data.readers import read_split
     from captioner.data.token_cache import open_cache
-    from captioner.evaluation import caption_split, score_results, write_results
+    from captioner.evaluation import caption_split, count_failed, score_results, write_results
     from captioner.inference import load
     from captioner.metrics import METRICS
     from captioner.metrics.java import spice_models
     from captioner.runs.config import save_config
-    from captioner.runs.files import open_whole
+    from captioner.runs.files import check_folder, open_whole
     from captioner.runs.processes import start_processes
 
     if config.spice:
         spice_models(config.spice)
     accelerator = start_processes()
+    check_folder(config.output)
     check_output(config)
     table = read_split(config.data, config.split)
     if config.limit is not None:
@@ -105,7 +114,7 @@ def evaluate(config: EvaluateConfig) -> "Scores | None":
             json.dump(scores.to_dict(), file, indent=1)
         accelerator.print(scores)
     accelerator.end_training()
-    return scores
+    return scores, count_failed(results)
 
 
 def check_output(config: EvaluateConfig) -> None:

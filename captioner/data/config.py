@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from captioner.errors import SettingError, check_positive
+from captioner.errors import ConflictError, SettingError, check_positive
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,7 @@ class DataConfig(TokenSourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.streaming and self.tokens is not None:
-            raise SettingError("streaming reads images, so a token cache cannot be used with it", "streaming", "tokens")
+            raise ConflictError(
+                "streaming reads images, so a token cache cannot be used with it", "streaming", "tokens"
+            )
         check_positive(self, "captions_per_image", "stream_buffer", "stream_rows")

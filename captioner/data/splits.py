@@ -12,6 +12,9 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 """Names of splits in most data sets."""
 
+SPLIT_SETTINGS = ("split", "splits", "train_split", "val_split", "captions_split")
+"""Settings that select a split; each job has some of them."""
+
 ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid", "dev"),
@@ -70,7 +73,7 @@ def select_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad
             if named
             else ": its rows have no column 'split', so that all are 'train'"
         )
-        raise SettingError(f"{name} has no split '{split}'{found}", "split", "splits")
+        raise SettingError(f"{name} has no split '{split}'{found}", *SPLIT_SETTINGS)
     yield from (record for record in records if record.split == chosen)
     if counts[NO_SPLIT] and split != NO_SPLIT:
         fact = f"{name}: left out images that name no split: {counts[NO_SPLIT]}"
