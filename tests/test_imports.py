@@ -21,6 +21,7 @@ ROOMS = [
     "transformers_auto",
     "inference",
     "search",
+    "image_tags",
     "loading",
     "data",
     "modeling",

@@ -35,6 +35,13 @@ class EvaluateConfig:
     """Beams of the search."""
     max_new_tokens: int = 24
     """Longest caption in tokens."""
+    tags: int | None = None
+    """Most object tags that the model predicts in an image and reads before its caption, 0 for none (the tag-blind
+    scores); `None` for the model's own number."""
+    min_tag: float | None = None
+    """Least probability of a predicted tag, from 0 to 1; `None` for the model's own."""
+    show_tags: bool = False
+    """Write the tags of each image into `results.json`, too."""
     limit: int | None = None
     """Number of images to caption, from the first on; `None` for all."""
     spice: Path | None = None
@@ -44,6 +51,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "limit")
         parse_grid(self.grid)
+        if self.tags is not None and self.tags < 0:
+            raise SettingError(f"tags must be at least 0, not {self.tags}", "tags")
+        if self.min_tag is not None and not 0 <= self.min_tag <= 1:
+            raise SettingError(f"min_tag must be a share between 0 and 1, not {self.min_tag}", "min_tag")
 
     def unused(self) -> dict[str, str]:
         """Map the settings that have no effect beside the others to the reason."""
@@ -79,6 +90,7 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
     from captioner.data.readers import read_split
     from captioner.data.token_cache import open_cache
     from captioner.evaluation import caption_split, count_failed, file_names, score_results, write_results
+    from captioner.image_tags import make_choice
     from captioner.inference import load
     from captioner.metrics import METRICS
     from captioner.metrics.java import spice_models
@@ -97,6 +109,8 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
         table = table.select(range(min(config.limit, len(table))))
     objects = open_objects(config.objects, file_names(table))
     captioner = load(config.model, str(accelerator.device))
+    choice = make_choice(config.tags, config.min_tag)
+    choice.check(captioner.model)
     grid = parse_grid(config.grid)
     cache = open_cache(config.data.tokens, captioner.model, captioner.processor, grid)
     results = caption_split(
@@ -108,6 +122,8 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
         grid=grid,
         workers=config.data.workers,
         images=open_images(table, captioner.processor, cache),
+        tags=choice,
+        show_tags=config.show_tags,
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )

@@ -1,6 +1,7 @@
 """The model to train: built from an encoder and a decoder, or loaded as a trained captioner."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 
 from captioner.configuration import CaptionerConfig
 from captioner.data.encoding import token_shapes
+from captioner.data.token_cache import compare_sources, encoder_fingerprint
 from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
 from captioner.errors import SettingError, first_line
 from captioner.fusion import FUSIONS
@@ -28,6 +30,7 @@ from captioner.inference import load
 from captioner.loading import check_complete
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
+from captioner.tag_head import TagConfig, TagHead, load_head, read_description
 from captioner.training.config import ModelConfig, TrainConfig
 from captioner.training.lora import tune
 from captioner.transformers_versions import LOADING_ERRORS, checkpoint_activations
@@ -69,7 +72,7 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         max_new_tokens=config.max_new_tokens,
     )
     prefix_tokens = count_tokens(model.encoder, model.config.grid, processor.image["input_size"])
-    prompt_tokens = len(processor.prompt_ids())
+    prompt_tokens = len(processor.prompt_ids()) + (0 if model.tags is None else model.tags.most_words())
     check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # so that no epoch is trained in vain
     return model, processor
 
@@ -144,11 +147,38 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         grid=grid,
         blind=config.blind,
     )
+    head = None
+    if config.tags is not None:
+        head, tags = tag_head(config.tags, encoder, encoder_fingerprint(encoder, model_config.encoder_config, image))
+        tags = replace(tags, tokens=tuple(map(tuple, processor.tag_ids(tags.vocabulary.names))))
+        model_config.tags = tags.to_dict()
     model = CaptionerModel(model_config)
     model.encoder.load_state_dict(encoder.state_dict())
+    if head is not None:
+        model.tag_head.load_state_dict(head.state_dict())
     if config.decoder is not None:
         copy_weights(config.decoder, model.decoder)
     return model, processor
+
+
+def tag_head(folder: Path, encoder: TokenEncoder, source: dict) -> tuple[TagHead, TagConfig]:
+    """Load a trained tag head for an encoder.
+
+    Args:
+        folder: its folder.
+        encoder: the encoder.
+        source: the encoder's `encoder_fingerprint`.
+
+    Raises:
+        SettingError: there is no head, or it was trained on another encoder.
+        ValueError: its files are damaged.
+    """
+    head, config = load_head(folder, encoder.embed_dim, encoder.num_prefix_tokens)
+    if difference := compare_sources(read_description(folder)["source"], source):
+        raise SettingError(
+            f"the tag head '{folder}' comes from {difference}; this model needs a head of its own", "tags"
+        )
+    return head, config
 
 
 def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> GPT2Config:

@@ -65,6 +65,9 @@ class ModelConfig(EncoderConfig):
     """Dropout of a decoder from scratch."""
     vocab_size: int = 6000
     """Size of the vocabulary (byte-level BPE) of a decoder from scratch."""
+    tags: Path | None = None
+    """Folder of a trained tag head, which `captioner tags` made for this encoder. Its tags become part of the
+    captioner."""
     prompt: str = ""
     """Text that every caption continues, such as `A photo of`."""
     max_length: int = 40

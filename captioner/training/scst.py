@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from captioner.labels import label_generated, split_targets, token_loss
+from captioner.labels import label_generated, put_before, split_targets, token_loss
 from captioner.metrics import CiderD, tokenize_caption
 from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
 from captioner.metrics.overlap import bleu, bleu_statistics
@@ -122,7 +122,8 @@ class SelfCritical:
             tokens = batch.get("image_tokens")
             if tokens is None:
                 tokens = captioner.encode(batch["pixel_values"], batch.get("grid"))
-            settings["image_tokens"] = tokens
+            tags = captioner.pick_tags(tokens)
+            settings |= {"image_tokens": tokens, "tags": tags}
             search = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             if self.config.search == "beam":
                 search = {"do_sample": False, "num_beams": count}
@@ -134,6 +135,8 @@ class SelfCritical:
         captioner.train()
         images = np.repeat(batch["rows"].cpu().numpy(), count)  # (B*K,)
         text = label_generated(sampled, self.prompt_length, self.processor.tokenizer.eos_token_id)
+        if captioner.tags is not None:
+            text = put_before(text, [captioner.tags.words_of(group) for group in tags for _ in range(count)])
         return {"image_tokens": tokens, "images": images, **decoded, **text}
 
     def decode(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
