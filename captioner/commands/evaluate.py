@@ -1,6 +1,7 @@
 """`captioner evaluate`: caption a split with every process, write the captions, then score them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,11 @@ from captioner.errors import SettingError, check_positive
 from captioner.grids import parse_grid
 
 if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator
+
+    from captioner.data.token_cache import TokenCache
+    from captioner.inference import Captioner
     from captioner.metrics import Scores
 
 
@@ -23,7 +29,8 @@ class EvaluateConfig:
     split: str = "test"
     """Split to caption."""
     output: Path = Path("runs/evaluate")
-    """Folder of `results.json` (COCO's results format) and `scores.json`. Only the same evaluation may replace them."""
+    """Folder of `results.json` (COCO's results format) and `scores.json`, or of a folder with both for each of several
+    data sets. Only the same evaluation may replace them."""
     overwrite: bool = False
     """Replace the results of an evaluation with other settings, too."""
     batch_size: int = 32
@@ -35,7 +42,7 @@ class EvaluateConfig:
     max_new_tokens: int = 24
     """Longest caption in tokens."""
     limit: int | None = None
-    """Number of images to caption, from the first on; `None` for all."""
+    """Number of images of each data set to caption, from the first on; `None` for all."""
     spice: Path | None = None
     """Folder with SPICE's models. Without it, SPICE is not computed."""
 
@@ -53,63 +60,101 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def evaluate(config: EvaluateConfig) -> "Scores | None":
+def evaluate(config: EvaluateConfig) -> "Scores | dict[str, Scores] | None":
     """Run the evaluation job; returns the scores in the main process, None in the others.
+
+    The scores of several data sets are in a dictionary by name of the set.
 
     Raises:
         ValueError: there are no data, the folder holds no captioner, the token cache is of another model, or `output`
             holds the results of another evaluation.
         OSError: a file is missing, such as SPICE's models.
     """
-    from captioner.data.batches import open_images
-    from captioner.data.readers import read_split
+    from captioner.data.sets import read_sets, set_names, value_of
     from captioner.data.token_cache import open_cache
-    from captioner.evaluation import caption_split, score_results, write_results
     from captioner.inference import load
-    from captioner.metrics import METRICS
     from captioner.metrics.java import spice_models
-    from captioner.runs.config import save_config
-    from captioner.runs.files import open_whole
     from captioner.runs.processes import start_processes
 
     if config.spice:
         spice_models(config.spice)
     accelerator = start_processes()
-    check_output(config)
-    table = read_split(config.data, config.split)
-    if config.limit is not None:
-        table = table.select(range(min(config.limit, len(table))))
+    names = set_names(config.data.root)
+    folders = [config.output / name for name in names] if len(names) > 1 else [config.output]
+    check_output(config, folders)
+    tables = read_sets(config.data, config.split)
     captioner = load(config.model, str(accelerator.device))
     grid = parse_grid(config.grid)
-    cache = open_cache(config.data.tokens, captioner.model, captioner.processor, grid)
+    caches = [open_cache(folder, captioner.model, captioner.processor, grid) for folder in config.data.tokens]
+    scores = {}
+    for number, (name, table, folder) in enumerate(zip(names, tables, folders, strict=True)):
+        assert table is not None, "every set has the split"
+        if len(names) > 1:
+            accelerator.print(f"{name}:")
+        scores[name] = evaluate_set(accelerator, captioner, table, value_of(caches, number), folder, config)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+    return scores if len(names) > 1 else scores[names[0]]
+
+
+def evaluate_set(
+    accelerator: "Accelerator",
+    captioner: "Captioner",
+    table: "datasets.Dataset",
+    cache: "TokenCache | None",
+    folder: Path,
+    config: EvaluateConfig,
+) -> "Scores | None":
+    """Caption and score one data set; returns the scores in the main process, None in the others.
+
+    Args:
+        accelerator: accelerator of the processes.
+        captioner: the captioner.
+        table: the images.
+        cache: their token cache, if there is one.
+        folder: folder of the results.
+        config: the evaluation.
+    """
+    from captioner.data.batches import open_images
+    from captioner.evaluation import caption_split, score_results, write_results
+    from captioner.metrics import METRICS
+    from captioner.runs.config import save_config
+    from captioner.runs.files import open_whole
+
+    if config.limit is not None:
+        table = table.select(range(min(config.limit, len(table))))
     results = caption_split(
         accelerator,
         captioner.model,
         captioner.processor,
         table,
         batch_size=config.batch_size,
-        grid=grid,
+        grid=parse_grid(config.grid),
         workers=config.data.workers,
         images=open_images(table, captioner.processor, cache),
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )
-    scores = None
-    if accelerator.is_main_process:
-        save_config(replace(config, overwrite=False), config.output)
-        path = write_results(results, config.output / "results.json")
-        accelerator.print(f"{len(results)} captions written to {path}")
-        metrics = (*METRICS, "SPICE") if config.spice else METRICS
-        scores = score_results(results, table, metrics=metrics, spice_models=config.spice)
-        with open_whole(config.output / "scores.json") as file:
-            json.dump(scores.to_dict(), file, indent=1)
-        accelerator.print(scores)
-    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+    save_config(replace(config, overwrite=False), config.output)
+    path = write_results(results, folder / "results.json")
+    accelerator.print(f"{len(results)} captions written to {path}")
+    metrics = (*METRICS, "SPICE") if config.spice else METRICS
+    scores = score_results(results, table, metrics=metrics, spice_models=config.spice)
+    with open_whole(folder / "scores.json") as file:
+        json.dump(scores.to_dict(), file, indent=1)
+    accelerator.print(scores)
     return scores
 
 
-def check_output(config: EvaluateConfig) -> None:
+def check_output(config: EvaluateConfig, folders: Sequence[Path]) -> None:
     """Refuse to replace files of another evaluation, or of a training run, unless `overwrite` is set.
+
+    Args:
+        config: the evaluation.
+        folders: folders of the results.
 
     Raises:
         SettingError: there are such files.
@@ -117,7 +162,8 @@ def check_output(config: EvaluateConfig) -> None:
     from captioner.runs.config import config_text
 
     saved = config.output / "run_config.json"
-    found = [name for name in (saved.name, "results.json", "scores.json") if (config.output / name).exists()]
+    results = [folder / name for folder in folders for name in ("results.json", "scores.json")]
+    found = [str(path.relative_to(config.output)) for path in (saved, *results) if path.exists()]
     if config.overwrite or not found:
         return
     if not saved.exists() or saved.read_text() != config_text(replace(config, overwrite=False)):

@@ -1,14 +1,16 @@
-"""The data of a run: a caption table, or the rows of a stream (`data.streaming`)."""
+"""The data of a run: caption tables, or the rows of a stream (`data.streaming`)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from captioner.data.batches import CaptionStream, open_images
+from captioner.data.batches import CaptionStream, Images, JoinedImages, epoch_size, open_images
 from captioner.data.config import DataConfig
-from captioner.data.readers import read_split
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first
-from captioner.data.token_cache import TokenCache
+from captioner.data.sets import join_sets, read_sets, set_names, value_of
+from captioner.data.splits import NoSplitError
+from captioner.data.token_cache import TokenCache, distinct_rows
+from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.processing import CaptionerProcessor
 from captioner.runs.digests import digest_json
@@ -19,13 +21,21 @@ if TYPE_CHECKING:
 
 
 class TableData:
-    """The training split as a table: all captions are in memory, and images are opened in any order."""
+    """The training split of each data set as a table: all captions are in memory, and images are opened in any order.
+
+    An epoch has each image of a set as often as the weight of the set says.
+    """
 
     def __init__(self, data: DataConfig):
-        self.table = read_split(data, data.train_split)
+        self.tables = [table for table in read_sets(data, data.train_split) if table is not None]
+        self.table, self.weighted = join_sets(self.tables), bool(data.weights)
+        weights = data.weights or [1.0] * len(self.tables)
+        self.weights = [(len(table), weight) for table, weight in zip(self.tables, weights, strict=True)]
+        if not epoch_size(self.weights):
+            raise SettingError("the weights are so small that an epoch has no image", "weights")
 
     def __len__(self) -> int:
-        return len(self.table)
+        return epoch_size(self.weights)
 
     @property
     def references(self) -> list[list[str]]:
@@ -38,24 +48,29 @@ class TableData:
 
     def settings(self) -> dict:
         """Return the settings that a resumed run cannot change: digests of the images' ids and of their captions."""
-        return {"data.streaming": None, "data digest": digest_json([self.table["image_id"][:], self.references[:]])}
+        digest = digest_json([self.table["image_id"][:], self.references[:]])
+        weights = self.weights if self.weighted else None
+        return {"data.streaming": None, "data digest": digest, "data.weights": weights}
 
     def stream(
         self,
         processor: CaptionerProcessor,
         captions_per_image: int,
         seed: int,
-        cache: TokenCache | None,
+        caches: Sequence[TokenCache],
         grids: Sequence[Grid] = (),
         per_step: int = 1,
     ) -> CaptionStream:
-        """Open the endless stream of training items, from a token cache if there is one.
+        """Open the endless stream of training items, from token caches if there are any: one for all sets, or for each.
 
         Raises:
-            ValueError: the cache lacks images, or they are not the files that were encoded.
+            ValueError: a cache lacks images, or they are not the files that were encoded.
         """
-        images = open_images(self.table, processor, cache)
-        return CaptionStream(self.table, processor, captions_per_image, seed, images, grids, per_step)
+        if len(caches) == 1 and len(self.tables) > 1:
+            distinct_rows(self.table)  # refuses images of two sets that one cache cannot tell apart
+        parts = [open_images(table, processor, value_of(caches, n)) for n, table in enumerate(self.tables)]
+        images: Images = parts[0] if len(parts) == 1 else JoinedImages(parts)
+        return CaptionStream(self.table, processor, captions_per_image, seed, images, grids, per_step, self.weights)
 
 
 class RowData:
@@ -63,7 +78,7 @@ class RowData:
 
     def __init__(self, data: DataConfig, root: str):
         self.data = data
-        self.rows = StreamedRows(root, data.train_split, columns_of(data), data.stream_rows, data.images)
+        self.rows = StreamedRows(root, data.train_split, columns_of(data), data.stream_rows, value_of(data.images, 0))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,6 +98,7 @@ class RowData:
             "data.streaming": True,
             "data.stream_buffer": self.data.stream_buffer,
             "data.stream_rows": len(self),
+            "data.weights": None,
         }
 
     def stream(
@@ -90,12 +106,12 @@ class RowData:
         processor: CaptionerProcessor,
         captions_per_image: int,
         seed: int,
-        cache: TokenCache | None,
+        caches: Sequence[TokenCache],
         grids: Sequence[Grid] = (),
         per_step: int = 1,
     ) -> RowStream:
         """Open the endless stream of training items."""
-        assert cache is None, "DataConfig refuses both"
+        assert not caches, "DataConfig refuses both"
         return RowStream(
             self.rows,
             processor,
@@ -111,20 +127,40 @@ class RowData:
 TrainingData = TableData | RowData
 
 
-def open_data(config: TrainConfig) -> tuple[TrainingData, "datasets.Dataset"]:
-    """Open the training split, and read the table of at most `evaluate_images` images to validate on.
+class HeldOut(NamedTuple):
+    """The validation split of one data set."""
+
+    name: str
+    """Name of the data set, for the log."""
+    number: int
+    """Number of the data set in the settings."""
+    table: "datasets.Dataset"
+
+
+def open_data(config: TrainConfig) -> tuple[TrainingData, list[HeldOut]]:
+    """Open the training split, and read the tables of at most `evaluate_images` images of each set to validate on.
 
     Raises:
         ValueError: no data, or data that cannot be used as configured.
-        FileNotFoundError: the source or every image is missing.
+        FileNotFoundError: a source or every image of it is missing.
     """
     data, limit = config.data, config.evaluate_images
-    if data.streaming and data.root is not None:
-        train: TrainingData = RowData(data, data.root)
-        held_out = read_first(data.root, data.val_split, columns_of(data), limit, data.on_bad, data.images)
-    else:
-        train, held_out = TableData(data), read_split(data, data.val_split)
-    return train, held_out if limit is None else held_out.select(range(min(limit, len(held_out))))
+    roots = data.val_root or data.root
+    train: TrainingData = RowData(data, data.root[0]) if data.streaming and data.root else TableData(data)
+    try:
+        if data.streaming:
+            folder = value_of(data.images, 0)
+            tables = [read_first(roots[0], data.val_split, columns_of(data), limit, data.on_bad, folder)]
+        else:
+            tables = read_sets(data, data.val_split, roots, some=not data.val_root)
+    except NoSplitError as error:
+        raise SettingError(str(error), "val_split", "val_root") from None
+    held_out = []
+    for number, (name, table) in enumerate(zip(set_names(roots), tables, strict=True)):
+        if table is not None:
+            some = table if limit is None else table.select(range(min(limit, len(table))))
+            held_out.append(HeldOut(name, number, some))
+    return train, held_out
 
 
 def columns_of(data: DataConfig) -> tuple[str, str, str]:

@@ -20,6 +20,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from captioner.data.batches import open_images
+from captioner.data.sets import value_of
 from captioner.data.stream import raise_errors
 from captioner.data.token_cache import encoder_fingerprint, open_cache
 from captioner.labels import count_targets
@@ -42,7 +43,7 @@ from captioner.training.data import open_data
 from captioner.training.objectives import CrossEntropy, Objective
 from captioner.training.saving import save_best
 from captioner.training.scst import SelfCritical, silence_dropout
-from captioner.training.validation import validate
+from captioner.training.validation import ValidationSet, validate
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,11 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             recover_folder(folder / "best")
     model, processor = starting_point(config, data.captions)
     grids = training_grids(config, model, processor)
-    cache = open_cache(config.data.tokens, model, processor, grids=grids)
-    held_out_images = open_images(held_out, processor, cache, required=False)
+    caches = [open_cache(folder, model, processor, grids=grids) for folder in config.data.tokens]
+    validation_sets = [
+        ValidationSet(name, table, open_images(table, processor, value_of(caches, number), required=False))
+        for name, number, table in held_out
+    ]
     objective: Objective = CrossEntropy(config.label_smoothing)
     captions_per_image = config.data.captions_per_image
     if config.stage == "scst":
@@ -91,7 +95,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens)
         captions_per_image = 1  # the model samples the captions that it learns from
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
-    stream = data.stream(processor, captions_per_image, config.seed, cache, grids, per_step)
+    stream = data.stream(processor, captions_per_image, config.seed, caches, grids, per_step)
 
     steps_per_epoch = max(1, len(data) // per_step)
     total = math.ceil(config.epochs * steps_per_epoch)
@@ -123,7 +127,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     loader = stream.loader(start, total * per_step, config.batch_size, config.data.workers, stream.collate)
     batches = raise_errors(accelerator.prepare(loader))
     accelerator.print(
-        f"{len(data)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
+        f"{len(data)} training and {sum(len(part.table) for part in held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
         f"{total} steps of {per_step} images"
     )
     if per_step > len(data):
@@ -143,16 +147,18 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         if (step % evaluate_steps == 0 or step >= total) and progress["evaluated"] != step:
             save()
             with interruption.at_once(), whole_weights(model):
-                record, results = validate(accelerator, model, processor, held_out, held_out_images, config)
+                record, captions = validate(accelerator, model, processor, validation_sets, config)
             progress |= {"evaluated": step, "stale": progress["stale"] + 1}
             if progress["best"] is None or record["CIDEr"] > progress["best"]:
                 progress |= {"best": record["CIDEr"], "stale": 0}
                 save_best(accelerator, model, processor, best, config.save_dtype)
             log.show(CIDEr=f"{record['CIDEr']:.3f}")
-            record = {"step": step, **record, "samples": [result["caption"] for result in results[:3]]}
+            samples = [result["caption"] for _, results in captions for result in results[:3]]
+            record = {"step": step, **record, "samples": samples}
             log.write(record)
             if accelerator.is_main_process:
-                write_samples(accelerator, held_out, results, record, folder / "samples")
+                pages = [(part.name, part.table, results) for part, results in captions]
+                write_samples(accelerator, pages, record, folder / "samples")
                 write_curves(log.records(), folder / "curves.svg")
             save()
             saved = time.monotonic()

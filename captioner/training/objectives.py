@@ -36,6 +36,6 @@ class CrossEntropy:
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the cross-entropy, smoothed and summed over the learned tokens."""
         inputs, targets = split_targets(batch)
-        images = {name: batch[name] for name in ("pixel_values", "image_tokens", "grid") if name in batch}
+        images = {name: batch[name] for name in ("pixel_values", "image_tokens", "grid", "owners") if name in batch}
         logits = call_method(model, "logits_at", **images, **inputs)  # (N, V)
         return token_loss(logits, targets, self.label_smoothing), {}

@@ -1,13 +1,14 @@
 """Validation during training: caption the held-out images, score them, and measure the loss on their captions."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from captioner.data.batches import ImageRows, Images
+from captioner.data.batches import ImageRows, Images, owners_of
 from captioner.evaluation import caption_split, score_results
 from captioner.labels import split_targets, token_loss
 from captioner.processing import CaptionerProcessor
@@ -17,34 +18,65 @@ if TYPE_CHECKING:
     import datasets
 
 
+class ValidationSet(NamedTuple):
+    """The validation images of one data set."""
+
+    name: str
+    table: "datasets.Dataset"
+    images: Images
+
+
+class Validation(NamedTuple):
+    """The outcome of a validation."""
+
+    record: dict[str, float]
+    """The values for the log."""
+    captions: list[tuple[ValidationSet, list[dict]]]
+    """For each data set, its captions as COCO results in the order of its table."""
+
+
 @torch.no_grad()
 def validate(
     accelerator: Accelerator,
     model: nn.Module,
     processor: CaptionerProcessor,
-    table: "datasets.Dataset",
-    images: Images,
+    sets: Sequence[ValidationSet],
     config: TrainConfig,
-) -> tuple[dict, list[dict]]:
-    """Caption the validation images and score the captions; every process returns the same.
+) -> Validation:
+    """Caption the validation images of each data set and score the captions; every process returns the same.
 
-    Returns:
-        The record (`loss_val`, `CIDEr`, `BLEU-4`), and the captions as COCO results in the order of the table.
+    The record has `loss_val`, `CIDEr` and `BLEU-4`. Of several sets, these are the means over the sets, each with the
+    same weight, and the record also has the values of each set, such as `CIDEr/coco`.
     """
-    results = caption_split(
-        accelerator,
-        accelerator.unwrap_model(model),
-        processor,
-        table,
-        batch_size=config.batch_size,
-        workers=config.data.workers,
-        images=images,
-        num_beams=config.num_beams,
-        max_new_tokens=config.max_new_tokens,
-    )
-    scores = score_results(results, table, metrics=("BLEU", "CIDEr"))
-    loss = validation_loss(accelerator, model, processor, table, images, config)
-    return {"loss_val": loss, **{name: scores[name] for name in ("CIDEr", "BLEU-4")}}, results
+    found: list[dict[str, float]] = []
+    captions = []
+    for part in sets:
+        results = caption_split(
+            accelerator,
+            accelerator.unwrap_model(model),
+            processor,
+            part.table,
+            batch_size=config.batch_size,
+            workers=config.data.workers,
+            images=part.images,
+            num_beams=config.num_beams,
+            max_new_tokens=config.max_new_tokens,
+        )
+        scores = score_results(results, part.table, metrics=("BLEU", "CIDEr"))
+        loss = validation_loss(accelerator, model, processor, part.table, part.images, config)
+        found.append({"loss_val": loss, **{name: scores[name] for name in ("CIDEr", "BLEU-4")}})
+        captions.append((part, results))
+    return Validation(join_records([part.name for part in sets], found), captions)
+
+
+def join_records(names: Sequence[str], records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the means over the records of several data sets, and each value under its name and that of its set."""
+    if len(records) == 1:
+        return records[0]
+    joined = {key: sum(record[key] for record in records) / len(records) for key in records[0]}
+    for name, record in zip(names, records, strict=True):
+        joined |= {f"{key}/{name}": value for key, value in record.items()}
+    return joined
 
 
 def validation_loss(
@@ -55,7 +87,7 @@ def validation_loss(
     images: Images,
     config: TrainConfig,
 ) -> float:
-    """Return the cross-entropy per token, without smoothing, on the first K captions of each validation image."""
+    """Return the cross-entropy per token, without smoothing, on the first captions of each image, as many as in training."""
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
@@ -66,10 +98,12 @@ def validation_loss(
         if not good:
             continue
         groups = table[[row for row, _ in good]]["captions"]
-        captions = [group[k % len(group)] for group in groups for k in range(count)]
-        batch = images.batch([image for _, image in good]), processor.text(captions)
+        groups = [group[:count] for group in groups]
+        text = processor.text([caption for group in groups for caption in group])
+        batch = images.batch([image for _, image in good]), text | {"owners": owners_of(groups)}
         image_inputs, text = send_to_device(batch, accelerator.device)
         text_inputs, targets = split_targets(text)
+        image_inputs["owners"] = text["owners"]
         with accelerator.autocast():
             logits = accelerator.unwrap_model(model).logits_at(**image_inputs, **text_inputs)  # (N, V)
         sums[0] += token_loss(logits, targets)
