@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
 
-    from captioner.data.token_cache import TokenCache
+    from captioner.data.batches import Images
     from captioner.inference import Captioner
     from captioner.metrics import Scores
 
@@ -70,7 +70,8 @@ def evaluate(config: EvaluateConfig) -> "Scores | dict[str, Scores] | None":
             holds the results of another evaluation.
         OSError: a file is missing, such as SPICE's models.
     """
-    from captioner.data.sets import read_sets, set_names, value_of
+    from captioner.data.batches import open_sets
+    from captioner.data.sets import read_sets, set_names
     from captioner.data.token_cache import open_cache
     from captioner.inference import load
     from captioner.metrics.java import spice_models
@@ -82,16 +83,18 @@ def evaluate(config: EvaluateConfig) -> "Scores | dict[str, Scores] | None":
     names = set_names(config.data.root)
     folders = [config.output / name for name in names] if len(names) > 1 else [config.output]
     check_output(config, folders)
-    tables = read_sets(config.data, config.split)
+    tables = [table for table in read_sets(config.data, config.split) if table is not None]
+    if config.limit is not None:
+        tables = [table.select(range(min(config.limit, len(table)))) for table in tables]
     captioner = load(config.model, str(accelerator.device))
     grid = parse_grid(config.grid)
     caches = [open_cache(folder, captioner.model, captioner.processor, grid) for folder in config.data.tokens]
+    images = open_sets(dict(enumerate(tables)), captioner.processor, caches)
     scores = {}
-    for number, (name, table, folder) in enumerate(zip(names, tables, folders, strict=True)):
-        assert table is not None, "every set has the split"
+    for name, table, own, folder in zip(names, tables, images, folders, strict=True):
         if len(names) > 1:
             accelerator.print(f"{name}:")
-        scores[name] = evaluate_set(accelerator, captioner, table, value_of(caches, number), folder, config)
+        scores[name] = evaluate_set(accelerator, captioner, table, own, folder, config)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -102,7 +105,7 @@ def evaluate_set(
     accelerator: "Accelerator",
     captioner: "Captioner",
     table: "datasets.Dataset",
-    cache: "TokenCache | None",
+    images: "Images",
     folder: Path,
     config: EvaluateConfig,
 ) -> "Scores | None":
@@ -112,18 +115,15 @@ def evaluate_set(
         accelerator: accelerator of the processes.
         captioner: the captioner.
         table: the images.
-        cache: their token cache, if there is one.
+        images: source of the images.
         folder: folder of the results.
         config: the evaluation.
     """
-    from captioner.data.batches import open_images
     from captioner.evaluation import caption_split, score_results, write_results
     from captioner.metrics import METRICS
     from captioner.runs.config import save_config
     from captioner.runs.files import open_whole
 
-    if config.limit is not None:
-        table = table.select(range(min(config.limit, len(table))))
     results = caption_split(
         accelerator,
         captioner.model,
@@ -132,7 +132,7 @@ def evaluate_set(
         batch_size=config.batch_size,
         grid=parse_grid(config.grid),
         workers=config.data.workers,
-        images=open_images(table, captioner.processor, cache),
+        images=images,
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )

@@ -4,7 +4,7 @@ Letters: B images, N captions of these images, T text tokens, M image tokens, D 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from captioner.data.sets import join_sets, value_of
 from captioner.data.stream import SeededStream
-from captioner.data.token_cache import CachedImages, TokenCache
+from captioner.data.token_cache import CachedImages, TokenCache, distinct_rows
 from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.images import ImageError
@@ -128,7 +129,7 @@ def open_images(
     processor: CaptionerProcessor,
     cache: TokenCache | None = None,
     required: bool = True,
-) -> Images:
+) -> ImageFiles | CachedImages:
     """Open the images of a table: from a cache if there is one, else from their files.
 
     Args:
@@ -150,6 +151,29 @@ def open_images(
             table[0]["split"],
         )
     return ImageFiles(table, processor)
+
+
+def open_sets(
+    tables: Mapping[int, "datasets.Dataset"],
+    processor: CaptionerProcessor,
+    caches: Sequence[TokenCache],
+    required: bool = True,
+) -> list[ImageFiles | CachedImages]:
+    """Open the images of several data sets, each as `open_images` does.
+
+    Args:
+        tables: the caption table of each set, by the set's number.
+        processor: the model's processor.
+        caches: token caches: none, one for all sets, or one for each set.
+        required: see `open_images`.
+
+    Raises:
+        SettingError: the sets share a cache, and images of them have the same id and name.
+        ValueError: a cache lacks images, or they are not the files that were encoded.
+    """
+    if len(caches) == 1 and len(tables) > 1:
+        distinct_rows(join_sets(list(tables.values())))
+    return [open_images(table, processor, value_of(caches, n), required) for n, table in tables.items()]
 
 
 class ImageRows(Dataset):

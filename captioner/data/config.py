@@ -85,8 +85,8 @@ class TokenSourceConfig(SourceConfig):
     """The captioned images, and a cache of their tokens."""
 
     tokens: tuple[Path, ...] = ()
-    """Folder that `captioner cache` wrote: one for all data sets, or one for each. Image tokens are read from it, and no
-    image is opened or encoded."""
+    """Folder that `captioner cache` wrote: one for all data sets, or one for each. Image tokens are read from it, and
+    no image is opened or encoded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,8 +100,8 @@ class DataConfig(TokenSourceConfig):
 
     weights: tuple[float, ...] = ()
     """How often an image of each data set comes in an epoch, in the order of the sets: with `1 2`, each image of the
-    second set comes twice, and with `1 0.5`, half of them come, drawn anew in each epoch. Without any, each image of all
-    sets comes once."""
+    second set comes twice, and with `1 0.5`, half of them come, drawn anew in each epoch. Without any, all images come
+    once."""
     val_root: tuple[str, ...] = ()
     """Data sets to choose the best checkpoint by, if they are not the sets of `root`."""
     streaming: bool = False

@@ -11,7 +11,7 @@ from captioner.data.columns import Columns, find_columns
 from captioner.data.records import NO_SPLIT, Record
 from captioner.data.row_records import join_rows
 from captioner.data.splits import NoSplitError, find_split
-from captioner.errors import SettingError, first_line
+from captioner.errors import first_line
 from captioner.hub import hub_trouble
 
 if TYPE_CHECKING:

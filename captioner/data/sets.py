@@ -7,7 +7,7 @@ image is its row.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from captioner.data.config import SourceConfig
 from captioner.data.readers import read_captions
@@ -17,18 +17,20 @@ from captioner.errors import SettingError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
 def set_names(roots: Sequence[str]) -> list[str]:
-    """Name data sets for logs and files: by their folder, or where two sets share one, also by their file.
+    """Name data sets for logs and files: by their folder, and where these are equal, also by file or number.
 
     `flickr8k` and `coco/annotations/captions_train.json` are `flickr8k` and `coco`.
     """
-    names = [name_of(root) for root in roots]
-    for number, name in enumerate(names):
-        if names.count(name) > 1:
-            names[number] = f"{name}_{Path(roots[number]).stem}"
+    short = [name_of(root) for root in roots]
+    names = [
+        name if short.count(name) == 1 else f"{name}_{Path(root).stem}" for name, root in zip(short, roots, strict=True)
+    ]
     return [f"{name}_{n}" if name in names[:n] else name for n, name in enumerate(names)]
 
 
@@ -90,7 +92,7 @@ def read_sets(
     return tables
 
 
-def value_of(values: Sequence[Path], number: int) -> Path | None:
+def value_of(values: Sequence[T], number: int) -> T | None:
     """Return the value of data set `number`, if `values` has one for all sets, one for each, or none."""
     if not values:
         return None

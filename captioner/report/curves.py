@@ -7,8 +7,8 @@ from captioner.report.svg import COLOURS, SOFT, drawing
 from captioner.runs.files import open_whole
 
 PANELS = (("Loss", ("loss", "loss_val")), ("CIDEr", ("CIDEr",)), ("Reward", ("reward", "reward_greedy")))
-"""Title of each panel, and the fields of `log.jsonl` that it shows, with those of single data sets, such as `CIDEr/coco`;
-panels without values are left out."""
+"""Title of each panel, and the fields of `log.jsonl` that it shows, with those of single data sets (`CIDEr/coco`).
+Panels without values are left out."""
 
 
 def write_curves(records: Sequence[dict], path: Path) -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from captioner.data.batches import CaptionStream, Images, JoinedImages, epoch_size, open_images
+from captioner.data.batches import CaptionStream, Images, JoinedImages, epoch_size, open_sets
 from captioner.data.config import DataConfig
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first
 from captioner.data.sets import join_sets, read_sets, set_names, value_of
 from captioner.data.splits import NoSplitError
-from captioner.data.token_cache import TokenCache, distinct_rows
+from captioner.data.token_cache import TokenCache
 from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.processing import CaptionerProcessor
@@ -66,9 +66,7 @@ class TableData:
         Raises:
             ValueError: a cache lacks images, or they are not the files that were encoded.
         """
-        if len(caches) == 1 and len(self.tables) > 1:
-            distinct_rows(self.table)  # refuses images of two sets that one cache cannot tell apart
-        parts = [open_images(table, processor, value_of(caches, n)) for n, table in enumerate(self.tables)]
+        parts = open_sets(dict(enumerate(self.tables)), processor, caches)
         images: Images = parts[0] if len(parts) == 1 else JoinedImages(parts)
         return CaptionStream(self.table, processor, captions_per_image, seed, images, grids, per_step, self.weights)
 

@@ -19,8 +19,7 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from captioner.data.batches import open_images
-from captioner.data.sets import value_of
+from captioner.data.batches import open_sets
 from captioner.data.stream import raise_errors
 from captioner.data.token_cache import encoder_fingerprint, open_cache
 from captioner.labels import count_targets
@@ -84,10 +83,9 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     model, processor = starting_point(config, data.captions)
     grids = training_grids(config, model, processor)
     caches = [open_cache(folder, model, processor, grids=grids) for folder in config.data.tokens]
-    validation_sets = [
-        ValidationSet(name, table, open_images(table, processor, value_of(caches, number), required=False))
-        for name, number, table in held_out
-    ]
+    tables = {part.number: part.table for part in held_out}
+    images = open_sets(tables, processor, caches, required=False)
+    validation_sets = [ValidationSet(part.name, part.table, own) for part, own in zip(held_out, images, strict=True)]
     objective: Objective = CrossEntropy(config.label_smoothing)
     captions_per_image = config.data.captions_per_image
     if config.stage == "scst":
@@ -126,8 +124,9 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     start = progress["step"] * per_step
     loader = stream.loader(start, total * per_step, config.batch_size, config.data.workers, stream.collate)
     batches = raise_errors(accelerator.prepare(loader))
+    held_out_images = sum(len(part.table) for part in held_out)
     accelerator.print(
-        f"{len(data)} training and {sum(len(part.table) for part in held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
+        f"{len(data)} training and {held_out_images} validation images, {trainable / 1e6:.1f}M trainable parameters, "
         f"{total} steps of {per_step} images"
     )
     if per_step > len(data):

@@ -87,7 +87,7 @@ def validation_loss(
     images: Images,
     config: TrainConfig,
 ) -> float:
-    """Return the cross-entropy per token, without smoothing, on the first captions of each image, as many as in training."""
+    """Return the cross-entropy per token, without smoothing, on the first `captions_per_image` captions of an image."""
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
