@@ -6,6 +6,8 @@ The logits at a position predict the next token. The label at a position is the 
 Letters: B texts, K of them for an image, T0 tokens of the prompt, T tokens, N tokens that are learned, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -37,6 +39,35 @@ def split_targets(text: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     positions = labels != IGNORED
     inputs = {name: text[name][:, :-1] for name in ("input_ids", "attention_mask")}
     return inputs | {"positions": positions}, labels[positions]
+
+
+def put_before(text: dict[str, torch.Tensor], before: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Put tokens before labelled texts, such as the words of their tags; these are read and not learned.
+
+    Args:
+        text: `input_ids`, `attention_mask` and `labels` (B, T), padded on the right.
+        before: the tokens for each of the B texts, which may be none.
+
+    Returns:
+        The same, as long as the longest text is now.
+    """
+    most = max(map(len, before), default=0)
+    if not most:
+        return text
+    device, (count, length) = text["input_ids"].device, text["input_ids"].shape
+    front = torch.zeros(count, most, dtype=torch.long)
+    for row, tokens in enumerate(before):
+        front[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+    lengths = torch.tensor([len(tokens) for tokens in before], device=device)[:, None]  # (B, 1)
+    places = torch.arange(most + length, device=device)[None] - lengths  # (B, most+T), in the text
+    source = places.clamp(0, length - 1)
+    moved = {name: values.gather(1, source) for name, values in text.items()}
+    filled = F.pad(front.to(device), (0, length))
+    moved["input_ids"] = torch.where(places < 0, filled, moved["input_ids"])
+    moved["attention_mask"] = torch.where(places < 0, 1, moved["attention_mask"]).masked_fill(places >= length, 0)
+    moved["labels"] = moved["labels"].masked_fill((places < 0) | (places >= length), IGNORED)
+    longest = int(moved["attention_mask"].sum(1).max())
+    return {name: values[:, :longest] for name, values in moved.items()}
 
 
 def token_loss(

@@ -104,6 +104,9 @@ class DataConfig(TokenSourceConfig):
     once."""
     val_root: tuple[str, ...] = ()
     """Data sets to choose the best checkpoint by, if they are not the sets of `root`."""
+    text: tuple[Path, ...] = ()
+    """Files of sentences without images, packed by gzip or not: JSON Lines with a `caption` or `text` in each line, a
+    table, or plain text with a sentence in each line."""
     streaming: bool = False
     """Read a hub id, a saved `datasets` set or a folder of parquet files row by row; it is never held whole. Each row
     is one image, and validation takes the first `evaluate_images` rows of its split."""
@@ -121,7 +124,7 @@ class DataConfig(TokenSourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        store_tuples(self, "val_root", "weights")
+        store_tuples(self, "val_root", "weights", "text")
         check_roots(self.val_root, "val_root")
         if self.weights and len(self.weights) != len(self.root):
             raise SettingError(

@@ -1,6 +1,8 @@
 """The model to train: built from an encoder and a decoder, or loaded as a trained captioner."""
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,10 +24,12 @@ from captioner.fusion import FUSIONS
 from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
 from captioner.hub import hub_options
-from captioner.inference import load
+from captioner.inference import Captioner, load
 from captioner.modeling import CaptionerConfig, CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
-from captioner.training.config import ModelConfig, TrainConfig
+from captioner.runs.digests import digest_tensors
+from captioner.tags import TagVocabulary
+from captioner.training.config import SCRATCH, ModelConfig, TrainConfig
 from captioner.training.lora import tune
 from captioner.transformers_versions import LOADING_ERRORS, checkpoint_activations
 
@@ -39,7 +43,7 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
 
     Raises:
         ValueError: an encoder, decoder or captioner cannot be found, or parts do not fit together.
-        SettingError: the decoder has no room for captions of `max_new_tokens`.
+        SettingError: the decoder has no room for captions of `max_new_tokens`, or stage text had other settings.
     """
     source = config.init_from
     if source is None and config.stage == "scst":
@@ -51,7 +55,10 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
                 "init_from",
             )
     if source is None:
-        model, processor = build_captioner(config.model, captions() if config.model.decoder is None else [])
+        settings = config.model
+        if (text := text_stage_of(config)) is not None:
+            settings = replace(settings, decoder=str(text))
+        model, processor = build_captioner(settings, captions() if settings.decoder is None else [])
     else:
         loaded = load(source, "cpu")
         model, processor = loaded.model, loaded.processor
@@ -69,6 +76,40 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
     prompt_tokens = len(processor.prompt_ids())
     check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # so that no epoch is trained in vain
     return model, processor
+
+
+def text_stage_of(config: TrainConfig) -> Path | None:
+    """Return the model of stage text whose decoder stage xe starts with; `None` if there is none.
+
+    Raises:
+        SettingError: stage text had another decoder than this run, or another vocabulary of tags.
+    """
+    folder = config.output / "text"
+    if config.stage != "xe" or config.init_from is not None or not (folder / "best").is_dir():
+        return None
+    try:
+        found = json.loads((folder / "run_config.json").read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"'{folder}' holds a model of stage text and no run_config.json of it") from None
+    for name in ("decoder", "fusion", *SCRATCH):
+        if found.get(name) != (value := getattr(config.model, name)):
+            raise SettingError(
+                f"stage text in '{folder}' had {name} {found.get(name)}, and this run has {value}; a stage that "
+                "continues it must have the same",
+                *(name, "output"),
+            )
+    return folder / "best"
+
+
+def tag_vocabulary(config: TrainConfig, model: CaptionerModel) -> TagVocabulary | None:
+    """Return the vocabulary of object tags of a run, if it has one.
+
+    Raises:
+        ValueError: its file cannot be used.
+        OSError: its file cannot be read.
+    """
+    path = config.model.tags
+    return None if path is None else TagVocabulary.read(path / "tags.json" if path.is_dir() else path)
 
 
 def training_grids(config: TrainConfig, model: CaptionerModel, processor: CaptionerProcessor) -> list[Grid]:
@@ -118,6 +159,7 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     Raises:
         ValueError: an encoder or decoder cannot be found, or they do not fit together.
     """
+    trained: Captioner | None = None
     encoder, grid = frozen_encoder(config.encoder), parse_grid(config.grid)
     image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
     tokens = count_tokens(encoder, grid, image["input_size"])
@@ -129,6 +171,9 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
             raise SettingError("a decoder from scratch has to be trained whole", "tune", "decoder")
         tokenizer = train_tokenizer(captions, config.vocab_size)
         text_config = new_decoder(config, tokenizer, positions=max(512, positions))
+    elif (trained := decoder_of(config)) is not None:
+        tokenizer, text_config = trained.processor.tokenizer, trained.model.config.text_config
+        check_positions(config.decoder, text_config, positions)
     else:
         tokenizer, text_config = hub_decoder(config.decoder, positions)
     processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
@@ -143,9 +188,38 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     )
     model = CaptionerModel(model_config)
     model.encoder.load_state_dict(encoder.state_dict())
-    if config.decoder is not None:
+    if trained is not None:
+        copy_captioner(trained.model, model)
+    elif config.decoder is not None:
         copy_weights(config.decoder, model.decoder)
     return model, processor
+
+
+def decoder_of(config: ModelConfig) -> Captioner | None:
+    """Load the captioner whose decoder a new captioner takes, if `config.decoder` is the folder of a captioner.
+
+    Raises:
+        SettingError: its decoder reads images by another fusion.
+    """
+    path = Path(str(config.decoder)) / "config.json"
+    try:
+        if json.loads(path.read_text())["model_type"] != CaptionerConfig.model_type:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    trained = load(config.decoder, "cpu")
+    if (fusion := trained.model.config.fusion) != config.fusion:
+        raise SettingError(
+            f"the decoder of '{config.decoder}' reads images by {fusion}, not by {config.fusion}", "fusion", "decoder"
+        )
+    return trained
+
+
+def copy_captioner(trained: CaptionerModel, model: CaptionerModel) -> None:
+    """Copy the weights of a trained captioner into a new one: its decoder, and for the same encoder its projector."""
+    model.decoder.load_state_dict(trained.decoder.state_dict())
+    if digest_tensors(trained.encoder.state_dict()) == digest_tensors(model.encoder.state_dict()):
+        model.projector.load_state_dict(trained.projector.state_dict())
 
 
 def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> GPT2Config:
@@ -197,13 +271,22 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
             f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {text_config.vocab_size}; "
             "they do not belong together"
         )
+    check_positions(name, text_config, positions)
+    text_config.dtype = torch.float32  # many models are published in bfloat16, in which small updates are lost
+    return tokenizer, text_config
+
+
+def check_positions(name: str | None, text_config: PretrainedConfig, positions: int) -> None:
+    """Refuse a decoder that has too few positions.
+
+    Raises:
+        SettingError: the message has both numbers.
+    """
     room = getattr(text_config, "max_position_embeddings", None)
     if room is not None and room < positions:
         raise SettingError(
             f"'{name}' has room for {room} tokens; image tokens and text need {positions}", "grid", "max_length"
         )
-    text_config.dtype = torch.float32  # many models are published in bfloat16, in which small updates are lost
-    return tokenizer, text_config
 
 
 def copy_weights(name: str, decoder: nn.Module) -> None:

@@ -39,8 +39,8 @@ class ModelConfig(EncoderConfig):
     fusion: Literal["prefix", "cross_attention"] = "prefix"
     """`prefix` puts the image tokens before the text; with `cross_attention`, every decoder layer attends to them."""
     decoder: str | None = None
-    """Hub id or folder of a causal language model. `None` trains a small GPT-2 from scratch, with a tokenizer of its
-    own."""
+    """Hub id or folder of a causal language model; or the folder of a captioner, such as one of stage text, whose
+    decoder is taken. `None` trains a small GPT-2 from scratch, with a tokenizer of its own."""
     tune: Literal["full", "projector", "lora"] = "full"
     """What is trained: `full` means projector and decoder, `projector` the projector alone, and `lora` the projector
     and low-rank updates of the decoder."""
@@ -60,6 +60,8 @@ class ModelConfig(EncoderConfig):
     """Dropout of a decoder from scratch."""
     vocab_size: int = 6000
     """Size of the vocabulary (byte-level BPE) of a decoder from scratch."""
+    tags: Path | None = None
+    """Vocabulary of object tags for stage text: a file, or the folder of a trained tag head."""
     prompt: str = ""
     """Text that every caption continues, such as `A photo of`."""
     max_length: int = 40
@@ -102,30 +104,55 @@ class ScstConfig:
 
 
 @dataclass(frozen=True)
+class InputConfig:
+    """What the decoder reads in training: image tokens, object tags, both or neither, so that each works alone."""
+
+    tag_dropout: float = 0.3
+    """Share of the texts that are learned without any of their tags."""
+    single_tag_dropout: float = 0.0
+    """Largest share of single tags that are left out. For each text, the share is drawn between 0 and this one."""
+    image_dropout: float = 0.0
+    """Share of the captions that are learned without their image: the image tokens are zeros."""
+    text_share: float = 0.0
+    """Share of sentences of `data.text` among the texts that are learned by cross-entropy, on average over the steps.
+    They have no image, and the tags that their own words mention."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, "tag_dropout", "single_tag_dropout", "image_dropout", "text_share")
+        if self.text_share == 1:
+            raise SettingError(
+                "text_share 1 leaves no captions of images; stage text learns from text alone", "text_share"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a caption decoder on a frozen encoder."""
 
     output: Path = Path("runs/train")
-    """Folder of the checkpoints, the log, the samples and the best model (`output/best`). Stage scst writes into
-    `output/scst`."""
-    stage: Literal["xe", "scst"] = "xe"
-    """`xe` trains by cross-entropy; `scst` continues a trained captioner with self-critical training."""
+    """Folder of the checkpoints, the log, the samples and the best model (`output/best`). Stage text writes into
+    `output/text`, and stage scst into `output/scst`."""
+    stage: Literal["text", "xe", "scst"] = "xe"
+    """`text` teaches the decoder language from sentences without images; `xe` trains on images by cross-entropy; `scst`
+    continues a trained captioner with self-critical training."""
     init_from: str | None = None
     """Captioner to start from: a folder, a hub id, or `shipped` for the one that comes with this package. It has its
-    own model settings, so that only `tune` and LoRA's can be set beside it. With `None`, stage xe starts from scratch,
-    and stage scst from `output/best`."""
+    own model settings, so that only `tune` and LoRA's can be set beside it. With `None`, stage text starts from
+    scratch; stage xe with the decoder of `output/text/best` if there is one, else from scratch; and stage scst from
+    `output/best`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scst: ScstConfig = field(default_factory=ScstConfig)
+    inputs: InputConfig = field(default_factory=InputConfig)
 
     grids: tuple[str, ...] = ()
     """Compressed grids such as `3x3 5x5 5x5 10x10`. Each step draws one of them, so that one decoder serves all; a
     repeated one is drawn more often. The model's own grid, at which it is validated, must be among them, and a token
     cache must hold them all. Without any, every step uses the model's own."""
     epochs: float = 12.0
-    """Passes over the training images."""
+    """Passes over the training images, or in stage text over the sentences."""
     batch_size: int = 32
-    """Images per forward pass and process."""
+    """Images per forward pass and process; in stage text, sentences."""
     accumulation: int = 1
     """Forward passes per optimiser step. All tokens of a step have the same weight, however it is divided."""
     learning_rate: float = 5e-4
@@ -148,13 +175,14 @@ class TrainConfig:
     evaluate_every: float = 1.0
     """Epochs between validations (loss, CIDEr, sample captions)."""
     evaluate_images: int | None = None
-    """Number of validation images that are used; `None` for all."""
+    """Number of validation images of each data set that are used; `None` for all."""
     num_beams: int = 3
     """Beams of the search in validation, and of the saved model."""
     max_new_tokens: int = 24
     """Longest generated caption in tokens, in validation and for the saved model."""
     patience: int | None = 5
-    """Training stops after this many validations without a better CIDEr; `None` never stops early."""
+    """Training stops after this many validations without a better CIDEr (in stage text, a lower loss); `None` never
+    stops early."""
 
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `output/best`. Half precision halves the size of the file."""
@@ -179,31 +207,45 @@ class TrainConfig:
         check_positive(self, "evaluate_images", "num_beams", "max_new_tokens", "log_every", "patience")
         check_positive(self, "keep_checkpoints", "save_steps")
         check_shares(self, "warmup", "label_smoothing")
-        if self.data.streaming and self.stage == "scst":
+        if self.data.streaming and self.stage != "xe":
             raise SettingError(
-                "stage scst needs the captions of all images at once, which a stream does not give", "streaming"
+                f"stage {self.stage} needs the captions of all images at once, which a stream does not give",
+                "streaming",
             )
-        if self.stage == "xe" and self.scst != ScstConfig():
-            raise SettingError("settings of stage scst are given, but the stage is xe", "stage")
+        if self.stage != "scst" and self.scst != ScstConfig():
+            raise SettingError(f"settings of stage scst are given, but the stage is {self.stage}", "stage")
+        if self.stage == "text" and self.model.tune == "projector":
+            raise SettingError("stage text trains the decoder, but tune is 'projector'", "tune")
+        if self.stage != "text" and self.inputs.text_share and not self.data.text:
+            raise SettingError(
+                f"sentences of text files are to be {self.inputs.text_share:g} of the texts, and no file is named",
+                *("data.text", "text_share"),
+            )
         names = tuple(write_grid(parse_grid(grid)) for grid in self.grids)
         object.__setattr__(self, "grids", names)  # as caches and checkpoints have them
 
     @property
     def folder(self) -> Path:
         """Where this stage writes."""
-        return self.output if self.stage == "xe" else self.output / "scst"
+        return self.output if self.stage == "xe" else self.output / self.stage
 
     def unused(self) -> dict[str, str]:
         """Map the settings that have no effect beside the others, such as `scst.samples`, to the reason."""
         unused: dict[str, str] = {}
-        if self.stage == "xe":
-            unused |= {f"scst.{f.name}": "the stage is xe" for f in fields(ScstConfig)}
-        else:
+        if self.stage == "scst":
             unused["label_smoothing"] = "the stage is scst, which learns from rewards"
+        else:
+            unused |= {f"scst.{f.name}": f"the stage is {self.stage}" for f in fields(ScstConfig)}
+        if self.stage == "text":
+            names = ("data.tokens", "data.weights", "data.captions_per_image", "data.workers", "model.blind")
+            names += ("inputs.image_dropout", "inputs.text_share")
+            unused |= dict.fromkeys(names, "stage text takes the captions of all sets once, and no image")
+        elif not self.inputs.text_share:
+            unused["data.text"] = "inputs.text_share is 0"
         if self.model.tune != "lora":
             unused |= {f"model.{name}": f"tune is '{self.model.tune}', not 'lora'" for name in LORA}
         if self.init_from is not None or self.stage == "scst":
-            names = {f.name for f in fields(ModelConfig)} - {"tune", *LORA}
+            names = {f.name for f in fields(ModelConfig)} - {"tune", "tags", *LORA}
             unused |= {f"model.{name}": "the captioner that training starts from has its own" for name in names}
         elif self.model.decoder is not None:
             unused |= {f"model.{name}": "it is for a decoder from scratch" for name in SCRATCH}

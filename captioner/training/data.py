@@ -7,6 +7,7 @@ from captioner.data.batches import CaptionStream, Images, JoinedImages, epoch_si
 from captioner.data.config import DataConfig
 from captioner.data.row_stream import RowStream
 from captioner.data.rows import StreamedRows, read_first
+from captioner.data.sentences import read_sentences
 from captioner.data.sets import join_sets, read_sets, set_names, value_of
 from captioner.data.splits import NoSplitError
 from captioner.data.token_cache import TokenCache
@@ -122,7 +123,33 @@ class RowData:
         )
 
 
-TrainingData = TableData | RowData
+class TextData:
+    """Sentences to learn language from: those of text files, and the training captions of the data sets."""
+
+    def __init__(self, data: DataConfig):
+        self.sentences = read_sentences(data.text, data.caption_column, data.on_bad)
+        if data.root:
+            tables = read_sets(data, data.train_split, some=bool(data.text))
+            self.sentences += [text for table in tables if table for group in table["captions"] for text in group]
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    @property
+    def references(self) -> list[list[str]]:
+        """Raise NotImplementedError: sentences are not about images."""
+        raise NotImplementedError("sentences are not about images")
+
+    def captions(self) -> list[str]:
+        """Return the captions on which a tokenizer is trained: all sentences."""
+        return self.sentences
+
+    def settings(self) -> dict:
+        """Return the settings that a resumed run cannot change: a digest of the sentences."""
+        return {"text digest": digest_json(self.sentences)}
+
+
+TrainingData = TableData | RowData | TextData
 
 
 class HeldOut(NamedTuple):
@@ -144,7 +171,13 @@ def open_data(config: TrainConfig) -> tuple[TrainingData, list[HeldOut]]:
     """
     data, limit = config.data, config.evaluate_images
     roots = data.val_root or data.root
-    train: TrainingData = RowData(data, data.root[0]) if data.streaming and data.root else TableData(data)
+    train: TrainingData
+    if config.stage == "text":
+        if not roots:
+            raise SettingError("no captions to validate on: name a data set", "root", "val_root")
+        train = TextData(data)
+    else:
+        train = RowData(data, data.root[0]) if data.streaming and data.root else TableData(data)
     try:
         if data.streaming:
             folder = value_of(data.images, 0)

@@ -1,4 +1,4 @@
-"""Decoder training on a frozen encoder: one loop, for cross-entropy and for rewards (`scst.py`).
+"""Decoder training on a frozen encoder: one loop for all stages (`stages.py`).
 
 Letters: B images, K captions of each, T text tokens.
 """
@@ -19,9 +19,8 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from captioner.data.batches import open_sets
 from captioner.data.stream import raise_errors
-from captioner.data.token_cache import encoder_fingerprint, open_cache
+from captioner.data.token_cache import encoder_fingerprint
 from captioner.labels import count_targets
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -36,13 +35,12 @@ from captioner.runs.log import RunLog, check_trackers
 from captioner.runs.processes import pick_precision, start_processes
 from captioner.runs.schedule import learning_rates
 from captioner.runs.sharding import check_sharding, whole_weights
-from captioner.training.build import starting_point, trainable_parameters, training_grids
+from captioner.training.build import starting_point, text_stage_of, trainable_parameters, training_grids
 from captioner.training.config import TrainConfig
 from captioner.training.data import open_data
-from captioner.training.objectives import CrossEntropy, Objective
+from captioner.training.objectives import Objective
 from captioner.training.saving import save_best
-from captioner.training.scst import SelfCritical, silence_dropout
-from captioner.training.validation import ValidationSet, validate
+from captioner.training.stages import open_stage
 
 logger = logging.getLogger(__name__)
 
@@ -82,20 +80,10 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             recover_folder(folder / "best")
     model, processor = starting_point(config, data.captions)
     grids = training_grids(config, model, processor)
-    caches = [open_cache(folder, model, processor, grids=grids) for folder in config.data.tokens]
-    tables = {part.number: part.table for part in held_out}
-    images = open_sets(tables, processor, caches, required=False)
-    validation_sets = [ValidationSet(part.name, part.table, own) for part, own in zip(held_out, images, strict=True)]
-    objective: Objective = CrossEntropy(config.label_smoothing)
-    captions_per_image = config.data.captions_per_image
-    if config.stage == "scst":
-        silence_dropout(model.decoder)
-        objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens)
-        captions_per_image = 1  # the model samples the captions that it learns from
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
-    stream = data.stream(processor, captions_per_image, config.seed, caches, grids, per_step)
+    stage = open_stage(config, accelerator, data, held_out, model, processor, grids, per_step)
 
-    steps_per_epoch = max(1, len(data) // per_step)
+    steps_per_epoch = max(1, stage.size // per_step)
     total = math.ceil(config.epochs * steps_per_epoch)
     evaluate_steps = max(1, round(config.evaluate_every * steps_per_epoch))
     optimizer = create_optimizer(model, config)
@@ -105,7 +93,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
 
     log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
-    settings = fixed_settings(config, per_step) | parts | data.settings()
+    settings = fixed_settings(config, per_step) | parts | stage.settings
     progress: dict[str, Any] = {"step": 0, "evaluated": None, "best": None, "stale": 0}
     best = folder / "best"
     resumed = resume(accelerator, checkpoints, config.resume, settings, model=best, log=log.path, strict=False)
@@ -114,7 +102,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         log.load_state(resumed["log"], progress["step"])
     else:
         log.start_over()
-        if config.init_from is None and config.stage == "xe":
+        if config.init_from is None and config.stage != "scst" and text_stage_of(config) is None:
             progress["evaluated"] = 0  # a decoder without training has nothing to validate
     schedule = learning_rates(optimizer.optimizer, config.learning_rate, config.warmup, progress["step"], total)
     if accelerator.is_main_process:
@@ -122,17 +110,18 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     if config.trackers:
         accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
     start = progress["step"] * per_step
+    stream = stage.stream
     loader = stream.loader(start, total * per_step, config.batch_size, config.data.workers, stream.collate)
     batches = raise_errors(accelerator.prepare(loader))
     held_out_images = sum(len(part.table) for part in held_out)
     accelerator.print(
-        f"{len(data)} training and {held_out_images} validation images, {trainable / 1e6:.1f}M trainable parameters, "
-        f"{total} steps of {per_step} images"
+        f"{stage.size} training {stage.unit} and {held_out_images} validation images, "
+        f"{trainable / 1e6:.1f}M trainable parameters, {total} steps of {per_step} {stage.unit}"
     )
-    if per_step > len(data):
+    if per_step > stage.size:
         accelerator.print(
-            f"a step takes more images than there are: an epoch is then one step, and draws each image "
-            f"{per_step / len(data):.3g} times"
+            f"a step takes more {stage.unit} than there are: an epoch is then one step, and draws each of them "
+            f"{per_step / stage.size:.3g} times"
         )
 
     def save() -> None:
@@ -146,25 +135,26 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         if (step % evaluate_steps == 0 or step >= total) and progress["evaluated"] != step:
             save()
             with interruption.at_once(), whole_weights(model):
-                record, captions = validate(accelerator, model, processor, validation_sets, config)
+                record, captions = stage.validate(model)
             progress |= {"evaluated": step, "stale": progress["stale"] + 1}
-            if progress["best"] is None or record["CIDEr"] > progress["best"]:
-                progress |= {"best": record["CIDEr"], "stale": 0}
+            if stage.better(record, progress["best"]):
+                progress |= {"best": record[stage.measure], "stale": 0}
                 save_best(accelerator, model, processor, best, config.save_dtype)
-            log.show(CIDEr=f"{record['CIDEr']:.3f}")
+            log.show(**{stage.measure: f"{record[stage.measure]:.3f}"})
             samples = [result["caption"] for _, results in captions for result in results[:3]]
-            record = {"step": step, **record, "samples": samples}
+            record = {"step": step, **record} | ({"samples": samples} if samples else {})
             log.write(record)
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and captions:
                 pages = [(part.name, part.table, results) for part, results in captions]
                 write_samples(accelerator, pages, record, folder / "samples")
+            if accelerator.is_main_process:
                 write_curves(log.records(), folder / "curves.svg")
             save()
             saved = time.monotonic()
         if step >= total or (config.patience is not None and progress["stale"] >= config.patience):
             break
 
-        measured = train_step(accelerator, model, batches, objective, config)
+        measured = train_step(accelerator, model, batches, stage.objective, config)
         if not math.isfinite(measured["loss"]):
             raise not_finite(f"the loss is {measured['loss']}", step, checkpoints)
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
@@ -187,8 +177,10 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             raise SystemExit(128 + stop)
     log.close()
     if step < total:
-        accelerator.print(f"stopped at step {step} of {total}: {config.patience} validations without a better CIDEr")
-    accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {best}")
+        accelerator.print(
+            f"stopped at step {step} of {total}: {config.patience} validations without a better {stage.measure}"
+        )
+    accelerator.print(f"best validation {stage.measure} {progress['best']:.4f}, model in {best}")
     accelerator.end_training()
     return best
 
@@ -248,7 +240,7 @@ def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[s
 
 def fixed_settings(config: TrainConfig, per_step: int) -> dict:
     """Return the settings that a resumed run cannot change: those of the model and of the order of the data."""
-    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
+    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if key != "tags"}
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
     settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}
     settings["grids"] = " ".join(config.grids) or None
