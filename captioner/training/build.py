@@ -216,10 +216,15 @@ def decoder_of(config: ModelConfig) -> Captioner | None:
 
 
 def copy_captioner(trained: CaptionerModel, model: CaptionerModel) -> None:
-    """Copy the weights of a trained captioner into a new one: its decoder, and for the same encoder its projector."""
+    """Copy the weights of a trained captioner into a new one: those of its decoder and of its projector.
+
+    For another encoder, the projector's first layers are new, and its output for zeros is what the decoder learned.
+    """
     model.decoder.load_state_dict(trained.decoder.state_dict())
-    if digest_tensors(trained.encoder.state_dict()) == digest_tensors(model.encoder.state_dict()):
-        model.projector.load_state_dict(trained.projector.state_dict())
+    state = trained.projector.state_dict()
+    if digest_tensors(trained.encoder.state_dict()) != digest_tensors(model.encoder.state_dict()):
+        state = {name: state[name] for name in ("fc1.bias", "fc2.weight", "fc2.bias")}
+    model.projector.load_state_dict(state, strict=False)
 
 
 def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> GPT2Config:

@@ -104,8 +104,7 @@ def text_stage(
 ) -> Stage:
     """Open stage text, which trains the decoder alone; see `open_stage`.
 
-    The projector keeps its first weights, whose output for a blank image is zero. So the decoder may later read the
-    tokens of another encoder.
+    The projector is frozen, because a blank image teaches it nothing.
     """
     model.projector.requires_grad_(False)
     vocabulary = tag_vocabulary(config, model)
