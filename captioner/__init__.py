@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from captioner.configuration import CaptionerConfig as CaptionerConfig
     from captioner.data.readers import read_captions as read_captions
     from captioner.encoders import LookupViT as LookupViT
     from captioner.encoders import PooledEncoder as PooledEncoder
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from captioner.inference import Captioner as Captioner
     from captioner.inference import caption as caption
     from captioner.inference import load as load
-    from captioner.modeling import CaptionerConfig as CaptionerConfig
     from captioner.modeling import CaptionerModel as CaptionerModel
     from captioner.modeling import Projector as Projector
     from captioner.processing import CaptionerProcessor as CaptionerProcessor
@@ -33,7 +33,7 @@ with suppress(PackageNotFoundError):  # in a clone that is not installed, the co
 _HOME = {
     "Caption": "inference",
     "Captioner": "inference",
-    "CaptionerConfig": "modeling",
+    "CaptionerConfig": "configuration",
     "CaptionerModel": "modeling",
     "CaptionerProcessor": "processing",
     "ImageError": "images",

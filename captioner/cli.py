@@ -13,9 +13,11 @@ from captioner.options import UsageError, mends, one_line, read_settings
 
 COMMANDS = {
     "caption": "caption images: files, folders, patterns, standard input",
+    "serve": "caption over HTTP: an API, health and counts",
     "cache": "encode images once and store their tokens, which train and evaluate then read",
     "train": "train a caption decoder on a frozen encoder",
     "evaluate": "caption a split and score the captions",
+    "tags": "make a head that names what is in an image, for a vocabulary of your own",
     "pretrain": "train an encoder on outputs of teachers, class labels and words of captions",
     "score": "score the captions of any system against references, or compare two systems",
 }

@@ -21,9 +21,17 @@ class SettingError(ValueError):
         self.settings = settings
 
 
+class ConflictError(SettingError):
+    """Settings exclude each other. Leaving out those that are given on a command line corrects the error."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class MissingError(SettingError, FileNotFoundError):
+    """A file or folder does not exist at the place that a setting names."""
 
 
 def check_positive(settings: Any, *names: str) -> None:
@@ -35,6 +43,16 @@ def check_positive(settings: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(settings, name)) is not None and not 0 < value < math.inf:
             raise SettingError(f"{name} must be positive, not {value}", name)
+
+
+def check_seed(settings: Any) -> None:
+    """Refuse a seed that numpy does not accept.
+
+    Raises:
+        SettingError: the seed is negative or has more than 32 bits.
+    """
+    if not 0 <= settings.seed < 2**32:
+        raise SettingError(f"seed must be from 0 to 2**32 - 1, not {settings.seed}", "seed")
 
 
 def check_shares(settings: Any, *names: str) -> None:

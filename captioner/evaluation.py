@@ -55,6 +55,7 @@ def caption_split(
 
     Returns:
         COCO results in the order of the table, `[{"image_id": ..., "caption": ...}, ...]`; the same in every process.
+        The result of an image that cannot be opened also has an `error`.
     """
     rows = range(len(table))
     batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
@@ -68,22 +69,23 @@ def caption_split(
         worker_init_fn=leave_signals_to_main,
     )
     model.eval()
-    done: list[tuple[int, str]] = []
+    done: list[tuple[int, dict]] = []
     hidden = not accelerator.is_main_process
     for batch in progress_bar(loader, desc="captioning", unit="batch", disable=hidden, leave=False):
         good = [(row, opened) for row, opened in batch if not isinstance(opened, str)]
         for row, error in batch:
             if isinstance(error, str):
                 logger.warning("no caption for image %s: %s", table[row]["image_id"], error)
-                done.append((row, ""))
+                done.append((row, {"caption": "", "error": error}))
         if good:
             inputs = send_to_device(images.batch([opened for _, opened in good]), accelerator.device)
             inputs |= processor.prompts(len(good), accelerator.device)
             sequences = model.generate(**inputs, grid=grid, **generation)
-            done += [(row, text) for (row, _), text in zip(good, processor.captions(sequences), strict=True)]
-    captions = dict(gather_object(done))
+            texts = processor.captions(sequences)
+            done += [(row, {"caption": text}) for (row, _), text in zip(good, texts, strict=True)]
+    found = dict(gather_object(done))
     ids = table["image_id"]
-    return [{"image_id": ids[row], "caption": captions[row]} for row in rows]
+    return [{"image_id": ids[row], **found[row]} for row in rows]
 
 
 def score_results(results: list[dict], table: "datasets.Dataset", **options: Any) -> Scores:
@@ -95,7 +97,15 @@ def score_results(results: list[dict], table: "datasets.Dataset", **options: Any
         options: options of `captioner.metrics.score`.
     """
     references = dict(zip(table["image_id"], table["captions"], strict=True))
-    return score(results, references, allow_empty=True, **options)
+    scores = score(results, references, allow_empty=True, **options)
+    if failed := count_failed(results):
+        scores.warnings.append(f"images that cannot be opened, scored with an empty caption: {failed}")
+    return scores
+
+
+def count_failed(results: Sequence[dict]) -> int:
+    """Count the results whose image could not be opened."""
+    return sum("error" in row for row in results)
 
 
 def write_results(results: Sequence[dict], path: Path) -> Path:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from operator import index
 from typing import overload
 
+from captioner.errors import SettingError
+
 Grid = tuple[int, int]
 """Rows and columns of compressed tokens."""
 
@@ -20,7 +22,7 @@ def parse_grid(grid: str | int | Iterable[int] | None) -> Grid | None:
     """Return a compressed grid as rows and columns: `"5x5"`, `"5"`, 5 and [5, 5] are (5, 5); `None` stays `None`.
 
     Raises:
-        ValueError: the grid has another form.
+        SettingError: the grid has another form.
     """
     if grid is None:
         return None
@@ -33,7 +35,7 @@ def parse_grid(grid: str | int | Iterable[int] | None) -> Grid | None:
         sides = []
     sides = sides * 2 if len(sides) == 1 else sides
     if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"grid '{grid}' is not of the form ROWSxCOLUMNS, such as 5x5")
+        raise SettingError(f"grid '{grid}' is not of the form ROWSxCOLUMNS, such as 5x5", "grid", "grids")
     return sides[0], sides[1]
 
 

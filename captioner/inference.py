@@ -1,37 +1,33 @@
 """Caption images with one line of Python: `captioner.load()`, `captioner.caption(...)`."""
 
-import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from operator import index
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from transformers.utils import logging as transformers_logging
 
+from captioner.data.caption_formats import LOW_CONFIDENCE
+from captioner.data.open_ahead import open_ahead
+from captioner.encoders.base import TokenEncoder
+from captioner.encoders.fused import fast_dtype
 from captioner.encoders.shipped import SHIPPED, WEIGHTS
-from captioner.errors import SettingError, first_line
-from captioner.grids import Grid, parse_grid
-from captioner.hub import hub_options
+from captioner.errors import SettingError
+from captioner.grids import Grid, parse_grid, write_grid
 from captioner.images import ImageError, ImageSource, each_image, is_single, name_source
+from captioner.images.sources import IN_MEMORY, quote_name
+from captioner.loading import load_parts
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
-from captioner.transformers_versions import LOADING_ERRORS
+from captioner.runs.digests import digest_json, digest_tensors
+from captioner.search import Candidate, Search, check_count, describe_search, make_search
 
-COUNTS = ("batch_size", "num_beams", "max_new_tokens")
-"""Options of captioning that must be whole numbers above 0."""
-
-REFUSED = {
-    "num_return_sequences": "captioning returns one caption per image",
-    "return_dict_in_generate": "captioning returns captions",
-    "max_length": "max_new_tokens limits the length of a caption",
-}
-"""Options of transformers' `generate` that captioning refuses, and why."""
+BATCH_SIZE = 16
+"""Images per batch, unless the caller gives another number."""
 
 
 @dataclass
@@ -46,96 +42,195 @@ class Caption:
     error: str | None = None
     reason: str | None = None
     """The kind of error in a few words, without the image's name, so that errors can be counted by kind."""
+    candidates: list[Candidate] | None = None
+    """All captions of the image, best first, if several were requested; the first of them is `caption`."""
+    confidence: float | None = None
+    """Confidence of the caption (see `Candidate`); `None` if the log-probability is."""
 
-    def as_dict(self) -> dict[str, str | float | None]:
-        """Return path, caption, logprob and error, in this order."""
-        return {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
+    def as_dict(self) -> dict[str, Any]:
+        """Return path, caption, logprob and error, in this order, and `captions` if several were requested."""
+        row = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
+        return row if self.candidates is None else row | {"captions": [asdict(one) for one in self.candidates]}
+
+    def best_first(self) -> list[Candidate]:
+        """Return all captions of the image, one or several."""
+        if self.candidates is not None:
+            return self.candidates
+        return [] if self.caption is None else [Candidate(self.caption, self.logprob, self.confidence)]
+
+    def fill(self, candidates: list[Candidate], search: Search, logprob: bool) -> None:
+        """Set the captions that a search found, without those below its least confidence.
+
+        Args:
+            candidates: the captions, best first.
+            search: the settings of the search.
+            logprob: whether log-probabilities are shown.
+        """
+        sure = [one for one in candidates if (one.confidence or 0) >= search.min_confidence]
+        if not sure:
+            best = max(one.confidence or 0 for one in candidates)
+            self.reason = LOW_CONFIDENCE
+            self.error = (
+                f"{quote_name(self.path)} gets no caption: the confidence is {best:.4f}, below {search.min_confidence}"
+            )
+        else:
+            sure = sure if logprob else [Candidate(one.caption) for one in sure]
+            self.caption, self.logprob, self.confidence = sure[0].caption, sure[0].logprob, sure[0].confidence
+        if search.captions > 1:
+            self.candidates = sure
 
 
 class Captioner:
     """A model and its processor on a device, ready to caption; several threads may use one at the same time.
 
-    Images are opened in the calling thread. The model captions one batch at a time.
+    The model captions one batch at a time.
 
     Args:
         model: the captioner model.
         processor: its processor.
         device: a torch device; `None` takes CUDA, then MPS, then the CPU.
+        encoder_dtype: dtype in which the encoder computes on a CPU; `None` takes bfloat16 if the CPU has matrix units
+            for it (AMX), else float32.
+        name: name of the model: `shipped`, a folder or a hub id.
     """
 
-    def __init__(self, model: CaptionerModel, processor: CaptionerProcessor, device: str | None = None):
-        self.device = pick_device(device)
+    def __init__(
+        self,
+        model: CaptionerModel,
+        processor: CaptionerProcessor,
+        device: str | None = None,
+        encoder_dtype: torch.dtype | None = None,
+        name: str | None = None,
+    ):
+        self.device, self.name = pick_device(device), name
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else torch.float16
         self.model: CaptionerModel = model.to(self.device, dtype).eval()
+        self.encoder_dtype = fast_dtype() if encoder_dtype is None else encoder_dtype
         self.processor = processor
         self._lock = threading.Lock()  # decoders and fast tokenizers may keep state while they run
+
+    @cached_property
+    def encoder(self) -> TokenEncoder:
+        """The encoder that captions. On a CPU it is a faster copy, and the model stays as it was loaded."""
+        encoder = self.model.encoder
+        return encoder.optimize_for_inference(self.encoder_dtype) if self.device.type == "cpu" else encoder
 
     def stream(
         self,
         images: ImageSource | Iterable[ImageSource],
-        batch_size: int = 16,
+        batch_size: int | None = BATCH_SIZE,
         grid: Grid | str | int | None = None,
         logprob: bool = True,
-        **generation: Any,
+        workers: int = 0,
+        **options: Any,
     ) -> Iterator[Caption]:
         """Caption images in order, one batch at a time; an image that cannot be used gives a result with an error.
 
         Args:
             images: one image that `open_image` can open, or an iterable of them, such as a list or a generator. An
                 array and an open file are one image.
-            batch_size: images per batch.
+            batch_size: images per batch; `None` for the default.
             grid: compressed grid, such as `(3, 3)` or `"3x3"`; `None` for the model's own.
-            logprob: whether to compute log-probabilities, which needs one more pass of the decoder.
-            generation: settings of transformers' `generate`, such as `num_beams`.
+            logprob: whether to compute log-probabilities. Greedy and beam search add them up on the way; sampling needs
+                one more pass of the decoder.
+            workers: threads that open the images of the next batches while the model runs. With 0, each batch is opened
+                in the calling thread.
+            options: see `make_search`: `captions`, `prompt`, `seed`, `min_confidence`, and settings of transformers'
+                `generate`, such as `num_beams`. `None` stands for the default.
 
         Raises:
-            ValueError: the encoder does not have this grid, or an option does not fit one caption per image.
+            ValueError: the encoder does not have this grid, or an option is not known or does not fit the others.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, **generation}
-        for name, value in options.items():
-            if name in COUNTS and value is not None:
-                options[name] = check_count(name, value)
-            if name in REFUSED and value is not None:
-                raise ValueError(f"{REFUSED[name]}; leave {name} out")
-        grid = parse_grid(grid)
-        return self._stream(each_image(images), options.pop("batch_size"), grid, logprob, options)
+        batch_size, grid = check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size), parse_grid(grid)
+        search = make_search(**options)
+        search.resolve(self.model)
+        if isinstance(workers, bool) or index(workers) < 0:
+            raise SettingError(f"workers must be a whole number of at least 0, not {workers!r}", "workers")
+        return self._stream(each_image(images), batch_size, grid, logprob, index(workers), search)
 
     def _stream(
-        self, sources: Iterator[ImageSource], batch_size: int, grid: Grid | None, logprob: bool, options: dict[str, Any]
+        self,
+        sources: Iterator[ImageSource],
+        batch_size: int,
+        grid: Grid | None,
+        logprob: bool,
+        workers: int,
+        search: Search,
     ) -> Iterator[Caption]:
-        while batch := list(islice(sources, batch_size)):
-            results, pixels = [], []
-            for image in batch:
-                results.append(Caption(name_source(image)))
-                try:
-                    pixels.append(self.processor.pixels(image))
-                except ImageError as error:
-                    results[-1].error, results[-1].reason = str(error), error.kind
-            good = [result for result in results if result.error is None]
+        opened = open_ahead(enumerate(sources), self.open, workers, 2 * batch_size)
+        while batch := list(islice(opened, batch_size)):
+            good = [(result, key, pixels) for result, key, pixels in batch if pixels is not None]
             if good:
-                captions, logprobs = self.generate(torch.stack(pixels), grid, logprob, **options)
-                for result, text, value in zip(good, captions, logprobs, strict=True):
-                    result.caption, result.logprob = text, value
-            yield from results
+                pixel_values, keys = torch.stack([pixels for *_, pixels in good]), [key for _, key, _ in good]
+                found = self.search(pixel_values, keys, search, grid, logprob or search.needs_logprob(self.model))
+                for (result, _, _), candidates in zip(good, found, strict=True):
+                    result.fill(candidates, search, logprob)
+            for result, *_ in batch:
+                if search.captions > 1 and result.candidates is None:
+                    result.candidates = []
+                yield result
 
-    @torch.inference_mode()
-    def generate(
-        self, pixel_values: torch.Tensor, grid: Grid | str | None = None, logprob: bool = True, **generation: Any
-    ) -> tuple[list[str], list[float] | list[None]]:
-        """Caption pixels (B, 3, H, W); options as of `stream`.
+    def open(self, numbered: tuple[int, ImageSource]) -> tuple[Caption, str, torch.Tensor | None]:
+        """Open an image, given with its number in a stream.
 
         Returns:
-            B captions and their log-probabilities, or `None` for each if `logprob` is false.
+            A caption with the image's name, and the error if it cannot be used; a key for random numbers, which is the
+            name, or the number of an image in memory; the pixels (3, H, W), if any.
+        """
+        number, image = numbered
+        result = Caption(name_source(image))
+        key = f"#{number}" if result.path == IN_MEMORY else result.path
+        try:
+            return result, key, self.processor.pixels(image)
+        except ImageError as error:
+            result.error, result.reason = str(error), error.kind
+            return result, key, None
+
+    @torch.inference_mode()
+    def search(
+        self,
+        pixel_values: torch.Tensor,
+        keys: list[str],
+        search: Search,
+        grid: Grid | None = None,
+        logprob: bool = True,
+    ) -> list[list[Candidate]]:
+        """Find captions for pixels (B, 3, H, W).
+
+        Args:
+            pixel_values: the images.
+            keys: a name for each image, on which the random numbers of sampling depend.
+            search: the settings of the search.
+            grid: compressed grid; `None` for the model's own.
+            logprob: whether to compute log-probabilities and confidences.
+
+        Returns:
+            The captions of each image, best first.
         """
         with self._lock:
-            tokens = self.model.encode(pixel_values.to(self.device), parse_grid(grid))
-            prompts: dict[str, Any] = self.processor.prompts(len(tokens), self.device)
-            sequences = self.model.generate(image_tokens=tokens, **prompts, **generation)
-            captions = self.processor.captions(sequences)
-            if not logprob:
-                return captions, [None] * len(captions)
-            logprobs = self.model.log_probability(sequences, tokens, prompts["input_ids"])
-        return captions, [round(value, 4) for value in logprobs.tolist()]
+            grid = self.model.config.grid if grid is None else grid
+            image_tokens = self.encoder.encode(pixel_values.to(self.device), grid)
+            return search.run(self.model, self.processor, image_tokens, keys, logprob)
+
+    def describe(self, grid: Grid | str | int | None = None, **options: Any) -> dict[str, Any]:
+        """Return all that captions depend on: weights, preprocessing, grid and search, as values of types of JSON.
+
+        Args:
+            grid: as of `stream`.
+            options: as of `stream`.
+        """
+        config = self.model.config
+        used = parse_grid(grid) or config.grid or self.model.encoder.grid
+        kind = {"encoder": config.encoder_config, "fusion": config.fusion, "blind": config.blind}
+        kind |= {"image": self.processor.image, "prompt": self.processor.prompt}
+        dtype = next((str(weight.dtype) for weight in self.encoder.parameters()), "torch.float32")
+        return {
+            "model": self.name,
+            "weights": digest_json([digest_tensors(self.model.state_dict()), kind]),
+            "encoder_dtype": dtype.removeprefix("torch."),
+            "grid": None if used is None else write_grid(used),
+            **describe_search(make_search(**options), self.model),
+        }
 
     @overload
     def __call__(self, images: ImageSource, **options: Any) -> str: ...
@@ -151,28 +246,16 @@ class Captioner:
 
         Raises:
             ImageError: an image cannot be used.
+            ValueError: several captions of each image are requested, which `stream` returns.
         """
+        if options.get("captions", 1) != 1:
+            raise ValueError("a call gives one caption of each image; stream gives several")
         captions = []
         for result in self.stream(images, **{"logprob": False, **options}):
             if result.error is not None or result.caption is None:
                 raise ImageError(result.error or "no caption", result.reason or "unusable")
             captions.append(result.caption)
         return captions[0] if is_single(images) else captions
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return a whole number above 0 as an int; integers of numpy are accepted.
-
-    Raises:
-        SettingError: the value is not a whole number above 0.
-    """
-    try:
-        count = 0 if isinstance(value, bool) else index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise SettingError(f"{name} must be a whole number above 0, not {value!r}", name)
-    return count
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -190,85 +273,22 @@ def pick_device(name: str | None = None) -> torch.device:
         raise SettingError(f"no device '{name}' here; there is {', '.join([*here, 'cpu'])}", "device") from None
 
 
-loading = threading.Lock()
-
-
-@contextmanager
-def silence_transformers(bars: bool) -> Iterator[None]:
-    """Return a context for loading a captioner, in which transformers prints no warnings: all would be false alarms.
-
-    The settings of transformers belong to the whole program. So only one thread at a time is in this context, and the
-    settings are restored at its end.
-
-    Args:
-        bars: whether transformers may draw progress bars, for a download.
-    """
-    with loading:
-        verbosity = transformers_logging.get_verbosity()
-        hide = not bars and transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        if hide:
-            transformers_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            if hide:
-                transformers_logging.enable_progress_bar()
-
-
-def load(model: str | Path | None = None, device: str | None = None) -> Captioner:
+def load(
+    model: str | Path | None = None, device: str | None = None, encoder_dtype: torch.dtype | None = None
+) -> Captioner:
     """Load a captioner: the shipped one (`None` or `"shipped"`), a local folder, or a hub id.
 
     Args:
         model: the folder or hub id; `None` for the shipped captioner.
         device: a torch device such as `cuda:1`; `None` takes CUDA, then MPS, then the CPU.
+        encoder_dtype: as of `Captioner`.
 
     Raises:
         ValueError: the folder or repository contains no captioner, a weight is missing, or there is no such device.
     """
     source = str(WEIGHTS if model in (None, SHIPPED) else model)
-    local = os.path.exists(source)
-    if local and not (Path(source) / "config.json").is_file():
-        raise SettingError(f"no captioner model in '{source}': it has no config.json", "model")
-    if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
-        raise SettingError(f"no captioner model at '{source}': no such folder, and not a hub id", "model")
-    try:
-        options: dict[str, Any] = {**hub_options(source)}
-    except ValueError as error:
-        raise SettingError(f"no captioner model at '{source}': {error}", "model") from None
-    downloaded = local or isinstance(try_to_load_from_cache(source, "config.json"), str)
-    options["trust_remote_code"] = False  # transformers would ask whether to run code that lies beside the weights
-    try:
-        with silence_transformers(bars=not downloaded):
-            processor = CaptionerProcessor.from_pretrained(source, **options)
-            options |= {"use_safetensors": True, "dtype": torch.float32}
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_weights` names them
-            loaded, info = cast("tuple[CaptionerModel, dict]", CaptionerModel.from_pretrained(source, **options))
-    except LOADING_ERRORS as error:
-        raise SettingError(f"'{source}' is not a captioner model: {first_line(error)}", "model") from None
-    check_weights(source, info)
-    return Captioner(loaded, processor, device)
-
-
-def check_weights(source: str, info: dict[str, Any]) -> None:
-    """Refuse a captioner whose weights are not those that its configuration describes.
-
-    Args:
-        source: its folder or hub id.
-        info: what transformers says of loading it.
-
-    Raises:
-        SettingError: weights are missing, of another shape, or more than there is a place for.
-    """
-    if missing := sorted(info["missing_keys"]):
-        raise SettingError(f"'{source}' lacks {len(missing)} of its weights, such as {missing[0]}", "model")
-    if wrong := sorted(str(name) for name, *_ in info["mismatched_keys"]):
-        fact = f"{len(wrong)} weights of '{source}' have other shapes than its configuration says, such as {wrong[0]}"
-        raise SettingError(fact, "model")
-    if unknown := sorted(info["unexpected_keys"]):
-        fact = f"the configuration of '{source}' has no place for {len(unknown)} of its weights, such as {unknown[0]}"
-        raise SettingError(fact, "model")
+    name = SHIPPED if source == str(WEIGHTS) else source
+    return Captioner(*load_parts(source), device, encoder_dtype, name)
 
 
 def caption(

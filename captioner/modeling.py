@@ -8,80 +8,27 @@ T0 of them in the prompt, V vocabulary, N text positions whose logits are comput
 `fusion.py` has the ways in which the decoder reads the prefix; `text_decoder.py` computes the logits.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import can_return_tuple
 
-from captioner.encoders import rebuild_encoder
-from captioner.errors import SettingError
+from captioner.configuration import CaptionerConfig
+from captioner.encoders import rebuild_encoder, unsaved_buffers
 from captioner.fusion import FUSIONS, Fusion
-from captioner.generation import check_room, merge_settings
-from captioner.grids import Grid, parse_grid
+from captioner.generation import generate_texts
+from captioner.grids import Grid
 from captioner.labels import count_targets, label_generated, next_labels, split_targets, token_loss
 from captioner.text_decoder import TextDecoder
-
-
-class CaptionerConfig(PretrainedConfig):
-    """Configuration of a `CaptionerModel`.
-
-    Args:
-        encoder_config: `{"name": timm name, "kwargs": {...}}`, the arguments of `create_encoder`.
-        text_config: configuration of any causal language model, as an object or a dict with `model_type`.
-        fusion: how the decoder reads the image, a key of `FUSIONS`.
-        grid: compressed grid (rows, columns) of the image tokens; `None` for the encoder's default.
-        blind: whether the image tokens are zeroed. Such a model is the image-blind baseline: its scores show how much
-            the captions of a training set teach without images.
-
-    Raises:
-        SettingError: there is no such fusion, or the decoder does not support it.
-    """
-
-    model_type = "captioner"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - transformers declares it so
-
-    def __init__(
-        self,
-        encoder_config: dict | None = None,
-        text_config: PretrainedConfig | dict | None = None,
-        fusion: str = "prefix",
-        grid: Grid | None = None,
-        blind: bool = False,
-        **kwargs: Any,
-    ):
-        if fusion not in FUSIONS:
-            raise SettingError(f"there is no fusion '{fusion}'; there are {', '.join(FUSIONS)}", "fusion")
-        self.encoder_config = encoder_config or {"name": "lookupvit_small_patch16_224", "kwargs": {}}
-        if text_config is None:
-            text_config = {"model_type": "gpt2"}
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        FUSIONS[fusion].configure(text_config)
-        self.text_config: PretrainedConfig = text_config
-        self.fusion, self.blind = fusion, blind
-        self.grid = parse_grid(grid)
-        super().__init__(**kwargs)
-
-    @property
-    def hidden_size(self) -> int:
-        """Decoder width E."""
-        return self.text_config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """Decoder vocabulary V."""
-        return self.text_config.vocab_size
 
 
 class Projector(nn.Module):
@@ -96,14 +43,6 @@ class Projector(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Project tokens (B, M, D) into (B, M, E)."""
         return self.fc2(F.gelu(self.fc1(self.norm(tokens))))
-
-
-@dataclass
-class CaptionerOutput(ModelOutput):
-    """The output of a forward pass: the `loss` if there are labels, and the `logits` (B*K, T, V)."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
 
 
 class CaptionerModel(PreTrainedModel, GenerationMixin):
@@ -126,12 +65,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         with torch.device("cpu"):  # timm computes at construction, which fails on transformers' meta device
             self.encoder = rebuild_encoder(config.encoder_config).freeze()
+        self.encoder_constants = unsaved_buffers(self.encoder)  # transformers' loading overwrites them
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.projector = Projector(self.encoder.embed_dim, self.fusion.width)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise the projector alone: encoder and decoder initialise themselves."""
+        """Initialise the projector and the encoder's unsaved buffers; all other parts initialise themselves."""
+        for name, value in self.encoder_constants.get(module, {}).items():
+            module.get_buffer(name).copy_(value)
         if isinstance(module, Projector):
             for layer in (module.fc1, module.fc2):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -150,6 +92,12 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """Return the decoder's language-model head."""
         return self.decoder.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Change the size of the decoder's vocabulary; see transformers' method of this name."""
+        embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config.vocab_size = self.decoder.config.vocab_size
+        return embeddings
 
     @property
     def fusion(self) -> Fusion:
@@ -206,8 +154,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         grid: Grid | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CaptionerOutput:
-        """Compute the logits at every text position, from the image and the text so far.
+    ) -> CausalLMOutput:
+        """Compute the logits at every text position (B*K, T, V), from the image and the text so far.
 
         Args:
             pixel_values: images (B, 3, H, W).
@@ -218,18 +166,22 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             grid: compressed grid of the image tokens; `None` for the configured one.
             num_items_in_batch: number that divides the summed loss, as transformers' `Trainer` gives it; `None` for the
                 learned tokens of this call.
-            kwargs: further arguments of the decoder.
+            kwargs: further arguments of the decoder, such as `output_hidden_states`.
+
+        Returns:
+            The `logits`, and the `loss` if there are labels. On request also the decoder's `hidden_states` and
+            `attentions`; these include the positions of a prefix that stands before the text.
 
         Raises:
             ValueError: there is no text or no image, or the texts do not divide among the images.
         """
         inputs = self.check_inputs(self.prefix(pixel_values, image_tokens, grid), input_ids, attention_mask)
-        logits = self.text_decoder.logits(*inputs, **kwargs)
-        loss = None
+        output = self.text_decoder.output(*inputs, **kwargs)
+        logits, loss = output.logits, None
         if labels is not None:
             items = count_targets(labels).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = token_loss(logits[:, :-1], next_labels(labels)) / items
-        return CaptionerOutput(loss=loss, logits=logits)
+        return CausalLMOutput(loss, logits, output.get("hidden_states"), output.get("attentions"))
 
     def logits_at(
         self,
@@ -308,23 +260,40 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             ValueError: there is no image, prompts and images do not match, or the decoder has no room for the text.
         """
         prefix = self.prefix(pixel_values, image_tokens, grid)
-        if input_ids is None:
-            input_ids = self.start_ids(len(prefix))
-        if len(input_ids) != len(prefix):
-            raise ValueError(f"{len(input_ids)} prompts for {len(prefix)} images; give one for each")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        settings = merge_settings(self.generation_config, generation_config, kwargs, input_ids.shape[1])
-        check_room(self.fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
-        inputs = self.fusion.arrange(prefix, input_ids, attention_mask)
-        return self.decoder.generate(**{"input_ids": input_ids, **inputs, **settings})
+        settings = (self.generation_config, generation_config, kwargs)
+        return generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings)[0]
 
-    def start_ids(self, count: int) -> torch.Tensor:
-        """Return the start token for each of `count` texts that have no prompt, (count, 1)."""
-        start = self.generation_config.bos_token_id
-        if start is None:
-            raise ValueError("no text: give input_ids, because generation_config has no bos_token_id to start with")
-        return torch.full((count, 1), start, device=self.device)
+    @torch.no_grad()
+    def generate_with_log_probability(
+        self,
+        image_tokens: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Continue a text about each image, as `generate` does, and return the log-probabilities, too.
+
+        Greedy and beam search sum them up during the search. After any other way to generate, such as sampling,
+        `log_probability` computes them in one more pass of the decoder.
+
+        Args:
+            image_tokens: encoded images (B, M, D).
+            input_ids: start token and prompt of each text (B, T0); the start token alone if absent.
+            attention_mask: 0 where a prompt is padded on its left (B, T0).
+            kwargs: settings of transformers' `generate`.
+
+        Returns:
+            Texts (B * num_return_sequences, T), those of an image in a row, best first in a beam search; and their
+            log-probabilities (B * num_return_sequences,), float32.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        prefix, settings = self.prefix(None, image_tokens), (self.generation_config, None, kwargs)
+        texts, logprobs = generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings, logprob=True)
+        if logprobs is None:
+            logprobs = self.log_probability(texts, image_tokens, input_ids, attention_mask)
+        return texts, logprobs
 
     @torch.no_grad()
     def log_probability(

@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from captioner.errors import SettingError
+from captioner.errors import ConflictError, SettingError
 
 MENDS = {
-    "learning_rate": "lower {}",
     "on_bad": "pass {} skip to leave it out",
     "output": "name another {}",
 }
@@ -165,7 +164,10 @@ def mends(error: BaseException, defaults: Any, args: Sequence[str]) -> str:
         names = [name for name in options if name == setting or name.endswith(f".{setting}")]
         if names:
             option = options[min(names, key=lambda name: name.count("."))]  # `grid` before `model.grid`
-            phrase = mend(setting.rpartition(".")[2], option.default, option.name in given)
+            if isinstance(error, ConflictError) and option.name in given:
+                phrase = "leave out {}"
+            else:
+                phrase = mend(setting.rpartition(".")[2], option.default, option.name in given)
             one_of_many = len({re.sub(r"\d+", "", name) for name in names}) < len(names)
             name = re.sub(r"\.\d+\.", ".N.", option.name) if one_of_many else option.name  # `--teachers.N.kind`
             phrases.setdefault(phrase, []).append(name)

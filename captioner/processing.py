@@ -169,6 +169,8 @@ class CaptionerProcessor(ProcessorMixin):
                 image[0] if isinstance(image, list | tuple) and len(image) == 1 else image
                 for image in each_image(images)
             ]
+            if not batch:
+                raise ValueError("no image: the list of images is empty")
             data["pixel_values"] = torch.stack([self.pixels(image) for image in batch])
         count = None if images is None else len(data["pixel_values"])
         texts = [text or ""] * (count or 1) if text is None or isinstance(text, str) else list(text)

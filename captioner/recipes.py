@@ -139,6 +139,8 @@ def coco_scst() -> TrainConfig:
 def pretrain_debug() -> PretrainConfig:
     """Run every part of pretraining once, on a tiny encoder: less than a minute on a CPU.
 
+    The first run downloads the weights of the teacher from the hub.
+
     captioner pretrain debug --images DIR
     """
     return PretrainConfig(

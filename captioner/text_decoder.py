@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
+from transformers.utils import ModelOutput
 
 from captioner.fusion import Fusion
 from captioner.transformers_versions import cache_name
@@ -35,10 +36,10 @@ class TextDecoder:
         self.plain = self.decoder.config.model_type in PLAIN_HEADS and not self.sharded
         self.cache_name = cache_name(self.decoder)
 
-    def logits(
+    def output(
         self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
-        """Compute the logits at every position of the texts, (B*K, T, V).
+    ) -> ModelOutput:
+        """Return the decoder's output, with the logits at every position of the texts, (B*K, T, V).
 
         Args:
             prefix: prefix of each image (B, P, E).
@@ -49,7 +50,9 @@ class TextDecoder:
         owners = self.owners(prefix, input_ids)
         cache = None if kwargs else self.prefix_cache(prefix, len(input_ids) // len(prefix))
         inputs = self.arrange(prefix, cache, owners, input_ids, attention_mask)
-        return self.run(self.decoder, inputs | kwargs, input_ids.shape[1])
+        output = self.run(self.decoder, inputs | kwargs, input_ids.shape[1])
+        output.logits = output.logits[:, -input_ids.shape[1] :]
+        return output
 
     def logits_at(
         self,
@@ -79,7 +82,8 @@ class TextDecoder:
         for rows, length in self.groups(positions):
             here = positions[rows, :length].flatten().nonzero()[:, 0]  # (n,), before the pass: it waits for the device
             inputs = self.arrange(prefix, cache, owners[rows], input_ids[rows, :length], attention_mask[rows, :length])
-            output = self.run(self.decoder.base_model if self.plain else self.decoder, inputs, length)
+            found = self.run(self.decoder.base_model if self.plain else self.decoder, inputs, length)
+            output = (found.last_hidden_state if self.plain else found.logits)[:, -length:]
             outputs.append(output.flatten(0, 1).index_select(0, here))  # (n, E or V)
             places.append(numbers[rows, :length].flatten()[here])
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)[torch.cat(places).argsort()]
@@ -90,12 +94,11 @@ class TextDecoder:
         """Return the number of the image that each text is about, (B*K,)."""
         return torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(input_ids) // len(prefix))
 
-    def run(self, decoder: nn.Module, inputs: dict[str, Any], length: int) -> torch.Tensor:
-        """Return logits (n, T, V), or hidden states (n, T, E) of a body, at the last T positions, those of the text."""
+    def run(self, decoder: nn.Module, inputs: dict[str, Any], length: int) -> ModelOutput:
+        """Run the decoder or its body; the text has the last T (`length`) positions of the output."""
         if "logits_to_keep" in inspect.signature(decoder.forward).parameters:
             inputs = inputs | {"logits_to_keep": length}  # the positions of the prefix predict nothing
-        output = decoder(**inputs)
-        return (output.logits if "logits" in output else output.last_hidden_state)[:, -length:]
+        return decoder(**inputs)
 
     def arrange(
         self,
@@ -110,14 +113,30 @@ class TextDecoder:
         The texts continue the cache of the prefixes (B, P, E). Without a cache, each text follows its own prefix.
         """
         if cache is None:
-            return self.fusion.arrange(prefix.index_select(0, owners), input_ids, attention_mask) | {"use_cache": False}
+            inputs = self.fusion.arrange(prefix.index_select(0, owners), input_ids, attention_mask)
+            return inputs | self.positions(inputs["attention_mask"], attention_mask) | {"use_cache": False}
         own = copy.copy(cache)  # keeps the class that the decoder chose
         own.layers = [copy.copy(layer) for layer in cache.layers]
         layer: Any
         for layer in own.layers:
             layer.keys, layer.values = layer.keys.index_select(0, owners), layer.values.index_select(0, owners)
         mask = torch.cat([attention_mask.new_ones(len(owners), prefix.shape[1]), attention_mask], 1)  # (n, P+T)
-        return {"input_ids": input_ids, "attention_mask": mask, str(self.cache_name): own, "use_cache": True}
+        positions = {name: ids[:, prefix.shape[1] :] for name, ids in self.positions(mask, attention_mask).items()}
+        inputs = {"input_ids": input_ids, "attention_mask": mask, **positions}
+        return inputs | {str(self.cache_name): own, "use_cache": True}
+
+    def positions(self, mask: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the decoder's `position_ids` if texts have padding on their left, otherwise no argument.
+
+        Without `position_ids`, a decoder counts padding as positions; `generate` does not.
+
+        Args:
+            mask: attention mask of the decoder's whole input (n, P+T), or (n, T) without a prefix before the text.
+            attention_mask: attention mask of the texts (n, T).
+        """
+        if attention_mask[:, 0].all() or "position_ids" not in inspect.signature(self.decoder.forward).parameters:
+            return {}
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     def shares_prefix(self, count: int) -> bool:
         """Return whether `count` texts about an image can share one pass over its prefix, and are then faster."""

@@ -91,6 +91,28 @@ def decode_text(data: bytes, path: Path) -> str:
     raise ValueError(f"'{path}', line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8")
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object has one name twice. JSON readers keep only the last value, without a warning."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its names and values.
+
+    Raises:
+        RepeatedKeyError: a name appears more than once.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"an object has the name '{twice}' more than once")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+"""Parses JSON of other programs; it refuses an object that has one name twice."""
+
+
 def parse_json_text(text: str, path: Path) -> Any:
     """Parse the text of a JSON file.
 
@@ -98,6 +120,8 @@ def parse_json_text(text: str, path: Path) -> Any:
         ValueError: the text is not JSON.
     """
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
+    except RepeatedKeyError as error:
+        raise ValueError(f"'{path}': {error}") from None
     except (ValueError, RecursionError) as error:  # json raises ValueError for numbers of thousands of digits, too
         raise ValueError(f"'{path}' is not JSON: {error}") from None

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from captioner.configuration import CaptionerConfig
 from captioner.images import ImageSource
-from captioner.modeling import CaptionerConfig, CaptionerModel
+from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 
 TASK = "image-to-text"

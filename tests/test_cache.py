@@ -132,7 +132,7 @@ def test_splits_are_added_to_a_cache(cache_config, noise, saved_model, tmp_path,
         open_cache(folder, loaded.model, loaded.processor).images(table)
     capsys.readouterr()
     fill_cache(cache_config(folder, saved_model, splits=("train", "val")))
-    assert "40 of 48 images to encode (2x2: 5 tokens of width 32; views: 1): 1.28e-05 GB" in capsys.readouterr().out
+    assert "40 of 48 images to encode (2x2: 5 tokens of width 32; views: 1): 12.8 kB of disk" in capsys.readouterr().out
     assert len(open_cache(folder, loaded.model, loaded.processor).images(table)) == 40
     with pytest.raises(SettingError, match="made with grids 2x2, not 3x3") as caught:
         fill_cache(cache_config(folder, saved_model, grids=("3x3",)))
@@ -218,9 +218,9 @@ def test_the_disk_is_estimated_before_and_never_overrun(cache_config, saved_mode
     assert disk_bytes(123_287, 1, {"all": (197, 384)}) == pytest.approx(18.65e9, rel=0.01)
     fill_cache(cache_config(tmp_path / "tokens", saved_model, splits=("train",), views=2))
     size = next((tmp_path / "tokens").glob("tokens-*")).stat().st_size
-    assert disk_bytes(40, 2, {"2x2": (5, 32)}) < size < disk_bytes(40, 2, {"2x2": (5, 32)}) + 40 * 40 + 500
+    assert disk_bytes(40, 2, {"2x2": (5, 32)}) < size < disk_bytes(40, 2, {"2x2": (5, 32)}) + 40 * 90 + 500
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
-    with pytest.raises(OSError, match=r"is too small: the tokens need 1.28e-05 GB, and 5e-06 GB are free; "):
+    with pytest.raises(OSError, match=r"is too small: the tokens need 12.8 kB, and 5 kB are free; "):
         fill_cache(cache_config(tmp_path / "more", saved_model, splits=("train",)))
     assert not list((tmp_path / "more").glob("tokens-*"))
 

@@ -16,10 +16,12 @@ LISTS = [
     (r"['a \d dog']", [r"a \d dog"]),
 ]
 TEXTS = ["a dog", "[UNK]", "[one] and [two]", "(a dog)", "('quoted')", "{}", "[", "none of them", "a [cat]", "nano"]
+TEXTS += ["set (one)", "array of dogs"]
 EMPTY = ["", " \n", "nan", "NaN", "None", "null", "<NA>", "N/A", None, math.nan, "[]", "[nan]", "['']"]
 UNREADABLE = [
     *(5, True, [["a"]], {"raw": "a"}, b"a"),
     *("[a dog, a red dog]", "[1, 2]", "['a', 5]", "[['a']]", "['a dog', 'a red", "[b'a']", "['a' 'b', 'c']"),
+    *("array(['a dog', 'a cat'], dtype=object)", "frozenset({'a dog'})", "tuple(['a dog'])"),
     *('[{"raw": "a"}]', "{'raw': 'a'}", '{"raw": "a"}', "[" * 10_000 + "]" * 10_000),
 ]
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from captioner import cli
 from captioner.data import caption_output
-from captioner.data.caption_output import Writer, find_format, open_output, read_output
+from captioner.data.caption_formats import find_format
+from captioner.data.caption_output import Writer, open_output, read_output
+from captioner.images.names import unescape_name
 
 NAMES = [
     *("plain.jpg", "tab\there.jpg", "line\nfeed.jpg", "form\x0cfeed.jpg", "return\r.jpg", "next\x85line.jpg"),
@@ -153,7 +155,7 @@ def test_images_that_failed_are_tried_again(saved_model, images, tmp_path, endin
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
 def test_a_caption_without_words_is_a_caption(tmp_path, ending):
     path = tmp_path / f"out.{ending}"
-    with open_output(path) as output:
+    with open_output(path, {"captions": 1}) as output:
         output.write({"path": "a.jpg", "caption": "", "logprob": -1.0, "error": None})
     assert read_output(path) == ({"a.jpg"}, set())
 
@@ -243,7 +245,7 @@ def test_standard_output_takes_any_name_whatever_its_encoding(encoding):
         writer.write({"path": name, "caption": "a café", "logprob": None, "error": None})
     lines = raw.getvalue().decode(encoding).split("\n")
     assert len(lines) == len(NAMES) + 1
-    names = [caption_output.unescape_name(line.partition("\t")[0]) for line in lines[:-1]]
+    names = [unescape_name(line.partition("\t")[0]) for line in lines[:-1]]
     assert names == NAMES
 
 
@@ -255,7 +257,7 @@ def test_where_an_output_cannot_be_is_said_at_once(images, tmp_path, capsys):
         tmp_path / "folder.csv": "is a folder, and captions are written to a file",
         images / "a.jpg" / "out.csv": f"'{images / 'a.jpg'}' is a file and no folder",
         images / "a.jpg" / "deep" / "out.csv": f"'{images / 'a.jpg'}' is a file and no folder",
-        tmp_path / "out.xml": "must end in .jsonl, .csv, .txt",
+        tmp_path / "out.xml": "must end in .jsonl, .csv, .txt, .parquet",
     }
     for output, message in cases.items():
         assert run("caption", images, "--output", output, "--model", "./never/looked/for") == 1
@@ -263,6 +265,11 @@ def test_where_an_output_cannot_be_is_said_at_once(images, tmp_path, capsys):
         assert message in error
         assert "Errno" not in error
         assert error.count("\n") == 1
+
+
+def test_an_output_may_have_no_name_but_an_ending(saved_model, images, tmp_path):
+    assert run("caption", images / "a.jpg", "--output", tmp_path / ".jsonl", "--model", saved_model) == 0
+    assert (tmp_path / ".jsonl").read_text().count("\n") == 1
 
 
 def test_a_run_that_fails_before_it_captions_leaves_no_output(images, tmp_path):
@@ -301,13 +308,13 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(saved_model, images, 
 def test_log_probabilities_are_computed_where_they_are_shown_alone(saved_model, images, tmp_path, monkeypatch):
     from captioner import CaptionerModel
 
-    computed, compute = [], CaptionerModel.log_probability
+    computed, compute = [], CaptionerModel.generate_with_log_probability
 
     def count(self, *args, **kwargs):
         computed.append(1)
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(CaptionerModel, "log_probability", count)
+    monkeypatch.setattr(CaptionerModel, "generate_with_log_probability", count)
     assert run("caption", images, "--model", saved_model, "--output", tmp_path / "out.txt") == 0
     assert run("caption", images, "--model", saved_model) == 0
     assert not computed

@@ -254,7 +254,7 @@ def test_missing_data_is_named(tmp_path, root):
         read_captions(tmp_path / "nowhere.json")
     with pytest.raises(FileNotFoundError, match="no image folder at"):
         read_captions(root, "train", images=tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"none of the 1 images was found, such as '3.jpg'; name the folder"):
+    with pytest.raises(FileNotFoundError, match=r"none of the 1 images was found, such as '3.jpg'; give the folder"):
         read_captions(root / "annotations" / "captions_val2017.json", images=root / "annotations")
     with pytest.raises(FileNotFoundError, match="no annotations under"):
         read_captions(root / "val2017", "train")
@@ -268,3 +268,20 @@ def test_flickr8k_and_coco_at_their_size(shared, caplog):
     assert len(read_captions(shared / "flickr8k" / "dataset_flickr8k.json", "train", restval=True)) == 6091
     with pytest.raises(FileNotFoundError, match="none of the 5000 images"):
         read_captions(shared / "coco" / "captions_val2017.json")
+
+
+def test_a_column_that_is_asked_for_is_there(root, tmp_path):
+    (tmp_path / "mine.csv").write_text("image,caption\na.jpg,a dog\n")
+    with pytest.raises(SettingError, match="has no column 'key', only image, caption") as error:
+        read_captions(tmp_path / "mine.csv", id_column="key")
+    assert error.value.settings == ("id_column",)
+    with pytest.raises(SettingError, match="has no column 'raw': it is JSON in the format of COCO or Karpathy"):
+        read_captions(root, "val", caption_column="raw")
+
+
+def test_what_is_wrong_is_one_line_whatever_the_names(tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    rows = [{"image": "a.jpg", "caption": "a dog"}, {"image": "gone\n\x1b[31m.jpg", "caption": "a cat"}]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_captions(tmp_path)) == 1
+    assert caplog.messages[-1].endswith("unusable: 1 missing images (gone\\n\\x1b[31m.jpg)")

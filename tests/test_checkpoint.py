@@ -179,6 +179,12 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(unbroken, tmp_p
     assert list(losses(tmp_path)) == [2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("files", [["a"], {"a": 1}, {"a": [1, 2, 3]}, {"a": ["x", "y"]}, None, "a"])
+def test_a_list_of_files_in_another_form_is_damage(tmp_path, files):
+    (tmp_path / "progress.json").write_text(json.dumps({"files": files}))
+    assert find_damage(tmp_path).startswith("progress.json cannot be read")
+
+
 def test_without_any_whole_checkpoint_a_run_refuses_to_begin_anew(unbroken, tmp_path):
     config = replace(unbroken, output=tmp_path, epochs=1)
     train(config)

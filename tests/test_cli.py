@@ -48,7 +48,7 @@ def test_unknown_command(capsys):
     assert "no command 'draw'" in capsys.readouterr().err
 
 
-def test_one_line_errors(saved_model, images, tmp_path, capsys):
+def test_one_line_errors(saved_model, images, captioned, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "config.json").write_text("{}")
@@ -63,7 +63,11 @@ def test_one_line_errors(saved_model, images, tmp_path, capsys):
         (("caption", images, "--model", saved_model, "--grid", "9x9"), "9x9 is not within the lookup grid 4x4"),
         (("caption", images, "--model", saved_model, "--device", "cuda:99"), "cuda:99"),
         (("train", "debug"), "--data.root"),
-        (("train", "debug", "--data.root", tmp_path / "nowhere.json"), "no annotations at"),
+        (("train", "debug", "--data.root", captioned, "--init-from", "./nowhere"), "; change --init-from"),
+        (("cache", "--data.root", captioned, "--captioner", "./nowhere"), "; change --captioner"),
+        (("train", "debug", "--data.root", tmp_path / "nowhere.json"), "nowhere.json'; change --data.root"),
+        (("train", "debug", "--data.root", captioned, "--data.images", "no"), "at 'no'; change --data.images"),
+        (("train", "debug", "--data.root", captioned, "--data.tokens", "no"), "makes one; change --data.tokens"),
         (("evaluate", "--model", saved_model, "--data.root", tmp_path / "empty"), "no annotations under"),
         (("pretrain", "debug"), "there is nothing to train on; give --images or --captions"),
     ]
@@ -73,6 +77,20 @@ def test_one_line_errors(saved_model, images, tmp_path, capsys):
         assert message in error, args
         assert "Traceback" not in error
         assert error.strip().count("\n") == 0, error
+
+
+@pytest.mark.parametrize("command", ["train debug", "evaluate", "cache", "pretrain debug --images x"])
+def test_an_output_that_is_a_file_is_refused_at_once(images, tmp_path, command, capsys):
+    for output in (images / "a.jpg", images / "a.jpg" / "deep"):
+        assert run(*command.split(), "--output", output) == 1
+        assert f"must be a folder, but '{images / 'a.jpg'}' is a file; name another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train debug", "pretrain debug", "cache"])
+def test_a_seed_is_a_whole_number_of_32_bits(command, capsys):
+    for seed in (-1, 2**32):
+        assert run(*command.split(), "--seed", seed) == 2
+        assert f"seed must be from 0 to 2**32 - 1, not {seed}; change --seed" in capsys.readouterr().err
 
 
 def test_settings_that_make_no_sense_are_a_wrong_command_line(capsys):
@@ -103,3 +121,8 @@ def test_grids_are_read_as_people_write_them():
     for wrong in ("", "5x", "0x5", "axb", "5x5x5", 0, 2.5, (1, 2, 3), (2.5, 3)):
         with pytest.raises(ValueError, match="ROWSxCOLUMNS"):
             parse_grid(wrong)
+
+
+def test_a_grid_that_cannot_be_read_names_its_option(images, capsys):
+    assert run("caption", images, "--grid", "5x") == 1
+    assert capsys.readouterr().err.endswith("such as 5x5; change --grid\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_runs import debug, losses
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 
 import captioner
 from captioner import cli
+from captioner.errors import SettingError
 from captioner.processing import train_tokenizer
 from captioner.training.build import build_captioner, starting_point, trainable_parameters
 from captioner.training.config import ModelConfig, TrainConfig
@@ -206,6 +208,21 @@ def test_a_decoder_that_is_not_there_is_named(tmp_path, make_decoder):
     weights.unlink()
     with pytest.raises(ValueError, match="no weights for decoder"):
         build_captioner(model_config(folder), [])
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_a_decoder_that_lacks_weights_is_refused(make_decoder, fusion):
+    folder = make_decoder()
+    path, name = Path(folder) / "model.safetensors", "transformer.h.0.mlp.c_fc.weight"
+    build_captioner(model_config(folder, fusion=fusion), [])  # the weights of cross-attention are new
+    weights = load_file(path)
+    save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(SettingError, match=f"lacks 1 of its weights, such as {name}") as caught:
+        build_captioner(model_config(folder, fusion=fusion), [])
+    assert caught.value.settings == ("decoder",)
+    save_file(weights | {name: weights[name][:-1].contiguous()}, path, {"format": "pt"})
+    with pytest.raises(SettingError, match=f"1 weights of .* have other shapes .*, such as {name}"):
+        build_captioner(model_config(folder, fusion=fusion), [])
 
 
 def test_lora_without_peft_says_what_to_install(make_decoder, make_model, monkeypatch):

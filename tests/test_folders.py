@@ -2,10 +2,12 @@ import json
 import os
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from captioner.data import folders
 from captioner.data.image_finder import ImageFinder, portable_name
 from captioner.data.readers import read_captions
 from captioner.errors import SettingError
@@ -137,7 +139,7 @@ def test_splits_in_other_words(folder):
     assert read(root, "dev2") == {"c.jpg": ["c"]}
     with pytest.raises(SettingError, match="no split 'test'; name one of TRAIN, dev2, validation") as raised:
         read_captions(root, "test")
-    assert raised.value.settings == ("split", "splits")
+    assert raised.value.settings[:2] == ("split", "splits")
 
 
 def test_names_of_images_in_other_forms(folder):
@@ -166,3 +168,30 @@ def test_no_split_leaves_the_folder(tmp_path):
     (tmp_path / "x2017").mkdir()
     (tmp_path / "x2017" / "a.jpg").touch()
     assert ImageFinder(tmp_path / "data" / "deep", None)("a.jpg", "../../x") is None
+
+
+def test_a_folder_is_no_image(folder):
+    root = folder(**{"captions.csv": "image,caption\nsub,one\na.jpg,two\n", "sub/b.jpg": None, "a.jpg": None})
+    assert read(root) == {"a.jpg": ["two"]}
+    find = ImageFinder(root)
+    assert find("sub", "train") is None
+    assert find("sub/b.jpg", "train") == root / "sub" / "b.jpg"
+
+
+def test_tables_that_are_not_read_are_told(folder, caplog):
+    row = '{"image": "b.jpg", "caption": "b"}\n'
+    root = folder(**{"captions.csv": "image,caption\na.jpg,a\n", "captions.jsonl": row, "a.jpg": None, "b.jpg": None})
+    assert read(root) == {"b.jpg": ["b"]}
+    assert "captions.jsonl' is read, '" in caplog.text
+    assert "captions.csv' is not; to read another table, give its path" in caplog.text
+    assert read(root / "captions.csv") == {"a.jpg": ["a"]}
+
+
+def test_a_folder_is_listed_once_for_its_tables(folder, monkeypatch):
+    listed, list_names = [], os.listdir
+    monkeypatch.setattr(folders.os, "listdir", lambda path: listed.append(Path(path)) or list_names(path))
+    root = folder(**{"train/Metadata.csv": "file_name,text\na.jpg,a\n", "train/a.jpg": None, "val/a.csv": KAGGLE})
+    (root / "annotations").mkdir()
+    assert read(root, "train") == {"train/a.jpg": ["a"]}
+    for place in (root, root / "annotations", root / "train"):
+        assert listed.count(place) == 1

@@ -8,7 +8,7 @@ from PIL import Image
 
 from captioner.data.image_files import search_folder
 from captioner.data.image_inputs import find_images
-from captioner.images import FORMATS, SUFFIXES
+from captioner.images import SUFFIXES, supported
 from captioner.images.names import escape_name, unescape_name
 from captioner.pretraining.image_store import open_folder
 
@@ -32,7 +32,7 @@ def found_in(folder):
 
 def test_every_ending_of_the_allowed_decoders_is_an_image():
     Image.init()
-    known = {ending for ending, form in Image.registered_extensions().items() if form in (*FORMATS, "MPO")}
+    known = {ending for ending, form in Image.registered_extensions().items() if form in (*supported(), "MPO")}
     assert known <= SUFFIXES
 
 
@@ -42,12 +42,12 @@ def test_folders_are_searched_by_ending_in_any_case(touch):
 
 
 def test_what_is_left_out_is_counted_by_reason(touch):
-    root = touch("a.jpg", "b.HEIC", "c.heic", "d.CR2", "e.txt", "f.TXT", "g", ".h.jpg", ".git/i.jpg", "j.svg")
+    root = touch("a.jpg", "b.PSD", "c.psd", "d.CR2", "e.txt", "f.TXT", "g", ".h.jpg", ".git/i.jpg", "j.svg")
     found = search_folder(root)
     assert [path.name for path in found.files] == ["a.jpg"]
-    assert found.unread == {"HEIC": 2, "camera raw": 1, "SVG": 1}
+    assert found.unread == {"Photoshop": 2, "camera raw": 1, "SVG": 1}
     assert found.others == {".txt": 2, "without an ending": 1, "hidden": 2}
-    assert "2 HEIC (not read: convert to JPEG or PNG)" in found.left_out()
+    assert "2 Photoshop (not read: convert it to JPEG or PNG)" in found.left_out()
     assert "\n" not in found.left_out()
     many = search_folder(touch(*(f"many/x.{number:03}" for number in range(30))) / "many").left_out()
     assert many.endswith("22 others")
@@ -94,11 +94,11 @@ def test_folders_that_cannot_be_read_are_named(touch, monkeypatch):
 
 
 def test_images_that_are_not_read_are_a_problem_and_other_files_are_not(touch):
-    root = touch("a.jpg", "b.heic", "more/c.txt", "more/d.jpg", "none/e.txt")
+    root = touch("a.jpg", "b.psd", "more/c.txt", "more/d.jpg", "none/e.txt")
     found = find_images([str(root), str(root / "more"), str(root / "none")])
     assert len(found.images) == 3
     assert [line.partition(": ")[2] for line in found.notes] == ["1 .txt"]
-    assert "1 HEIC" in found.problems[0]
+    assert "1 Photoshop" in found.problems[0]
     assert f"no images in the folder '{root / 'none'}'; left out: 1 .txt" in found.problems[1]
 
 
@@ -169,8 +169,23 @@ def test_any_name_is_one_line_and_read_back():
 
 
 def test_pretraining_searches_folders_in_the_same_way(touch, caplog):
-    root = touch("cats/a.jfif", "cats/.b.jpg", "dogs/c.png", "dogs/d.heic")
+    root = touch("cats/a.jfif", "cats/.b.jpg", "dogs/c.png", "dogs/d.psd")
     source = open_folder(root)
     assert [(path.name, label) for path, label in source.items] == [("a.jfif", "cats"), ("c.png", "dogs")]
-    assert "1 HEIC" in caplog.text
+    assert "1 Photoshop" in caplog.text
     assert "1 hidden" in caplog.text
+
+
+def test_a_pattern_for_all_folders_follows_links_once(touch, monkeypatch):
+    root = touch("a/b.jpg", "a/.hidden/c.jpg", "[1]/d.jpg", "top.jpg")
+    for name in ("up", "again"):  # with two links in a circle, there are endless names
+        (root / "a" / name).symlink_to(root)
+    monkeypatch.chdir(root)
+    for pattern in ("**/*.jpg", "./**/*.jpg", "**/**/*.jpg"):
+        assert [name for name, _ in find_images([pattern]).images] == ["[1]/d.jpg", "a/b.jpg", "top.jpg"]
+    assert [name for name, _ in find_images([f"{root}/**/b.jpg"]).images] == [f"{root}/a/b.jpg"]
+    assert find_images(["**/a"]).problems == ["no file matches '**/a'"]
+
+
+def test_a_list_without_a_name_is_told():
+    assert find_images(["-"], io.BytesIO(b"\n\n")).problems == ["standard input contains no name of an image"]

@@ -237,7 +237,8 @@ def test_arrays_are_of_the_shapes_and_types_of_images():
         assert (np.asarray(open_image(array)) == 255).all()
     wrong = {
         "give several images as a list": [red[None], torch.zeros(2, 3, 4, 6)],
-        "has the shape": [red.transpose(2, 0, 1), torch.zeros(5, 6, 3), red[0, 0], np.array(["a.jpg", "b.jpg"])],
+        "has the shape": [red.transpose(2, 0, 1), torch.zeros(5, 6, 3), red[0, 0]],
+        "ndarray is no image": [np.array(["a.jpg", "b.jpg"]), red.astype(object)],
         "is of the type": [red.astype(int), torch.zeros(3, 4, 6).int(), red.astype(complex)],
         "has no pixels": [red[:0], torch.zeros(3, 0, 6)],
         "go from 0 to 1": [red.astype(float), (torch.rand(3, 4, 6) - 0.5) / 0.5],
@@ -285,6 +286,23 @@ def test_messages_are_one_line_whatever_the_name():
 
 
 def test_a_format_that_is_not_read_is_named(tmp_path):
-    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-    with pytest.raises(ImageError, match="HEIC is not read, convert it to JPEG or PNG"):
-        open_image(tmp_path / "a.HEIC")
+    (tmp_path / "a.PSD").write_bytes(b"8BPS\0\1" + bytes(100))
+    with pytest.raises(ImageError, match="Photoshop is not read, convert it to JPEG or PNG"):
+        open_image(tmp_path / "a.PSD")
+
+
+def test_a_closed_image_is_called_that(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    file = (tmp_path / "a.png").open("rb")
+    images = [Image.open(tmp_path / "a.png"), Image.open(file)]
+    images[0].close()
+    file.close()
+    for image in images:
+        with pytest.raises(ImageError, match="was closed before its pixels were read"):
+            open_image(image)
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.jpg", "file:///a.jpg", "data:image/png;base64,AAAA"])
+def test_addresses_are_not_opened(address):
+    with pytest.raises(ImageError, match="does not exist; addresses are not opened"):
+        open_image(address)

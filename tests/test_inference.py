@@ -115,6 +115,21 @@ def test_results_are_named_by_path_where_there_is_one(model, image, tmp_path):
     assert names == [str(path)] * 4 + ["image in memory"] * 2
 
 
+def test_arrays_of_paths_are_lists_of_them(model, image, tmp_path):
+    image.save(tmp_path / "a.png")
+    paths = np.array([str(tmp_path / "a.png")] * 2)
+    for several in (paths, paths.astype(object)):
+        assert model(several) == [model(image)] * 2
+    assert model(paths[0]) == model(image)  # which is an `np.str_`
+    with pytest.raises(ImageError, match="ndarray is no image"):
+        model(np.array(str(tmp_path / "a.png")))
+
+
+def test_none_stands_for_the_default_of_any_option(model, image):
+    assert list(model.stream([image, image], batch_size=None)) == list(model.stream([image, image]))
+    assert model(image, batch_size=None, grid=None, num_beams=None, max_new_tokens=None) == model(image)
+
+
 def test_counts_and_grids_may_be_numpy_s(model, image):
     options = {"batch_size": np.int32(2), "num_beams": np.int64(2), "max_new_tokens": np.uint8(3)}
     plain = {"batch_size": 2, "num_beams": 2, "max_new_tokens": 3}
@@ -219,6 +234,6 @@ def test_a_captioner_of_damaged_or_foreign_files_is_said_in_one_line(saved_model
         with pytest.raises(SettingError, match=message) as caught:
             captioner.load(saved_model, "cpu")
         assert "\n" not in str(caught.value)
-        assert caught.value.settings == ("model",)
+        assert caught.value.settings == ("model", "init_from", "captioner")
         (saved_model / name).write_bytes(whole[name])
     captioner.load(saved_model, "cpu")

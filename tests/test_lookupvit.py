@@ -5,6 +5,7 @@ import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
+from reference_layers import affine, bilinear, embed_patches, layer_norm, mlp, vit_block
 from torch.utils.flop_counter import FlopCounterMode
 
 from captioner.encoders import create_encoder
@@ -22,46 +23,11 @@ def make(seed=0, **kwargs):
     return model.eval()
 
 
-def layer_norm(x, norm):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
-
-
-def affine(x, linear):
-    return x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
-
-
-def mlp(x, layers):
-    hidden = affine(x, layers.fc1)
-    return affine(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), layers.fc2)
-
-
-def bilinear(tokens, rows, columns):
-    """Resize one map (h, w, D) sample by sample, half-pixel centres, edges clamped."""
-    height, width, _ = tokens.shape
-    result = torch.zeros(rows, columns, tokens.shape[-1], dtype=tokens.dtype)
-    for r in range(rows):
-        for c in range(columns):
-            y = min(max((r + 0.5) * height / rows - 0.5, 0), height - 1)
-            x = min(max((c + 0.5) * width / columns - 0.5, 0), width - 1)
-            for yy in (math.floor(y), math.floor(y) + 1):
-                for xx in (math.floor(x), math.floor(x) + 1):
-                    weight = (1 - abs(y - yy)) * (1 - abs(x - xx))
-                    if weight > 0:
-                        result[r, c] += weight * tokens[yy, xx]
-    return result
-
-
 def reference(model, image, grid):
     """LookupViT on one image, head by head and equation by equation."""
-    patch, dim = 16, model.embed_dim
-    rows, columns = image.shape[-2] // patch, image.shape[-1] // patch
-    x = torch.zeros(rows, columns, dim, dtype=image.dtype)
-    kernel = model.patch_embed.proj
-    for r in range(rows):
-        for c in range(columns):
-            pixels = image[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch]
-            x[r, c] = (kernel.weight * pixels).sum((1, 2, 3)) + kernel.bias
+    dim = model.embed_dim
+    x = embed_patches(image, model.patch_embed.proj)
+    rows, columns = x.shape[:2]
     lookup = (x + bilinear(model.pos_lookup[0], rows, columns)).reshape(-1, dim)
     grid_tokens = (bilinear(x, *grid) + bilinear(model.pos_compressed[0], *grid)).reshape(-1, dim)
     compressed = torch.cat([model.cls_token[0], grid_tokens])
@@ -76,16 +42,7 @@ def reference(model, image, grid):
             read.append(maps[-1] @ v[:, part])
         compressed = compressed + affine(torch.cat(read, -1), cross.proj)
 
-        refine = block.refine
-        qkv = affine(layer_norm(compressed, refine.norm1), refine.attn.qkv)
-        q, k, v = qkv.split(dim, -1)
-        heads = refine.attn.num_heads
-        mixed = [
-            F.softmax(q[:, part] @ k[:, part].T / math.sqrt(dim / heads), -1) @ v[:, part]
-            for part in torch.arange(dim).chunk(heads)
-        ]
-        compressed = compressed + affine(torch.cat(mixed, -1), refine.attn.proj)
-        compressed = compressed + mlp(layer_norm(compressed, refine.norm2), refine.mlp)
+        compressed = vit_block(compressed, block.refine)
 
         if block is not model.blocks[-1]:
             v = affine(layer_norm(compressed, block.norm_refined), cross.infuse_v)

@@ -61,6 +61,26 @@ def test_save_and_load_is_bit_exact(name, fusion, make_model, processor, pixels,
     assert torch.equal(model.generate(pixels), loaded.generate(pixels))
 
 
+SWIN = {"img_size": 64, "depths": (1, 2, 4, 1)}
+WITH_CONSTANTS = [
+    ("swin_tiny_patch4_window7_224", {**SWIN, "window_size": 4}),  # an index of positions
+    ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 1}),  # rotary positions
+    ("stvit_swin_tiny_patch4_window7_224", {**SWIN, "embed_dim": 12, "window_size": 2, "grid": (2, 2)}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), WITH_CONSTANTS)
+def test_loading_keeps_what_an_encoder_computes_at_construction(name, options, tmp_path):
+    encoder = {"name": name, "kwargs": options}
+    model = CaptionerModel(CaptionerConfig(encoder_config=encoder, text_config=DECODERS["gpt2"]())).eval()
+    model.save_pretrained(tmp_path)
+    pixels = torch.rand(1, 3, options["img_size"], options["img_size"])
+    tokens = model.encode(pixels)
+    assert torch.equal(CaptionerModel.from_pretrained(tmp_path).encode(pixels), tokens)
+    low = CaptionerModel.from_pretrained(tmp_path, dtype=torch.bfloat16).encode(pixels)
+    torch.testing.assert_close(low.float(), tokens, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(("name", "fusion"), CASES)
 @pytest.mark.parametrize(
     "options",
@@ -236,3 +256,32 @@ def test_only_the_classes_of_fusions_differ_by_fusion():
     package = Path(captioner.__file__).parent
     for path in package.rglob("*.py"):
         assert not re.search(r"fusion\"?\]?\s*(==|!=| in )", path.read_text()), path
+
+
+@pytest.mark.parametrize(("name", "fusion"), CASES)
+def test_padding_on_the_left_changes_no_logits(name, fusion, make_model, pixels):
+    model = make_model(DECODERS[name](), fusion=fusion)
+    ids = torch.tensor([[0, 0, 0, 1, 8, 9], [1, 8, 9, 10, 11, 12]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    alone = model(pixels[:1], ids[:1, 3:]).logits
+    for options in ({}, {"output_hidden_states": True}):  # with options, texts share no pass over the prefix
+        logits = model(pixels, ids, mask, **options).logits
+        torch.testing.assert_close(logits[:1, 3:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_decoders_states_are_returned_where_they_are_asked_for(make_model, pixels):
+    model = make_model()
+    output = model(pixels, torch.ones(2, 3, dtype=torch.long), output_hidden_states=True)
+    prefix = model.prefix(pixels)
+    assert [state.shape for state in output.hidden_states] == [(2, prefix.shape[1] + 3, 32)] * 3
+    assert "hidden_states" not in model(pixels, torch.ones(2, 3, dtype=torch.long))
+
+
+def test_the_vocabulary_can_grow(make_model, pixels, tmp_path):
+    model = make_model()
+    model.resize_token_embeddings(307)
+    assert model.config.vocab_size == model.get_output_embeddings().out_features == 307
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 306]] * 2)
+    again = CaptionerModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(pixels, ids).logits, model(pixels, ids).logits)

@@ -123,7 +123,8 @@ def test_what_a_subclass_forgets_is_named(monkeypatch):
         Bare().reset_classifier(3, "token")
 
 
-KINDS = {"LookupViT", "PooledEncoder", "NetworkStem", "MHBC", "LookupBlock"}
+OWN = {"LookupViT", "STViT", "STViTSwin", "ViTEncoder", "ToSA", "ToreViT", "ToreLookupViT"}
+KINDS = {"PooledEncoder", "NetworkStem", "MHBC", "LookupBlock"} | OWN
 
 
 def questions_about_encoders(source: str) -> list[str]:

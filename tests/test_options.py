@@ -147,6 +147,22 @@ def test_settings_that_contradict_are_refused_in_python():
             make()
 
 
+@pytest.mark.parametrize(
+    ("args", "mend"),
+    [
+        ("cache --captioner X --model.encoder Y", "leave out --captioner or --model.encoder"),
+        ("cache --captioner=X --model.image-size=64", "leave out --captioner or --model.image-size"),
+        ("train debug --model.lora-rank 4", "change --model.tune or leave out --model.lora-rank"),
+        ("train coco_gpt2 --model.tune projector --model.lora-rank 4", "leave out --model.tune or --model.lora-rank"),
+        ("train debug --scst.samples 9", "change --stage or leave out --scst.samples"),
+        ("train debug --data.streaming --data.tokens x", "leave out --data.streaming or --data.tokens"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_left_out(args, mend, capsys):
+    assert run(*args.split()) == 2
+    assert capsys.readouterr().err.endswith(f"; {mend}\n")
+
+
 def test_an_error_names_the_options_that_mend_it():
     defaults = TRAIN["coco_small"]()
     for settings, args, line in (
@@ -196,7 +212,7 @@ assert not {"torch", "transformers", "timm", "datasets", "accelerate"} & set(sys
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("usage: captioner") == 6
+    assert result.stdout.count("usage: captioner") == len(cli.COMMANDS)
 
 
 def spelled_options(path: Path) -> list[str]:

@@ -75,6 +75,11 @@ def test_a_row_that_is_not_whole_is_refused_with_its_line(table, rows, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_table_without_a_header_is_told_by_its_first_line(table):
+    with pytest.raises(ValueError, match="has no column 'image', only a.jpg, a dog"):
+        table("a.jpg,a dog\n")
+
+
 def test_headers_that_cannot_be_meant(table):
     cases = [
         ("image,caption,caption\na.jpg,a,b\n", "names the column 'caption' more than once"),
@@ -131,6 +136,7 @@ def test_a_json_list_of_rows(table):
         ("5", "line 2, holds no object"),
         ("b.jpg,a cat", "line 2, is not JSON"),
         ("[" * 100_000, "line 2, is not JSON"),
+        ('{"image": "b.jpg", "caption": "a cat", "caption": "a cow"}', "line 2: an object has the name 'caption' more"),
     ],
 )
 def test_a_line_that_is_no_row_is_refused(table, line, message):
@@ -155,3 +161,8 @@ def test_cells_without_a_value_are_no_captions_and_no_images(table, caplog):
     assert "2 missing images (line 4, line 5); 1 empty captions (a.jpg); 1 images without captions" in caplog.text
     assert table('{"image": "a.jpg", "caption": NaN}\n{"image": "b.jpg", "caption": "a", "image_id": NaN}', "x.jsonl")
     assert "1 empty captions (a.jpg)" in caplog.text
+
+
+def test_two_values_under_one_name_are_refused_in_any_json(table):
+    with pytest.raises(ValueError, match=r"x.json': an object has the name 'image' more than once"):
+        table('[{"image": "a.jpg", "image": "b.jpg", "caption": "a dog"}]', "x.json")

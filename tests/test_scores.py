@@ -284,6 +284,10 @@ def test_bad_input_is_named_in_one_line(predictions, references, message):
     assert "\n" not in str(error.value)
 
 
+def test_one_metric_needs_no_list():
+    assert score({1: "a dog"}, {1: ["a dog"]}, metrics="ROUGE-L").corpus.keys() == {"ROUGE-L"}
+
+
 def test_unknown_metric():
     with pytest.raises(ValueError, match="no metric 'BLUE'; choose from"):
         score(PREDICTIONS, REFERENCES, metrics=("BLUE",))

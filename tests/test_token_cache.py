@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import captioner
 from captioner import recipes
@@ -15,6 +17,7 @@ from captioner.data.batches import CaptionStream
 from captioner.data.config import DataConfig
 from captioner.data.readers import read_captions
 from captioner.data.token_cache import open_cache
+from captioner.errors import SettingError
 from captioner.grids import parse_grid
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -182,6 +185,58 @@ def test_a_damaged_or_foreign_cache_is_refused(cache_config, filled, saved_model
         open_cache(filled, loaded.model, loaded.processor)
     with pytest.raises(ValueError, match="neither empty nor a token cache"):
         fill_cache(cache_config(filled, saved_model))
+
+
+def save_split(root: Path, split: str, colour: str) -> list[bytes]:
+    """Save a split of three uncompressed images, which have as many bytes as those of every other split."""
+    (root / f"{split}2017").mkdir(parents=True)
+    images = [{"id": n, "file_name": f"{n}.bmp"} for n in range(3)]
+    for image in images:
+        Image.new("RGB", (9, 9), colour).save(root / f"{split}2017" / image["file_name"])
+    content = {"images": images, "annotations": [{"image_id": n, "caption": "a"} for n in range(3)]}
+    (root / f"captions_{split}2017.json").write_text(json.dumps(content))
+    return [path.read_bytes() for path in sorted((root / f"{split}2017").iterdir())]
+
+
+def test_another_image_of_the_same_name_and_size_is_refused(cache_config, saved_model, tmp_path, capsys):
+    root, folder = tmp_path / "data", tmp_path / "tokens"
+    red, blue = save_split(root, "train", "red"), save_split(root, "val", "blue")
+    assert [len(data) for data in red] == [len(data) for data in blue]
+    assert red != blue
+    loaded = captioner.load(saved_model, "cpu")
+    fill_cache(cache_config(folder, saved_model, root, splits=("train",)))
+    with pytest.raises(SettingError, match=r"val2017/0.bmp' is not the image that was encoded under its id") as caught:
+        fill_cache(cache_config(folder, saved_model, root, splits=("val",)))
+    assert caught.value.settings == ("output",)
+    cache = open_cache(folder, loaded.model, loaded.processor)
+    with pytest.raises(ValueError, match=r"val2017/0.bmp' is not the image .*: the images have changed"):
+        cache.images(read_captions(root, "val"))
+    shutil.move(root, tmp_path / "moved")  # the same images at another place
+    capsys.readouterr()
+    fill_cache(cache_config(folder, saved_model, tmp_path / "moved", splits=("train",)))
+    assert "0 of 3 images to encode" in capsys.readouterr().out
+    assert len(cache.images(read_captions(tmp_path / "moved", "train"))) == 3
+
+
+def test_a_cache_of_an_earlier_version_is_read(cache_config, filled, saved_model, tmp_path, capsys):
+    """Its shards have no places and digests of the images; their sizes are compared all the same."""
+    for path in filled.glob("tokens-*"):
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+            save_file(
+                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+                path,
+                {name: header[name] for name in ("made_by", "images", "broken")},
+            )
+    loaded = captioner.load(saved_model, "cpu")
+    table = read_captions(tmp_path / "data", "val")
+    assert len(open_cache(filled, loaded.model, loaded.processor).images(table)) == 8
+    capsys.readouterr()
+    fill_cache(cache_config(filled, saved_model, tmp_path / "data"))
+    assert "0 of 48 images to encode" in capsys.readouterr().out
+    Image.new("RGB", (9, 9)).save(tmp_path / "data" / "images" / "val3.png")
+    with pytest.raises(SettingError, match=r"val3.png' has \d+ bytes, but \d+ when it was encoded .*; a cache in"):
+        fill_cache(cache_config(filled, saved_model, tmp_path / "data", splits=("val",)))
 
 
 def test_images_that_changed_are_refused(filled, saved_model, tmp_path):

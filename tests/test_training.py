@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from training_runs import COLOURS, debug, debug_args, launch, launch_by_accelera
 import captioner
 from captioner import recipes
 from captioner.commands.evaluate import EvaluateConfig, evaluate
+from captioner.commands.evaluate import run as run_evaluate
 from captioner.data.config import DataConfig
 from captioner.encoders import create_encoder
 from captioner.encoders.stems import NetworkStem
@@ -122,6 +124,20 @@ def test_two_processes_train_and_evaluate_as_one(captioned, tmp_path, no_java):
         assert result.returncode == 0, result.stderr
     for name in ("results.json", "scores.json"):
         assert (tmp_path / "eval1" / name).read_text() == (tmp_path / "eval2" / name).read_text()
+
+
+def test_evaluation_fails_where_an_image_cannot_be_opened(captioned, saved_model, tmp_path, no_java):
+    root = shutil.copytree(captioned, tmp_path / "data")
+    bad = sorted((root / "images").glob("val*"))[0]
+    bad.write_bytes(b"no image")
+    data = DataConfig(root=str(root), workers=0)
+    config = EvaluateConfig(model=str(saved_model), data=data, split="val", output=tmp_path / "out")
+    assert run_evaluate(config) == 1
+    first = json.loads((tmp_path / "out" / "results.json").read_text())[0]
+    assert first["caption"] == ""
+    assert bad.name in first["error"]
+    warnings = json.loads((tmp_path / "out" / "scores.json").read_text())["warnings"]
+    assert "images that cannot be opened, scored as if their caption were empty: 1" in warnings
 
 
 def test_evaluation_writes_results_and_scores(captioned, saved_model, tmp_path, no_java):

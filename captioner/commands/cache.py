@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioner.data.config import SourceConfig
-from captioner.errors import SettingError, check_positive
+from captioner.errors import ConflictError, SettingError, check_positive, check_seed
 from captioner.grids import Grid, parse_grid
-from captioner.training.config import EncoderConfig
+from captioner.training.config import EncoderConfig, changed
 
 if TYPE_CHECKING:
     import torch
 
     from captioner.encoders import TokenEncoder
+    from captioner.tagging.config import TagsConfig
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "views", "batch_size")
+        check_seed(self)
         if not self.splits:
             raise SettingError("there is no split to encode", "splits")
         if not 0 < self.min_crop <= 1:
             raise SettingError(
                 f"min_crop is a share of the image, above 0 and up to 1, not {self.min_crop}", "min_crop"
             )
-        if self.captioner is not None and self.model != EncoderConfig():
-            raise SettingError("an encoder is set beside a captioner, which has its own encoder", "captioner")
+        if self.captioner is not None and (names := changed(self.model, EncoderConfig())):
+            fact = "an encoder is set beside a captioner, which has its own encoder"
+            raise ConflictError(fact, "captioner", *(f"model.{name}" for name in names))
         for grid in self.grids:
             parse_grid(grid)
 
@@ -88,8 +91,10 @@ def fill_cache(config: CacheConfig) -> int:
     from captioner.data.cache_filling import fill, join_tables
     from captioner.data.encoding import ViewSettings
     from captioner.data.sets import read_sets
+    from captioner.runs.files import check_folder
     from captioner.runs.processes import start_processes
 
+    check_folder(config.output)
     accelerator = start_processes(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     encoder, source, own = open_encoder(config, accelerator.device)
@@ -112,7 +117,9 @@ def fill_cache(config: CacheConfig) -> int:
     return left_out
 
 
-def open_encoder(config: CacheConfig, device: "torch.device") -> tuple["TokenEncoder", dict, Grid | None]:
+def open_encoder(
+    config: "CacheConfig | TagsConfig", device: "torch.device"
+) -> tuple["TokenEncoder", dict, Grid | None]:
     """Build the frozen encoder on a device.
 
     Returns:

@@ -55,13 +55,21 @@ SETTINGS = EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate, and return the exit code."""
-    evaluate(config)
-    return 0
+    """Evaluate, and return the exit code: 1 if an image could not be opened."""
+    return 1 if evaluate_split(config)[1] else 0
 
 
 def evaluate(config: EvaluateConfig) -> "Scores | dict[str, Scores] | None":
-    """Run the evaluation job; returns the scores in the main process, None in the others.
+    """Run the evaluation job, and return the scores; `None` in all processes but the main one. See `evaluate_split`."""
+    return evaluate_split(config)[0]
+
+
+def evaluate_split(config: EvaluateConfig) -> tuple["Scores | dict[str, Scores] | None", int]:
+    """Run the evaluation job.
+
+    Returns:
+        The scores, which are `None` in all processes but the main one, and for several data sets a dictionary by name
+        of the set; and the number of images that could not be opened.
 
     The scores of several data sets are in a dictionary by name of the set.
 
@@ -75,11 +83,13 @@ def evaluate(config: EvaluateConfig) -> "Scores | dict[str, Scores] | None":
     from captioner.data.token_cache import open_cache
     from captioner.inference import load
     from captioner.metrics.java import spice_models
+    from captioner.runs.files import check_folder
     from captioner.runs.processes import start_processes
 
     if config.spice:
         spice_models(config.spice)
     accelerator = start_processes()
+    check_folder(config.output)
     names = set_names(config.data.root)
     folders = [config.output / name for name in names] if len(names) > 1 else [config.output]
     check_output(config, folders)
@@ -90,15 +100,17 @@ def evaluate(config: EvaluateConfig) -> "Scores | dict[str, Scores] | None":
     grid = parse_grid(config.grid)
     caches = [open_cache(folder, captioner.model, captioner.processor, grid) for folder in config.data.tokens]
     images = open_sets(dict(enumerate(tables)), captioner.processor, caches)
-    scores = {}
+    scores: dict[str, Scores] = {}
+    failed = 0
     for name, table, own, folder in zip(names, tables, images, folders, strict=True):
         if len(names) > 1:
             accelerator.print(f"{name}:")
-        scores[name] = evaluate_set(accelerator, captioner, table, own, folder, config)
+        found, count = evaluate_set(accelerator, captioner, table, own, folder, config)
+        failed += count
+        if found is not None:
+            scores[name] = found
     accelerator.end_training()
-    if not accelerator.is_main_process:
-        return None
-    return scores if len(names) > 1 else scores[names[0]]
+    return (scores if len(names) > 1 else scores[names[0]]) if scores else None, failed
 
 
 def evaluate_set(
@@ -108,8 +120,8 @@ def evaluate_set(
     images: "Images",
     folder: Path,
     config: EvaluateConfig,
-) -> "Scores | None":
-    """Caption and score one data set; returns the scores in the main process, None in the others.
+) -> tuple["Scores | None", int]:
+    """Caption and score one data set; see `evaluate_split`.
 
     Args:
         accelerator: accelerator of the processes.
@@ -119,7 +131,7 @@ def evaluate_set(
         folder: folder of the results.
         config: the evaluation.
     """
-    from captioner.evaluation import caption_split, score_results, write_results
+    from captioner.evaluation import caption_split, count_failed, score_results, write_results
     from captioner.metrics import METRICS
     from captioner.runs.config import save_config
     from captioner.runs.files import open_whole
@@ -136,17 +148,17 @@ def evaluate_set(
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )
-    if not accelerator.is_main_process:
-        return None
-    save_config(replace(config, overwrite=False), config.output)
-    path = write_results(results, folder / "results.json")
-    accelerator.print(f"{len(results)} captions written to {path}")
-    metrics = (*METRICS, "SPICE") if config.spice else METRICS
-    scores = score_results(results, table, metrics=metrics, spice_models=config.spice)
-    with open_whole(folder / "scores.json") as file:
-        json.dump(scores.to_dict(), file, indent=1)
-    accelerator.print(scores)
-    return scores
+    scores = None
+    if accelerator.is_main_process:
+        save_config(replace(config, overwrite=False), config.output)
+        path = write_results(results, folder / "results.json")
+        accelerator.print(f"{len(results)} captions written to {path}")
+        metrics = (*METRICS, "SPICE") if config.spice else METRICS
+        scores = score_results(results, table, metrics=metrics, spice_models=config.spice)
+        with open_whole(folder / "scores.json") as file:
+            json.dump(scores.to_dict(), file, indent=1)
+        accelerator.print(scores)
+    return scores, count_failed(results)
 
 
 def check_output(config: EvaluateConfig, folders: Sequence[Path]) -> None:

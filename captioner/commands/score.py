@@ -11,7 +11,7 @@ import tyro
 
 from captioner.data.captions import ImageId, clean_text
 from captioner.data.image_finder import ImageFinder
-from captioner.errors import SettingError
+from captioner.errors import SettingError, check_seed
 from captioner.metrics import KEYS, METRICS, match_ids, read_references, read_results
 from captioner.metrics.compare import signed
 from captioner.metrics.files import ReferenceSet
@@ -76,6 +76,7 @@ def score_files(config: ScoreConfig) -> Evaluation:
         ValueError: a file has another format, or its ids or captions cannot be scored (see `captioner.metrics.score`).
         OSError: a file cannot be read or written.
     """
+    check_seed(config)
     *paths, annotations = check_paths(config)
     references = read_references(annotations, config.split)
     results: dict[str, list[dict[str, Any]]] = {}

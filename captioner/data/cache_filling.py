@@ -77,6 +77,7 @@ def fill(
     manifest = source | {"grids": {name: list(shape) for name, shape in sorted(shapes.items())}} | asdict(views)
     if accelerator.is_main_process:
         prepare_folder(folder, manifest)
+        check_encoded(folder, table)
     accelerator.wait_for_everyone()
     job = plan(folder, table, shapes, views, accelerator.num_processes)
     accelerator.wait_for_everyone()  # each process makes its plan before any of them writes a shard
@@ -96,7 +97,7 @@ def fill(
         left_out = sum(name not in cache.rows for name in job.names)
         size = sum(path.stat().st_size for path in folder.iterdir())
         seconds = time.monotonic() - start
-        print(f"tokens of {len(cache.rows)} images in '{folder}', {size / 1e9:.3g} GB; this run took {seconds:.0f} s")
+        print(f"tokens of {len(cache.rows)} images in '{folder}', {write_size(size)}; this run took {seconds:.0f} s")
         if left_out:
             print(
                 f"captioner cache: {left_out} of {len(table)} images could not be read and are left out",
@@ -139,6 +140,16 @@ def prepare_folder(folder: Path, manifest: dict) -> None:
         raise SettingError(f"the token cache '{folder}' was made with {what}", "output")
 
 
+def check_encoded(folder: Path, table: datasets.Dataset) -> None:
+    """Refuse a table if the cache holds another image under the id and name of one of its images.
+
+    Raises:
+        SettingError: it does, or the image has changed.
+    """
+    if change := TokenCache(folder).find_change(table):
+        raise SettingError(f"{change}; a cache in a folder of its own can hold it", "output")
+
+
 def plan(
     folder: Path, table: datasets.Dataset, shapes: dict[str, tuple[int, int]], views: ViewSettings, processes: int
 ) -> Job:
@@ -162,12 +173,21 @@ def check_room(folder: Path, job: Job, images: int) -> None:
     needed, free = disk_bytes(job.images, job.views.views, job.shapes), shutil.disk_usage(folder).free
     tokens = ", ".join(f"{name}: {m} tokens of width {d}" for name, (m, d) in job.shapes.items())
     print(
-        f"{job.images} of {images} images to encode ({tokens}; views: {job.views.views}): {needed / 1e9:.3g} GB "
-        f"of disk, {free / 1e9:.3g} GB are free",
+        f"{job.images} of {images} images to encode ({tokens}; views: {job.views.views}): {write_size(needed)} "
+        f"of disk, {write_size(free)} are free",
         flush=True,
     )
     if needed > free:
         raise OSError(
-            f"the disk of '{folder}' is too small: the tokens need {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            f"the disk of '{folder}' is too small: the tokens need {write_size(needed)}, and {write_size(free)} are "
             "free; use another disk, fewer grids or fewer views"
         )
+
+
+def write_size(count: float) -> str:
+    """Return a number of bytes as text with three digits: `27.6 kB`, `2.5 GB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

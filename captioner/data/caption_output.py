@@ -1,110 +1,42 @@
-"""Writing captions as they come, to a file or to standard output, and going on with a file that was begun.
-
-A format is one entry of `FORMATS`: how a row is written, and how the rows of a file are read back.
-"""
+"""Write each caption at once to a file or to standard output, and continue a file that exists."""
 
 import csv
-import io
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from captioner.data.caption_formats import Format, Row, find_format
+from captioner.data.caption_parquet import (
+    is_parquet,
+    lines_file,
+    read_metadata,
+    read_parquet,
+    unpack_parquet,
+    write_parquet,
+)
+from captioner.data.provenance import check_settings, compare_settings, settings_file, write_settings
 from captioner.errors import SettingError
-from captioner.images.names import escape_name, fit_encoding, unescape_name, write_json
-
-COLUMNS = ("path", "caption", "logprob", "error")
-
-Row = Mapping[str, Any]
-"""A caption as `Caption.as_dict` gives it, with the keys of `COLUMNS`."""
+from captioner.images.names import escape_name, fit_encoding
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format of output files, one line an image.
+def written_file(path: Path) -> Path:
+    """Return the file into which captions are written line by line: the output itself, or a file beside a Parquet file.
 
-    Attributes:
-        write: returns the line of a row, without its end; None for a row that the format cannot hold.
-        read: yields the name of each image in the text of a file, and whether it has a caption.
-        has_logprob: whether it shows log-probabilities.
-        header: the first line of a file, if any.
+    If the output is a link, this is the file that it points to, or a file beside that.
     """
-
-    write: Callable[[Row], str | None]
-    read: Callable[[str], Iterable[tuple[str, bool]]]
-    has_logprob: bool = True
-    header: str | None = None
-
-
-def write_csv(values: Iterable[Any]) -> str:
-    """Write one row of a CSV file."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
-
-
-def write_csv_row(row: Row) -> str:
-    """Write a row of CSV; its name by the rule of `captioner.images.names`."""
-    return write_csv([escape_name(row["path"]), *(row[column] for column in COLUMNS[1:])])
-
-
-def read_csv_rows(text: str) -> Iterator[tuple[str, bool]]:
-    """Read the names in a CSV file."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if reader.fieldnames not in (None, list(COLUMNS)):
-        raise ValueError
-    return ((unescape_name(row["path"]), row["error"] == "") for row in reader)
-
-
-def read_json_rows(text: str) -> Iterator[tuple[str, bool]]:
-    """Read the names in a JSON Lines file."""
-    rows = (json.loads(line) for line in text.split("\n")[:-1])
-    return ((row["path"], row["error"] is None) for row in rows)
-
-
-def write_line(row: Row) -> str | None:
-    """Write `name<TAB>caption`; an image without a caption has no line."""
-    return None if row["error"] is not None else f"{escape_name(row['path'])}\t{row['caption']}"
-
-
-def read_lines(text: str) -> Iterator[tuple[str, bool]]:
-    """Read the names in lines of `name<TAB>caption`."""
-    return ((unescape_name(line.split("\t")[-2]), True) for line in text.split("\n")[:-1])
-
-
-FORMATS = {
-    ".jsonl": Format(write_json, read_json_rows),
-    ".csv": Format(write_csv_row, read_csv_rows, header=write_csv(COLUMNS)),
-    ".txt": Format(write_line, read_lines, has_logprob=False),
-}
-"""Formats by the ending of a file's name; standard output has that of `.txt`."""
-
-
-def find_format(path: Path | None) -> Format:
-    """Return the format of an output file, or of standard output.
-
-    Raises:
-        SettingError: its ending is none of `FORMATS`.
-    """
-    if path is None:
-        return FORMATS[".txt"]
-    if path.is_dir():
-        raise SettingError(f"'{escape_name(str(path))}' is a folder, and captions are written to a file", "output")
-    if path.suffix.lower() not in FORMATS:
-        raise SettingError(f"'{escape_name(str(path))}' must end in {', '.join(FORMATS)}", "output")
-    return FORMATS[path.suffix.lower()]
+    real = Path(os.path.realpath(path))
+    return lines_file(real) if is_parquet(path) else real
 
 
 def check_output(path: Path | None, resume: bool = False, overwrite: bool = False) -> None:
-    """Find out before any work whether an output can be written.
+    """Check before any work that an output can be written.
 
     Raises:
-        SettingError: it cannot, or it exists and is neither to be gone on with nor to be replaced.
+        SettingError: it cannot, or it exists and neither `resume` nor `overwrite` is set.
     """
     find_format(path)
     if path is None:
@@ -112,9 +44,10 @@ def check_output(path: Path | None, resume: bool = False, overwrite: bool = Fals
             raise SettingError("standard output is closed", "output")
         return
     name = f"'{escape_name(str(path))}'"
-    if path.exists() and not (resume or overwrite):
-        raise SettingError(f"{name} exists", "resume", "overwrite")
-    real = Path(os.path.realpath(path))  # where a link leads, even to a file that is not there
+    if (path.exists() or written_file(path).exists()) and not (resume or overwrite):
+        part = f"{name} was started: '{escape_name(str(written_file(path)))}'"
+        raise SettingError(f"{name if path.exists() else part} exists", "resume", "overwrite")
+    real = Path(os.path.realpath(path))  # the target of a link, which may not exist
     folder = next(parent for parent in real.parents if os.path.lexists(parent))
     if not folder.is_dir():
         raise SettingError(f"cannot write {name}: '{escape_name(str(folder))}' is a file and no folder", "output")
@@ -130,11 +63,20 @@ def check_output(path: Path | None, resume: bool = False, overwrite: bool = Fals
 def read_output(path: Path) -> tuple[set[str], set[str]]:
     """Read the names of the images in an output file: those that have captions, and those that failed.
 
-    A last line without an end, which a killed run may leave, is taken off the file.
+    If a killed run left an incomplete last line, it is cut off the file.
 
     Raises:
-        SettingError: something else is in the file, or it cannot be read.
+        SettingError: the file has other content, or it cannot be read.
     """
+    if is_parquet(path) and not written_file(path).exists():
+        if not path.exists():
+            return set(), set()
+        rows = [(row["path"], row["error"] is None) for row in read_parquet(path)]
+        done = {name for name, has_caption in rows if has_caption}
+        return done, {name for name, _ in rows} - done
+    path = written_file(path) if is_parquet(path) else path
+    if not path.exists():
+        return set(), set()
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -152,31 +94,47 @@ def read_output(path: Path) -> tuple[set[str], set[str]]:
     return done, {name for name, _ in rows} - done
 
 
+def check_maker(path: Path, made_by: Mapping[str, Any]) -> bool:
+    """Refuse to continue an output that was made with another model, grid or search.
+
+    Returns:
+        Whether the output records what made it; outputs of the first release do not.
+
+    Raises:
+        SettingError: naming the first difference.
+    """
+    if is_parquet(path) and not written_file(path).exists():
+        compare_settings(path, read_metadata(path), made_by)
+        return True
+    return check_settings(path, written_file(path), made_by)
+
+
 class Writer:
-    """Writes rows of captions, each as soon as it is there.
+    """Writer of rows of captions, each at once.
 
     Args:
         file: an open text file.
         form: its format.
-        name: what a message calls the file; empty for standard output.
+        name: name of the file in messages; empty for standard output.
+        captions: captions of each image.
     """
 
-    def __init__(self, file: TextIO, form: Format, name: str = ""):
-        self.file, self.form, self.name = file, form, name
+    def __init__(self, file: TextIO, form: Format, name: str = "", captions: int = 1):
+        self.file, self.form, self.name, self.captions = file, form, name, captions
 
     def write(self, row: Row) -> None:
         """Write a row.
 
         Raises:
-            BrokenPipeError: whoever read standard output has gone.
-            SettingError: it cannot be written, the disk being full, say; what was written stays.
+            BrokenPipeError: the program that reads standard output has ended.
+            SettingError: it cannot be written, for example because the disk is full; what was written stays.
         """
-        line = self.form.write(row)
+        line = self.form.write(row, self.captions)
         if line is not None:
             self.write_line(line)
 
     def write_line(self, line: str) -> None:
-        """Write a line and flush it; what the encoding lacks is escaped."""
+        """Write a line and flush it; characters that the encoding lacks are escaped."""
         try:
             self.file.write(fit_encoding(line, self.file.encoding or "utf-8") + "\n")
             self.file.flush()
@@ -184,37 +142,59 @@ class Writer:
             raise
         except OSError as error:
             if not self.name:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # Python would try again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # Python would write again at its end
                 raise SettingError(f"cannot write to standard output: {error.strerror}", "output") from None
             raise SettingError(f"cannot write {self.name}: {error.strerror}; what is in it stays", "resume") from None
 
 
+def read_first_line(path: Path) -> str:
+    """Return the first line of a file, without its end."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return file.readline().rstrip("\r\n")
+
+
 @contextmanager
-def open_output(path: Path | None, append: bool = False) -> Iterator[Writer]:
-    """Open an output file, or standard output where there is no path; text is UTF-8, whatever the locale.
+def open_output(path: Path | None, made_by: Mapping[str, Any], append: bool = False) -> Iterator[Writer]:
+    """Open an output file, or standard output if the path is None; text in files is UTF-8 in every locale.
 
     Args:
-        append: whether to write behind what is in the file, or to replace that.
+        path: the output.
+        made_by: the settings that make the captions, from `Captioner.describe`. They are written beside a file.
+        append: whether to append to the file, or to replace it.
 
     Raises:
         SettingError: it cannot be opened or written.
     """
-    form = find_format(path)
+    form, captions = find_format(path), made_by.get("captions", 1)
     if path is None:
-        yield Writer(sys.stdout, form)
+        yield Writer(sys.stdout, form, captions=captions)
         return
-    name = f"'{escape_name(str(path))}'"
+    name, written = f"'{escape_name(str(path))}'", written_file(path)
     try:
-        real = Path(os.path.realpath(path))
-        real.parent.mkdir(parents=True, exist_ok=True)
-        file = real.open("a" if append else "w", encoding="utf-8", newline="")
+        written.parent.mkdir(parents=True, exist_ok=True)
+        if append and is_parquet(path) and not written.exists():
+            write_settings(written, made_by)
+            unpack_parquet(path, written)
+        file = written.open("a" if append else "w", encoding="utf-8", newline="")
     except OSError as error:
         raise SettingError(f"cannot write {name}: {error.strerror}", "output") from None
     try:
-        writer = Writer(file, form, name)
+        if not append:
+            write_settings(written, made_by)
+        elif form.header is not None and read_first_line(written) not in ("", form.header(captions)):
+            raise SettingError(f"{name} has columns for another number of captions", "captions", "output")
+        writer = Writer(file, form, name, captions)
         if form.header is not None and file.tell() == 0:
-            writer.write_line(form.header)
+            writer.write_line(form.header(captions))
         yield writer
     finally:
-        with suppress(OSError):  # of a full disk, which the writer has told
+        with suppress(OSError):  # a full disk, for which the writer raised an error
             file.close()
+    if is_parquet(path):
+        try:
+            write_parquet(written, Path(os.path.realpath(path)), made_by)
+        except OSError as error:
+            reason = f"{error.strerror or error}; the captions are in '{escape_name(str(written))}'"
+            raise SettingError(f"cannot write {name}: {reason}", "resume") from None
+        for part in (written, settings_file(written)):
+            part.unlink(missing_ok=True)

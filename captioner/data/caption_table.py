@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.data.image_finder import ImageFinder
 from captioner.data.records import OnBad, ReadReport, Record, usable_records
-from captioner.errors import SettingError
+from captioner.errors import MissingError, SettingError
+from captioner.images.names import escape_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,8 +68,10 @@ def build_table(
         others = report.duplicate_ids or report.images_without_captions or report.images_in_several_splits
         if report.missing_images and not (others or report.images_named_not_in_utf_8):
             count, example = len(report.missing_images), report.missing_images[0]
-            raise FileNotFoundError(
-                f"{name}: none of the {count} images was found, such as '{example}'; name the folder of the images"
+            raise MissingError(
+                f"{name}: none of the {count} images was found, such as '{escape_name(str(example))}'; "
+                "give the folder that contains the images",
+                "images",
             )
         raise ValueError(f"{name}: no captioned images{report.unusable()}")
     if not all(isinstance(i, int) for i in table["image_id"]):

@@ -18,6 +18,9 @@ ImageId = int | str
 NO_VALUE = frozenset(("", "nan", "none", "null", "<na>", "n/a", "#n/a"))
 """Texts that programs write into cells without a value, in lower case; pandas writes `nan`, for example."""
 
+CONSTRUCTED = re.compile(r"(array|list|tuple|set|frozenset|deque|Series)\(\s*[\[({]")
+"""Start of the `repr` of an array or another list: it is not a caption, and it is not parsed as a list."""
+
 CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 NEIGHBOURS = re.compile(r"""["']\s*["']""")
@@ -56,6 +59,8 @@ def read_captions_of(value: Any) -> Captions:
         text = item.strip()
         if len(text) < 5 and text.lower() in NO_VALUE:
             empty += 1
+        elif CONSTRUCTED.match(text):
+            unreadable += 1
         elif text[0] not in CLOSING:
             texts.append(clean_text(item))
         else:

@@ -75,7 +75,8 @@ def find_columns(names: Iterable[str], expected: Columns, table: str) -> tuple[s
         table: name of the table in errors.
 
     Raises:
-        SettingError: there is no column of images or of captions, or several columns fit.
+        SettingError: there is no column of images or of captions, the requested column of ids is missing, or several
+            columns fit.
     """
     names = list(names)
     settings = ("image_column", "caption_column")
@@ -88,4 +89,7 @@ def find_columns(names: Iterable[str], expected: Columns, table: str) -> tuple[s
     if image is None or captions is None:
         name = expected.image if image is None else expected.captions
         raise SettingError(f"{table} has no column '{name}', only {', '.join(map(str, names))[:200]}", *settings)
+    if image_id is None and expected.image_id != Columns().image_id:
+        fact = f"{table} has no column '{expected.image_id}', only {', '.join(map(str, names))[:200]}"
+        raise SettingError(fact, "id_column")
     return image, captions, image_id

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from captioner.errors import SettingError, check_positive
+from captioner.errors import ConflictError, SettingError, check_positive
 
 
 def store_tuples(settings: Any, *names: str) -> None:
@@ -135,7 +135,9 @@ class DataConfig(TokenSourceConfig):
         for name in ("images", "tokens"):
             check_number(self, name, "val_root")
         if self.streaming and self.tokens:
-            raise SettingError("streaming reads images, so a token cache cannot be used with it", "streaming", "tokens")
+            raise ConflictError(
+                "streaming reads images, so a token cache cannot be used with it", "streaming", "tokens"
+            )
         if self.streaming and max(len(self.root), len(self.val_root)) > 1:
-            raise SettingError("streaming reads one data set, and several are named", "streaming", "root")
+            raise ConflictError("streaming reads one data set, and several are named", "streaming", "root")
         check_positive(self, "captions_per_image", "stream_buffer", "stream_rows")

@@ -11,7 +11,7 @@ from captioner.data.columns import Columns, find_columns
 from captioner.data.records import NO_SPLIT, Record
 from captioner.data.row_records import join_rows
 from captioner.data.splits import NoSplitError, find_split
-from captioner.errors import first_line
+from captioner.errors import SettingError, first_line
 from captioner.hub import hub_trouble
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def read_dataset(source: str | Path, split: str | None, columns: Columns) -> tup
     try:
         loaded = datasets.load_from_disk(source) if isinstance(source, Path) else datasets.load_dataset(source)
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
-        raise ValueError(f"cannot load '{source}' as a data set: {first_line(error)}") from None
+        raise SettingError(f"cannot load '{source}' as a data set: {first_line(error)}", "root") from None
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split or NO_SPLIT: loaded}
     names = list(parts) if split is None else [pick_split(parts, split, source)]
     rows = datasets.concatenate_datasets([parts[name] for name in names])

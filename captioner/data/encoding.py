@@ -21,7 +21,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from captioner.data.token_cache import image_size
+from captioner.data.token_cache import image_digest, image_places, image_size
 from captioner.encoders import TokenEncoder
 from captioner.errors import SettingError
 from captioner.grids import Grid
@@ -111,22 +111,25 @@ class Job:
 
 
 class ImageViews(Dataset):
-    """A data set of the views of images: row, size of the image in bytes, and pixels (V, 3, H, W) or an error."""
+    """A data set of the views of images.
+
+    An item has the row, the size of the image in bytes, its digest, and the pixels (V, 3, H, W) or an error.
+    """
 
     def __init__(self, job: Job, settings: dict):
         self.job, self.transform = job, create_transform(**settings)
 
-    def __getitem__(self, row: int) -> tuple[int, int, torch.Tensor | str]:
+    def __getitem__(self, row: int) -> tuple[int, int, str | None, torch.Tensor | str]:
         record = self.job.table[row]["image"]
-        size = image_size(record)
+        size, digest = image_size(record), image_digest(record)
         try:
             image = open_image(record)
         except ImageError as error:
-            return row, size, str(error)
+            return row, size, digest, str(error)
         views = self.job.views
         rng = np.random.default_rng((views.seed, zlib.crc32(self.job.names[row].encode())))
         images = [make_view(image, view, views.min_crop, rng) for view in range(views.views)]
-        return row, size, torch.stack([self.transform(view) for view in images])
+        return row, size, digest, torch.stack([self.transform(view) for view in images])
 
 
 def make_view(image: Image.Image, view: int, min_crop: float, rng: np.random.Generator) -> Image.Image:
@@ -183,18 +186,20 @@ def encode_shards(
             worker_init_fn=leave_signals_to_main,
         )
     )
+    places = image_places(job.table)
     bar = progress_bar(total=job.images, unit="img", desc="encoding", disable=not accelerator.is_main_process)
     for shard in job.shards:
         tokens: dict[str, list[torch.Tensor]] = {name: [] for name in grids}
-        images, broken = [], []
+        images, files, broken = [], [], []
         for batch in islice(loader, len(range(0, len(shard), size))):
             bar.update(len(batch))
-            for row, count, content in batch:
+            for row, count, _, content in batch:
                 if isinstance(content, str):
                     broken.append([job.names[row], count, content])
                     tqdm.write(f"captioner cache: skipped {content}", file=sys.stderr)
-            good = [(row, count, pixels) for row, count, pixels in batch if not isinstance(pixels, str)]
-            images += [[job.names[row], count] for row, count, _ in good]
+            good = [encoded for encoded in batch if not isinstance(encoded[-1], str)]
+            images += [[job.names[row], count] for row, count, *_ in good]
+            files += [[places[row], digest] for row, _, digest, _ in good]
             if good:
                 pixels = torch.stack([pixels for *_, pixels in good]).to(accelerator.device)  # (B, V, 3, H, W)
                 for name, grid in grids.items():
@@ -204,7 +209,8 @@ def encode_shards(
         whole = {name: torch.cat(parts) for name, parts in tokens.items() if parts}  # (n, V, M, D)
         if not all(part.isfinite().all() for part in whole.values()):
             raise SettingError(f"the encoder's tokens are not finite as {job.views.dtype}", "dtype")
-        header = {"made_by": made_by, "images": json.dumps(images), "broken": json.dumps(broken)}
+        lists = {"images": images, "files": files, "broken": broken}
+        header = {"made_by": made_by, **{name: json.dumps(content) for name, content in lists.items()}}
         digest = digest_text("\n".join(job.names[row] for row in shard))
         write_shard(folder / f"tokens-{digest}.safetensors", save(whole, header))
     bar.close()

@@ -13,13 +13,13 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from captioner.data.records import NO_SPLIT, Record
 from captioner.data.splits import ALIASES, SPLITS, NoSplitError, find_split, is_split_name, split_names
-from captioner.errors import SettingError
+from captioner.errors import MissingError, SettingError
 from captioner.images import SUFFIXES
 from captioner.text_files import read_text
 
@@ -52,9 +52,10 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         NoSplitError: there are no annotations of the split.
         ValueError: there are several tables, so one must be named.
     """
-    if found := find_known(root, split):
+    places = [list_folder(place) for place in (root / "annotations", root)]
+    if found := find_known(root, split, places):
         return [found]
-    if parts := find_parts(root):
+    if parts := find_parts(root, places):
         if split is None:
             return list(parts.values())
         if (name := find_split(parts, split)) is None:
@@ -66,12 +67,13 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         return [Annotations(root)]
     what = "captions_train.json and its like, dataset_*.json, captions.csv or .jsonl, metadata.csv or .jsonl"
     if coco := coco_files(root):
-        raise FileNotFoundError(f"no annotations under '{root}' that hold all splits; name one of {', '.join(coco)}")
+        raise MissingError(f"no annotations under '{root}' that hold all splits; name one of {', '.join(coco)}", "root")
     if any(root.rglob("*.parquet")):
         raise SettingError(f"'{root}' holds parquet files, which are read row by row, in training alone", "streaming")
-    raise FileNotFoundError(
+    raise MissingError(
         f"no annotations under '{root}'; looked for {what}, also in annotations/, for a lone table, and for caption "
-        "files beside images"
+        "files beside images",
+        "root",
     )
 
 
@@ -82,16 +84,29 @@ def coco_files(root: Path) -> list[str]:
     return [name for name in names if any((place / name).is_file() for place in places)]
 
 
-def find_known(root: Path, split: str | None) -> Annotations | None:
-    """Find COCO's annotation file of a split, else Karpathy's, else a table of a usual name."""
-    places = [place for place in (root / "annotations", root) if place.is_dir()]
+def list_folder(folder: Path) -> dict[str, Path]:
+    """Return what is in a folder by its name in lower case; nothing if there is no such folder."""
+    if not folder.is_dir():
+        return {}
+    return {name.lower(): folder / name for name in sorted(os.listdir(folder), reverse=True)}
+
+
+def find_known(root: Path, split: str | None, places: Sequence[Mapping[str, Path]]) -> Annotations | None:
+    """Find COCO's annotation file of a split, else Karpathy's, else a table of a usual name.
+
+    Args:
+        root: the data root.
+        split: the split.
+        places: what is in `annotations/` and in the root, as `list_folder` returns it.
+    """
+    folders = [folder for folder in (root / "annotations", root) if folder.is_dir()]
     names = split_names(split) if split else ()
-    for place in places:  # a place holds all splits of a set, so it counts more than the year
+    for folder in folders:  # a folder holds all splits of a set, so it counts more than the year
         for name in (f"captions_{name}{year}.json" for name in names for year in ("2017", "2014", "")):
-            if (place / name).is_file():
-                return Annotations(place / name)
-    for place in places:
-        if karpathy := sorted(place.glob("dataset_*.json")):
+            if (folder / name).is_file():
+                return Annotations(folder / name)
+    for folder in folders:
+        if karpathy := sorted(folder.glob("dataset_*.json")):
             if split and (coco := coco_files(root)):
                 logger.warning(
                     "the split '%s' is read from '%s', and others from %s, which may hold the same images: "
@@ -99,11 +114,13 @@ def find_known(root: Path, split: str | None) -> Annotations | None:
                     *(split, karpathy[0], " and ".join(coco), karpathy[0]),
                 )
             return Annotations(karpathy[0])
-    for stem in TABLE_NAMES:
-        for place in places:
-            if found := find_table(place, stem):
-                return Annotations(found, split=folder_split(root) if stem == "metadata" else None)
-    return None
+    tables = [table for stem in TABLE_NAMES for place in places for table in find_tables(place, stem)]
+    if not tables:
+        return None
+    if len(tables) > 1:
+        unread = "', '".join(map(str, tables[1:]))
+        logger.warning("'%s' is read, '%s' is not; to read another table, give its path", tables[0], unread)
+    return Annotations(tables[0], split=folder_split(root) if tables[0].stem.lower() == "metadata" else None)
 
 
 def folder_split(folder: Path) -> str | None:
@@ -112,18 +129,24 @@ def folder_split(folder: Path) -> str | None:
     return name if is_split_name(name.lower()) else None
 
 
-def find_parts(root: Path) -> dict[str, Annotations]:
-    """Find the annotations of each split that has a table of its name, or a folder of its name with annotations."""
+def find_parts(root: Path, places: Sequence[Mapping[str, Path]]) -> dict[str, Annotations]:
+    """Find the annotations of each split that has a table of its name, or a folder of its name with annotations.
+
+    Args:
+        root: the data root.
+        places: what is in `annotations/` and in the root, as `list_folder` returns it.
+    """
     parts: dict[str, Annotations] = {}
     for name in (name for names in ALIASES.values() for name in names):
-        for place in (root / "annotations", root):
+        for place in places:
             for stem in (name, f"captions_{name}", f"{name}_captions"):
                 if name not in parts and (found := find_table(place, stem)):
                     parts[name] = Annotations(found, split=name)
         folder = next((path for path in (root / name, root / name.capitalize()) if path.is_dir()), None)
         if name in parts or folder is None:
             continue
-        tables = [find_table(folder, stem) for stem in (*TABLE_NAMES, name)]
+        files = list_folder(folder)
+        tables = [find_table(files, stem) for stem in (*TABLE_NAMES, name)]
         if found := next(filter(None, tables), None) or find_lone_table(folder):
             parts[name] = Annotations(found, folder, name)
         elif has_caption_files(folder):
@@ -131,27 +154,30 @@ def find_parts(root: Path) -> dict[str, Annotations]:
     return parts
 
 
-def find_table(folder: Path, stem: str) -> Path | None:
-    """Find a table by its name without ending, in any case."""
-    if not folder.is_dir():
-        return None
+def find_table(files: Mapping[str, Path], stem: str) -> Path | None:
+    """Find a table of a folder by its name (compared without ending and case); see `list_folder` for `files`."""
+    return next(iter(find_tables(files, stem)), None)
+
+
+def find_tables(files: Mapping[str, Path], stem: str) -> list[Path]:
+    """Find all tables of a folder with this name (see `find_table`), those with preferred endings first."""
     endings = (*TABLES, *((".txt",) if stem in TABLE_NAMES else ()))
-    names = {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
-    found = (names[stem + ending] for ending in endings if stem + ending in names)
-    return next((folder / name for name in found if (folder / name).is_file()), None)
+    found = (files[stem + ending] for ending in endings if stem + ending in files)
+    return [path for path in found if path.is_file()]
 
 
 def find_lone_table(folder: Path) -> Path | None:
     """Find the only table of a folder, or its only JSON file if there is no table.
 
     Raises:
-        ValueError: there are several.
+        SettingError: there are several.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     for endings in (TABLES, (".json",)):
         found = [path for path in files if path.suffix.lower() in endings]
         if len(found) > 1:
-            raise ValueError(f"'{folder}' holds {', '.join(path.name for path in found[:4])}; name one of these files")
+            names = ", ".join(path.name for path in found[:4])
+            raise SettingError(f"'{folder}' holds {names}; name one of these files", "root")
         if found:
             return found[0]
     return None

@@ -27,7 +27,12 @@ class Listing:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.names = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+        kinds: dict[str, bool] = {}
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                kinds = {entry.name: entry.is_dir() for entry in entries}
+        self.names = frozenset(kinds)
+        self.folders = frozenset(name for name, is_folder in kinds.items() if is_folder)
 
     @cached_property
     def composed(self) -> dict[str, str]:
@@ -70,7 +75,7 @@ class ImageFinder:
             if last == ".." or (slash and (not parent or self.leaves(parent))):
                 raise ValueError(f"image name '{name}' leaves the image folder; names must be relative, without '..'")
             for listing in self.search(parent, split, beside):
-                if found := listing.find(last):
+                if (found := listing.find(last)) and found not in listing.folders:
                     return listing.folder / found
         return None
 

@@ -27,6 +27,7 @@ from captioner.data.records import NO_SPLIT, OnBad, Record
 from captioner.data.row_files import Rows, load_document
 from captioner.data.row_records import row_records
 from captioner.data.splits import is_split_name, select_split
+from captioner.errors import MissingError, SettingError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,9 +66,9 @@ def read_captions(
     path, columns = Path(source), Columns(image_column, caption_column, id_column)
     folder = Path(images) if images is not None else None
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"no image folder at '{images}'")
+        raise MissingError(f"no image folder at '{images}'", "images")
     if not path.exists() and not is_hub_id(source):
-        raise FileNotFoundError(f"no annotations at '{source}'")
+        raise MissingError(f"no annotations at '{source}'", "root")
     if not path.exists() or is_saved_set(path):
         records, encoded = read_dataset(path if path.exists() else str(source), split, columns)
         finder = ImageFinder(path if path.exists() else Path(), folder)
@@ -90,6 +91,10 @@ def read_annotations(found: Annotations, split: str | None, columns: Columns, re
         records = row_records(content, columns, f"'{path}'")
     elif is_row_list(content):
         records = row_records(Rows(content), columns, f"'{path}'")
+    elif columns != Columns():
+        name = next(name for name, usual in zip(columns, Columns(), strict=True) if name != usual)
+        fact = f"'{path}' has no column '{name}': it is JSON in the format of COCO or Karpathy, which has no columns"
+        raise SettingError(fact, "image_column", "caption_column", "id_column")
     elif is_karpathy(content):
         records = read_karpathy(content, path, restval)
     else:

@@ -58,10 +58,10 @@ class ReadReport:
 
     def unusable(self) -> str:
         """Return what cannot be used, as text: each kind with its first few images; empty if all can be used."""
-        found = [
-            f"{len(where)} {kind.replace('_', ' ')} ({', '.join(map(str, where[:3]))}{', ...' if where[3:] else ''})"
-            for kind, where in self.problems().items()
-        ]
+        found = []
+        for kind, where in self.problems().items():
+            names = ", ".join(escape_name(str(name)) for name in where[:3])
+            found.append(f"{len(where)} {kind.replace('_', ' ')} ({names}{', ...' if where[3:] else ''})")
         return f"; unusable: {'; '.join(found)}" if found else ""
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ def usable_records(
         try:
             image = None if locate is None else locate(record)
         except UnicodeEncodeError:
-            report.images_named_not_in_utf_8.append(escape_name(str(record.image)))
+            report.images_named_not_in_utf_8.append(str(record.image))
             continue
         if record.several_splits:
             report.images_in_several_splits.append(image_id)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from captioner.data.columns import CAPTION_NAMES, IMAGE_NAMES, plain_name
-from captioner.text_files import parse_json_text, read_text
+from captioner.text_files import DECODER, RepeatedKeyError, parse_json_text, read_text
 
 LINE_ENDINGS = frozenset((".jsonl", ".ndjson"))
 """File endings of JSON Lines."""
@@ -33,6 +33,8 @@ class Rows:
     rows: list[dict[str, Any]]
     lines: list[int] | None = None
     """Number of the line at which each row starts; None for a JSON list."""
+    header: list[str] | None = None
+    """Names of the columns, if the file has a header line."""
 
     def place(self, number: int) -> str:
         """Return the place of row `number` (from 0) in the file, for messages."""
@@ -40,7 +42,7 @@ class Rows:
 
     def names(self) -> list[str]:
         """Return the names of all columns; a row of JSON may lack some of them."""
-        return list(dict.fromkeys(chain.from_iterable(self.rows)))
+        return self.header or list(dict.fromkeys(chain.from_iterable(self.rows)))
 
 
 def load_document(path: Path) -> Any:
@@ -103,9 +105,11 @@ def parse_lines(text: str, path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = DECODER.decode(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"'{path}', line {number}, is not JSON: {error.msg} (column {error.colno})") from None
+        except RepeatedKeyError as error:
+            raise ValueError(f"'{path}', line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -159,7 +163,7 @@ def parse_table(text: str, path: Path) -> Rows:
         raise ValueError(f"'{path}': line {start + skipped} {describe_csv_error(error)}") from None
     if not header:
         raise ValueError(f"'{path}' is empty")
-    return Rows(rows, lines)
+    return Rows(rows, lines, header)
 
 
 def find_separator(text: str, path: Path) -> tuple[str, str, int]:

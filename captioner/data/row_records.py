@@ -22,7 +22,7 @@ def row_records(rows: Rows, columns: Columns, name: str) -> Iterator[Record]:
         SettingError: a column is missing.
         ValueError: an image id is neither a whole number nor text.
     """
-    if not rows.rows:
+    if not rows.names():
         return iter(())
     found = find_columns(rows.names(), columns, name)
     split = find_column(rows.names(), "split")

@@ -165,7 +165,7 @@ def open_split(source: str, split: str) -> tuple["datasets.IterableDataset", int
             builder = datasets.load_dataset_builder(**place)
             parts = builder.as_streaming_dataset()
     except (FileNotFoundError, ValueError, OSError, ConnectionError) as error:
-        raise ValueError(f"cannot load '{source}' as a data set: {first_line(error)}") from None
+        raise SettingError(f"cannot load '{source}' as a data set: {first_line(error)}", "root") from None
     split = pick_split(parts, split, source)
     rows, known = parts[split], None
     if saved:

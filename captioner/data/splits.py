@@ -10,15 +10,19 @@ from captioner.errors import SettingError
 logger = logging.getLogger(__name__)
 
 
-class NoSplitError(SettingError):
-    """The error of data that have no split of this name."""
-
-    def __init__(self, fact: str):
-        super().__init__(fact, "split", "splits")
-
-
 SPLITS = ("train", "val", "test")
 """Names of splits in most data sets."""
+
+SPLIT_SETTINGS = ("split", "splits", "train_split", "val_split", "captions_split")
+"""Settings that select a split; each job has some of them."""
+
+
+class NoSplitError(SettingError):
+    """Data have no split of this name."""
+
+    def __init__(self, fact: str):
+        super().__init__(fact, *SPLIT_SETTINGS)
+
 
 ALIASES = {
     "train": ("train", "training"),

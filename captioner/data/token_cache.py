@@ -4,7 +4,7 @@ Letters: n images of a shard, V views of each, B images of a batch, M image toke
 
 A cache is a folder. `cache.json` holds what made it: encoder, digest of its weights, preprocessing, grids, views.
 Beside it are shards of at most 512 images, `tokens-*.safetensors`: for each grid one tensor (n, V, M, D), and in the
-header the names of its images.
+header the names of its images, the sizes and digests of their files, and digests of the places of these.
 
 Why safetensors: a shard is one contiguous array that maps into memory without a copy (Arrow would cut rows into batches
 and return lists of them), its header shows whether the file is truncated (a raw array has none), and the project writes
@@ -24,12 +24,12 @@ from pyarrow.compute import struct_field
 from safetensors import SafetensorError, safe_open
 
 from captioner.encoders import TokenEncoder
-from captioner.errors import SettingError
+from captioner.errors import MissingError, SettingError
 from captioner.grids import Grid, write_grid
 from captioner.images import ImageError
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
-from captioner.runs.digests import digest_json, digest_tensors
+from captioner.runs.digests import digest_bytes, digest_file, digest_json, digest_tensors, digest_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MANIFEST = "cache.json"
 SHARDS = "tokens-*.safetensors"
 SAMPLE = 64
-"""Images of a table whose size in bytes is compared with what was encoded."""
+"""Images of a table that are compared with what was encoded, wherever they are."""
 SOURCE = ("encoder", "arguments", "weights", "image")
 """Entries of the manifest that must be the same for a model that uses the cache."""
 
@@ -73,6 +73,27 @@ def image_names(table: "Dataset") -> list[str]:
     paths = struct_field(columns["image"], "path").to_pylist()
     ids, splits = columns["image_id"].to_pylist(), columns["split"].to_pylist()
     return [f"{i} {Path(path).name if path else split}" for i, path, split in zip(ids, paths, splits, strict=True)]
+
+
+def image_places(table: "Dataset") -> list[str]:
+    """Return a digest of the place of each image: its path, or for an encoded image its name and split."""
+    columns = table.select_columns(["image", "split"]).with_format("arrow")[:]
+    paths, splits = struct_field(columns["image"], "path").to_pylist(), columns["split"].to_pylist()
+    places = [
+        os.path.abspath(path) if path and os.path.dirname(path) else f"{split} {path}"
+        for path, split in zip(paths, splits, strict=True)
+    ]
+    return [digest_text(place)[:8] for place in places]
+
+
+def image_digest(image: dict) -> str | None:
+    """Return the digest of an encoded image, or None if there is no such file."""
+    if image["bytes"] is not None:
+        return digest_bytes(image["bytes"])
+    try:
+        return digest_file(Path(image["path"]))
+    except OSError:
+        return None
 
 
 def image_size(image: dict) -> int:
@@ -139,6 +160,7 @@ class TokenCache:
             )
         self.rows: dict[str, int] = {}
         self.sizes: list[int] = []
+        self.files: list[tuple[str, str] | None] = []  # place and digest, which caches of earlier versions lack
         self.broken: dict[str, tuple[int, str]] = {}
         self.shards: dict[str, list[torch.Tensor]] = {grid: [] for grid in grids}
         self.starts = [0]
@@ -153,6 +175,7 @@ class TokenCache:
                 header = file.metadata() or {}
                 made_by = header["made_by"]
                 images, broken = json.loads(header["images"]), json.loads(header["broken"])
+                files = json.loads(header["files"]) if "files" in header else [None] * len(images)
                 tokens = {grid: file.get_tensor(grid) for grid in self.shards} if images else {}
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"'{path}' is truncated or damaged ({error}); {remedy}") from None
@@ -161,6 +184,7 @@ class TokenCache:
         for name, size in images:
             self.rows[name] = len(self.sizes)
             self.sizes.append(size)
+        self.files += files
         self.broken |= {name: (size, error) for name, size, error in broken}
         if images:
             self.starts.append(len(self.sizes))
@@ -211,14 +235,41 @@ class TokenCache:
                 f"the token cache '{self.folder}' lacks {count} of {len(names)} images of the split "
                 f"'{table[0]['split']}'; `captioner cache` adds a split to the same folder"
             )
-        for number in np.linspace(0, len(names) - 1, min(SAMPLE, len(names))).astype(int).tolist():
-            image, row = table[number]["image"], self.rows.get(names[number])
-            if row is not None and self.sizes[row] != (size := image_size(image)):
-                raise ValueError(
-                    f"'{image['path'] or names[number]}' has {size} bytes, but {self.sizes[row]} when it was encoded "
-                    f"into '{self.folder}': the images have changed; make another token cache"
-                )
+        if change := self.find_change(table, SAMPLE):
+            raise ValueError(f"{change}: the images have changed; make another token cache")
         return CachedImages(self, names)
+
+    def find_change(self, table: "Dataset", most: int | None = None) -> str | None:
+        """Return how an image of a table differs from the image that was encoded under its name; `None` if none does.
+
+        A few images are compared wherever they are. Others are compared if they are at another place, because an image
+        there may be another one of the same name.
+
+        Args:
+            table: the caption table.
+            most: most images at another place to compare; `None` for all of them.
+        """
+        names = image_names(table)
+        rows = [self.rows.get(name, -1) for name in names]
+        files = [None if row < 0 else self.files[row] for row in rows]
+        places = image_places(table) if any(files) else [""] * len(rows)
+        moved = [n for n, (file, place) in enumerate(zip(files, places, strict=True)) if file and file[0] != place]
+        known = [number for number, row in enumerate(rows) if row >= 0]
+        for number in dict.fromkeys(spread(known, SAMPLE) + spread(moved, most)):
+            image, row, file = table[number]["image"], rows[number], files[number]
+            name = f"'{image['path'] or names[number]}'"
+            if self.sizes[row] != (size := image_size(image)):
+                return f"{name} has {size} bytes, but {self.sizes[row]} when it was encoded into '{self.folder}'"
+            if file and file[1] != image_digest(image):
+                return f"{name} is not the image that was encoded under its id and name into '{self.folder}'"
+        return None
+
+
+def spread(numbers: list[int], most: int | None) -> list[int]:
+    """Return at most so many of the numbers, evenly spread; all of them if `most` is None."""
+    if most is None or len(numbers) <= most:
+        return numbers
+    return [numbers[place] for place in np.linspace(0, len(numbers) - 1, most).astype(int)]
 
 
 class CachedImages:
@@ -304,7 +355,7 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"no token cache at '{folder}'; `captioner cache` makes one")
+        raise MissingError(f"no token cache at '{folder}'; `captioner cache` makes one", "tokens")
     try:
         manifest = json.loads(path.read_text())
         if manifest.keys() >= {*SOURCE, "grids", "views"}:

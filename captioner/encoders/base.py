@@ -4,6 +4,7 @@ Letters: B batch, C channels, H W pixels, M tokens returned, D their width, (r, 
 columns, (h, w) the map of cells that the image is cut into.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -151,6 +152,24 @@ class TokenEncoder(nn.Module):
         maps = self.lay_out(tokens, grid)
         return maps._replace(attention=self.covered_cells(tokens, size, grid)) if attention else maps
 
+    def forward_with_losses(
+        self, pixel_values: torch.Tensor, grid: Grid | None = None
+    ) -> tuple[TokenMaps, dict[str, torch.Tensor]]:
+        """Encode pixels (B, C, H, W) in pretraining: the maps, and the encoder's own losses.
+
+        Args:
+            grid: rows and columns of tokens; `None` for the encoder's default.
+
+        Returns:
+            What `forward_maps` returns, and the encoder's own losses by name, scalars that pretraining adds to its
+            loss as they are. Here there are none; an encoder with parts that no other loss reaches overrides this
+            method, such as ToSA for its selectors.
+
+        Raises:
+            ValueError: as `forward_tokens`.
+        """
+        return self.forward_maps(pixel_values, grid), {}
+
     def lay_out(self, tokens: torch.Tensor, grid: Grid) -> TokenMaps:
         """Split tokens (B, M, D) into the summary and the tokens at their places in the grid."""
         places = tokens[:, self.num_prefix_tokens :].unflatten(1, grid)  # (B, r, c, D)
@@ -247,6 +266,18 @@ class TokenEncoder(nn.Module):
             self.requires_grad_(False)
         return super().train(mode and not self.frozen)
 
+    def optimize_for_inference(self, dtype: torch.dtype = torch.float32) -> "TokenEncoder":
+        """Return a copy that computes the same tokens faster on a CPU, up to rounding; or the encoder itself.
+
+        The copy is for `encode` alone, not for training or saving. Later changes of the weights do not reach it.
+
+        Args:
+            dtype: dtype in which the copy computes, see `fast_dtype`. Its tokens have this dtype, too.
+        """
+        if dtype == next(self.parameters()).dtype:
+            return self
+        return copy.deepcopy(self).to(dtype).freeze()
+
     def encode(self, pixel_values: torch.Tensor, grid: Grid | str | int | None = None) -> torch.Tensor:
         """Encode pixels into tokens (B, M, D) in the encoder's own dtype; without a graph if it is frozen.
 
@@ -262,3 +293,17 @@ class TokenEncoder(nn.Module):
 def image_size(pixel_values: torch.Tensor) -> tuple[int, int]:
     """Return height and width in pixels of images (B, C, H, W)."""
     return pixel_values.shape[-2], pixel_values.shape[-1]
+
+
+def unsaved_buffers(module: nn.Module) -> dict[nn.Module, dict[str, torch.Tensor]]:
+    """Copy the buffers that a module's state dict leaves out, such as an index of positions.
+
+    Returns:
+        For each part of the module that has any, its buffers by name.
+    """
+    saved, found = module.state_dict(), {}
+    for path, part in module.named_modules():
+        own = {f"{path}.{name}".lstrip("."): name for name, _ in part.named_buffers(recurse=False)}
+        if names := [name for full, name in own.items() if full not in saved]:
+            found[part] = {name: part.get_buffer(name).clone() for name in names}
+    return found

@@ -37,7 +37,7 @@ def init_from_vit(encoder: Any, vit: Any) -> None:
             "a LookupViT with a conv stem has no place for a ViT's patch embedding: give stem=patch", "encoder_options"
         )
     if isinstance(vit, str):
-        vit = create_timm("ViT", vit, pretrained=True, num_classes=0)
+        vit = create_timm("ViT", vit, "init_from", pretrained=True, num_classes=0)
     check_fit(encoder, vit)
     with torch.no_grad():
         encoder.patch_embed.proj.load_state_dict(vit.patch_embed.proj.state_dict(), strict=False)
@@ -79,12 +79,20 @@ def check_fit(encoder: Any, vit: Any) -> None:
 
 def copy_positions(encoder: Any, vit: Any) -> None:
     """Copy the class token and the positional embedding, which is resized for the compressed tokens."""
-    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches  # 1, or 0 where the class token has no position
-    positions = vit.pos_embed[:, prefix:].unflatten(1, vit.patch_embed.grid_size)  # (1, h, w, D)
+    class_token, positions = read_positions(vit)
     encoder.pos_lookup.copy_(resize_tokens(positions, encoder.pos_lookup.shape[1:3]))
     encoder.pos_compressed.copy_(resize_tokens(positions, encoder.pos_compressed.shape[1:3]))
-    if vit.cls_token is not None:
-        encoder.cls_token.copy_(vit.cls_token + (vit.pos_embed[:, :1] if prefix else 0))
+    if class_token is not None:
+        encoder.cls_token.copy_(class_token)
+
+
+def read_positions(vit: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return a ViT's class token (1, 1, D) with its position, `None` without one, and its positions (1, h, w, D)."""
+    prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches  # 1, or 0 where the class token has no position
+    positions = vit.pos_embed[:, prefix:].unflatten(1, vit.patch_embed.grid_size)
+    if vit.cls_token is None:
+        return None, positions
+    return vit.cls_token + (vit.pos_embed[:, :1] if prefix else 0), positions
 
 
 def copy_block(block: Any, source: Any) -> None:

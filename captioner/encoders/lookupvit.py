@@ -14,6 +14,7 @@ Steps 1 and 3 together are multi-head bidirectional cross-attention (MHBC). Each
 can be moved, exactly, to the M side ("absorbed"); `MHBC` takes whichever form costs fewer multiply-adds.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -269,6 +270,16 @@ class LookupViT(TokenEncoder):
         mean = network.pretrained_cfg["mean"] if mean is None else mean
         std = network.pretrained_cfg["std"] if std is None else std
         init_stem(self.patch_embed, network, self.default_cfg, mean, std)
+
+    def optimize_for_inference(self, dtype: torch.dtype = torch.float32) -> TokenEncoder:
+        """Return a copy; the batch norms of a stem that is cut from a network are folded. See the base class."""
+        fast = super().optimize_for_inference(dtype)
+        if isinstance(self.patch_embed, NetworkStem):
+            stem = self.patch_embed.optimize_for_inference(torch.zeros(1, *self.default_cfg["input_size"]), dtype)
+            if stem is not self.patch_embed:
+                fast = copy.copy(fast)
+                fast._modules = {**fast._modules, "patch_embed": stem.to(dtype)}
+        return fast
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Set whether each block is recomputed in the backward pass, which takes time and saves memory."""

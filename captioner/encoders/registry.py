@@ -97,25 +97,26 @@ def frozen_encoder(name: str) -> TokenEncoder:
     return encoder
 
 
-def create_timm(what: str, name: str, **options: Any) -> Any:
+def create_timm(what: str, name: str, *settings: str, **options: Any) -> Any:
     """Build a timm model, such as a teacher, whose weights or outputs are used.
 
     Args:
         what: the role of the model, for error messages.
         name: timm name, with a tag or without, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        settings: settings that correct a wrong name or wrong weights.
         options: further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: there is no such model, its weights cannot be loaded, or it does not take the options.
+        SettingError: there is no such model, its weights cannot be loaded, or it does not take the options.
     """
     if not name.startswith(EXPORTED) and not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"no {what} named '{name}' in timm")
+        raise SettingError(f"no {what} named '{name}' in timm", *settings)
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"no weights of the {what} '{name}': {first_line(error)}") from None
+        raise SettingError(f"no weights of the {what} '{name}': {first_line(error)}", *settings) from None
     except TypeError as error:
-        raise ValueError(f"the {what} '{name}' does not take its options: {first_line(error)}") from None
+        raise SettingError(f"the {what} '{name}' does not take its options: {first_line(error)}", *settings) from None
 
 
 def has_weights(name: str) -> bool:

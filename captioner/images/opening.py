@@ -11,32 +11,41 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from captioner.images.metadata import strip_metadata, turn_upright
 from captioner.images.pixels import MAX_PIXELS, array_to_rgb, check_size, to_rgb
+from captioner.images.plugins import PLUGINS, jxl_size
 from captioner.images.sources import ImageError, ImageSource, is_array, is_file, quote_name
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
-"""Decoders for untrusted bytes. Decoders that start other programs, such as that of EPS, are not among them."""
+ABSENT = [plugin for plugin in PLUGINS if not plugin.installed]
+"""Plugins that are not installed, so that their formats are not read."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA", "HEIF", "JXL")
+"""Decoders for untrusted bytes. Decoders that start other programs, such as that of EPS, are not among them. The last
+two are optional packages."""
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp")
     + (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc")
     + (".jpf", ".jpx", ".ico", ".tga", ".icb", ".vda", ".vst")
+    + tuple(ending for plugin in PLUGINS if plugin not in ABSENT for ending in plugin.endings)
 )
-"""File endings of images when a folder is searched: all usual ones of `FORMATS`."""
+"""File endings of images when a folder is searched: all usual ones of those `FORMATS` that can be read here."""
 
 RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
 
 UNREAD = (
-    dict.fromkeys((".heic", ".heif", ".hif"), "HEIC")
+    {ending: plugin.kind for plugin in ABSENT for ending in plugin.endings}
     | dict.fromkeys(RAW, "camera raw")
     | dict.fromkeys((".eps", ".ps", ".ai"), "PostScript")
-    | {".jxl": "JPEG XL", ".psd": "Photoshop", ".svg": "SVG", ".emf": "EMF", ".wmf": "WMF", ".dcm": "DICOM"}
+    | {".psd": "Photoshop", ".svg": "SVG", ".emf": "EMF", ".wmf": "WMF", ".dcm": "DICOM"}
     | {".exr": "EXR", ".qoi": "QOI"}
 )
 """Image formats that are not read, by file ending; such images must be converted to JPEG or PNG."""
+
+INSTALLABLE = {plugin.kind: plugin.install for plugin in ABSENT}
+"""Packages that make formats readable, by format."""
 
 MAX_BYTES = 512 * 2**20
 """Encoded size in bytes above which a file is refused without reading it."""
@@ -83,7 +92,8 @@ def open_image(source: ImageSource) -> Image.Image:
     except ImageError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError(f"{name} does not exist", "missing") from None
+        advice = "; addresses are not opened, download the image first" if is_address(name) else ""
+        raise ImageError(f"{name} does not exist{advice}", "missing") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a supported format{advise(name)}", UNSUPPORTED) from None
     except Image.DecompressionBombError:
@@ -101,10 +111,21 @@ def open_image(source: ImageSource) -> Image.Image:
     )
 
 
+def is_address(name: str) -> bool:
+    """Return whether a quoted name is an address, such as `https://...`, and not the path of a file."""
+    return bool(re.match(r"'([a-z]{2,}://|data:)", name, re.IGNORECASE))
+
+
 def advise(name: str) -> str:
     """Return what to do with a file of a format that is not read, by its ending; an empty text for other files."""
     unread = UNREAD.get(Path(name.strip("'")).suffix.lower())
-    return f": {unread} is not read, convert it to JPEG or PNG" if unread else ""
+    return f": {unread} is not read, {remedy(unread)}" if unread else ""
+
+
+def remedy(unread: str) -> str:
+    """Return what to do with an image of a format that is not read."""
+    package = INSTALLABLE.get(unread)
+    return f"install {package} or convert it to JPEG or PNG" if package else "convert it to JPEG or PNG"
 
 
 def open_path(path: Path, name: str) -> Image.Image:
@@ -168,9 +189,14 @@ def open_encoded(content: bytes | BinaryIO, name: str) -> Image.Image:
 
 def decode(file: BinaryIO, name: str) -> Image.Image:
     """Decode an open file with the decoders that are allowed."""
+    head = file.read(2**16)
+    if size := jxl_size(head):
+        check_size(*size, name)
+    file.seek(0)
     with Image.open(file, formats=supported()) as image:
         check_size(image.width, image.height, name)
-        image.draft("RGB", DRAFT)
+        if isinstance(image, JpegImagePlugin.JpegImageFile):  # other decoders would return a thumbnail from the file
+            image.draft("RGB", DRAFT)
         image.load()
         return to_rgb(turn_upright(image), name)
 
@@ -178,6 +204,8 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
 def open_pil(image: Image.Image, name: str) -> Image.Image:
     """Convert a PIL image to mode RGB, by the rules for files; the image may not be decoded yet."""
     check_size(image.width, image.height, name)
+    if isinstance(image, ImageFile.ImageFile) and image.tile and (image.fp is None or image.fp.closed):
+        raise ImageError(f"{name} was closed before its pixels were read; open it again", "closed")
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
         raise ImageError(f"{name} is of the format {image.format}, which is refused unless it is decoded", UNSUPPORTED)
     try:
@@ -194,6 +222,9 @@ def open_pil(image: Image.Image, name: str) -> Image.Image:
 def supported() -> tuple[str, ...]:
     """Return the formats out of `FORMATS` that this build of Pillow reads."""
     Image.init()
+    for plugin in PLUGINS:
+        if plugin.installed:
+            plugin.register()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 

@@ -47,10 +47,13 @@ def is_tensor(source: Any) -> "TypeGuard[torch.Tensor]":
 def is_array(source: Any) -> bool:
     """Return whether this is an array of pixels: of numpy, of torch, or of another library that numpy can read.
 
-    A column of a data frame is not one: it is a sequence, of paths for example.
+    A column of a data frame is not one, nor is a numpy array of texts or objects: each is a sequence, for example of
+    paths.
     """
-    if isinstance(source, np.ndarray) or is_tensor(source):
+    if is_tensor(source):
         return True
+    if isinstance(source, str | bytes) or getattr(getattr(source, "dtype", None), "kind", "") in tuple("OSU"):
+        return False  # numpy's own strings have the methods of arrays
     return hasattr(source, "__array__") and hasattr(source, "ndim") and not hasattr(source, "iloc")
 
 
@@ -66,6 +69,8 @@ def is_single(images: Any) -> bool:
     nor iterable counts as one image, which `open_image` refuses.
     """
     one = (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)
+    if getattr(images, "ndim", None) == 0:  # numpy cannot iterate over such an array
+        return True
     return isinstance(images, one) or is_array(images) or is_file(images) or not hasattr(images, "__iter__")
 
 

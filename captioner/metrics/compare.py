@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from captioner.errors import SettingError
 from captioner.metrics.scores import Scores
 
 Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -134,9 +135,9 @@ def paired_test(
 
 def _check(samples: int, level: float) -> None:
     if samples < 2:
-        raise ValueError(f"samples must be two or more, not {samples}")
+        raise SettingError(f"samples must be two or more, not {samples}", "samples")
     if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, such as 0.95, not {level}")
+        raise SettingError(f"level must be between 0 and 1, such as 0.95, not {level}", "level")
 
 
 def _resample(statistic: Statistic, count: int, samples: int, generator: np.random.Generator) -> dict[str, np.ndarray]:

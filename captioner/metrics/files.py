@@ -9,13 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from captioner.data.caption_output import COLUMNS
+from captioner.data.caption_formats import COLUMNS
 from captioner.data.captions import Captions, ImageId, is_missing, plain_id, read_captions_of
 from captioner.data.columns import IMAGE_NAMES, find_caption_column, find_column
 from captioner.data.json_files import is_karpathy, read_coco, read_karpathy
 from captioner.data.records import ReadReport, usable_records
 from captioner.data.row_files import Rows, load_document
 from captioner.data.splits import select_split
+from captioner.errors import SettingError
 from captioner.images.names import unescape_name
 from captioner.metrics.scores import name_ids
 
@@ -74,9 +75,8 @@ def read_references(
     if is_karpathy(content):
         records = list(select_split(read_karpathy(content, path, restval), split or default_split, f"'{path}'"))
     elif split is not None:
-        raise ValueError(
-            f"'{path}' has no splits, so '{split}' cannot be selected; only files of Karpathy's splits have them"
-        )
+        fact = f"'{path}' has no splits, so '{split}' cannot be selected; only files of Karpathy's splits have them"
+        raise SettingError(fact, "split")
     else:
         records = list(read_coco(content, path, None, images_needed=False))
         if stray := [record.image_id for record in records if not record.listed]:
@@ -122,7 +122,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     content = load_document(path)
     table = content if isinstance(content, Rows) else None
     rows: Any = content if table is None else table.rows
-    if path.suffix.lower() == ".csv" and rows and tuple(rows[0]) == COLUMNS:  # what `captioner caption` writes
+    if (
+        path.suffix.lower() == ".csv" and rows and tuple(rows[0])[: len(COLUMNS)] == COLUMNS
+    ):  # what `captioner caption` writes
         rows = [row | {"path": unescape_name(row["path"])} for row in rows]
     form = 'a list of {"image_id": ..., "caption": ...}'
     if not isinstance(rows, list):

@@ -127,7 +127,7 @@ def score(
     predictions: Predictions,
     references: References,
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | str = METRICS,
     partial: bool = False,
     allow_empty: bool = False,
     tokenized: bool = False,
@@ -154,6 +154,7 @@ def score(
     """
     if not 0 < java_timeout < math.inf:
         raise SettingError(f"java_timeout must be a positive number of seconds, not {java_timeout}", "java_timeout")
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
     unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
     if unknown:
         raise ValueError(f"no metric '{unknown[0]}'; choose from {', '.join((*METRICS, 'SPICE'))}")

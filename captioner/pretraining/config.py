@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from captioner.errors import SettingError, check_positive, check_shares
+from captioner.errors import SettingError, check_positive, check_seed, check_shares
 
 
 def read_options(words: list[str]) -> dict[str, Any]:
@@ -259,6 +259,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.grids or min(self.grids) < 1:
             raise SettingError(f"grids must be positive, not {self.grids}", "grids")
+        check_seed(self)
         check_positive(self, "image_size", "early_size", "late_size", "store_size", "views", "captions_repeat")
         check_positive(self, "num_words", "batch_size", "workers", "probe_images", "log_every", "learning_rate", "clip")
         check_shares(self, "train_stem", "early_share", "min_crop", "label_smoothing", "warmup", "ema")

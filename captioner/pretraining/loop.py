@@ -28,7 +28,7 @@ from captioner.pretraining.student import Student
 from captioner.pretraining.teachers import Teacher, create_teacher
 from captioner.runs.checkpoint import check_finite, not_finite, resume, save_checkpoint
 from captioner.runs.config import save_config
-from captioner.runs.files import files_whole, share_weights
+from captioner.runs.files import check_folder, files_whole, share_weights
 from captioner.runs.interruption import Interruption
 from captioner.runs.log import RunLog
 from captioner.runs.processes import pick_precision, start_processes
@@ -66,6 +66,7 @@ def run(config: PretrainConfig, interruption: Interruption) -> Path:
     """
     if not config.images and not config.captions:
         raise SettingError("there is nothing to train on", "images", "captions")
+    check_folder(config.output)
     accelerator = start_processes(
         DistributedDataParallelKwargs(find_unused_parameters=config.train_stem > 0),
         mixed_precision=pick_precision(config.mixed_precision),

@@ -102,7 +102,8 @@ class Student(nn.Module):
     ):
         super().__init__()
         self.encoder, self.config = encoder, config
-        self.forward_maps = torch.compile(encoder.forward_maps) if config.compile else encoder.forward_maps
+        forward = encoder.forward_with_losses
+        self.forward_with_losses = torch.compile(forward) if config.compile else forward
         cfg, dim = encoder.default_cfg, encoder.embed_dim
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1))
@@ -146,8 +147,8 @@ class Student(nn.Module):
         Returns:
             `loss`, the weighted sum, and its unweighted parts, all scalars.
         """
-        maps = self.encode((pixels - self.mean) / self.std, grid)
-        total, parts = pixels.new_zeros(()), {}
+        maps, own_losses = self.encode((pixels - self.mean) / self.std, grid)
+        total, parts = sum(own_losses.values(), pixels.new_zeros(())), dict(own_losses)
         for number, (heads, target) in enumerate(zip(self.teachers, targets, strict=True)):
             for name, loss in heads(maps, target).items():
                 total = total + heads.weights[name] * loss
@@ -169,9 +170,9 @@ class Student(nn.Module):
             total = total + self.config.tag_weight * parts["tags"]
         return {"loss": total, **parts}
 
-    def encode(self, pixels: torch.Tensor, grid: Grid | None) -> TokenMaps:
-        """Encode normalised pixels (B, 3, S, S) into tokens at their places."""
-        return self.forward_maps(pixels, grid)
+    def encode(self, pixels: torch.Tensor, grid: Grid | None) -> tuple[TokenMaps, dict[str, torch.Tensor]]:
+        """Encode normalised pixels (B, 3, S, S) into tokens at their places, and the encoder's own losses."""
+        return self.forward_with_losses(pixels, grid)
 
 
 def prior_head(dim: int, prior: np.ndarray) -> nn.Linear:

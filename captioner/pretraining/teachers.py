@@ -97,7 +97,9 @@ class TimmTeacher(Teacher):
     def __init__(self, config: TeacherConfig):
         super().__init__(config)
         options = dict(config.options) | ({} if config.num_classes is None else {"num_classes": config.num_classes})
-        self.model = create_timm("teacher", config.name, pretrained=config.checkpoint is None, **options)
+        self.model = create_timm(
+            "teacher", config.name, "checkpoint", "name", pretrained=config.checkpoint is None, **options
+        )
         if config.checkpoint is not None:
             self.load(config.checkpoint)
         known = self.model.pretrained_cfg

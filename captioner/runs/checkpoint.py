@@ -84,10 +84,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint, or None if they are as they were written."""
     try:
-        files = json.loads((path / PROGRESS).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed = json.loads((path / PROGRESS).read_text())["files"]
+        files = [(name, int(size), str(digest)) for name, (size, digest) in listed.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{PROGRESS} cannot be read ({type(error).__name__})"
-    for name, (size, digest) in files.items():
+    for name, size, digest in files:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
@@ -209,8 +210,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict, strict
         logger.warning("'%s' is of an earlier version, so these settings are not compared: %s", path, ", ".join(absent))
     for name, value in json.loads(json.dumps(settings, default=str)).items():
         if name not in absent and saved.get(name) != value:
+            meaning = ", because the contents differ" if "digest" in name else ""
             raise SettingError(
-                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}; "
+                f"'{path}' was saved with {name} {saved.get(name)!r}, this run has {value!r}{meaning}; "
                 "a resumed run must have the settings of its checkpoint",
                 "output",
             )

@@ -6,6 +6,7 @@ power fails, either the old content or the new content is there, and never a par
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,26 @@ from typing import IO, Literal
 
 from safetensors import SafetensorError
 
-from captioner.errors import first_line
+from captioner.errors import SettingError, first_line
 
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
 """Words in the RuntimeError that torch raises if a file cannot be written."""
+
+
+def check_folder(path: Path) -> None:
+    """Check before any work that files can be written into a folder. The folder need not exist yet.
+
+    Raises:
+        SettingError: files cannot be written into it.
+    """
+    real = Path(os.path.realpath(path))
+    there = next(place for place in (real, *real.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise SettingError(f"'{path}' must be a folder, but '{there}' is a file", "output")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise SettingError(f"cannot write into the folder '{path}': {error.strerror}", "output") from None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from captioner.configuration import CaptionerConfig
 from captioner.data.encoding import token_shapes
 from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
 from captioner.errors import SettingError, first_line
@@ -25,7 +27,8 @@ from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
 from captioner.hub import hub_options
 from captioner.inference import Captioner, load
-from captioner.modeling import CaptionerConfig, CaptionerModel
+from captioner.loading import check_complete
+from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.runs.digests import digest_tensors
 from captioner.tags import TagVocabulary
@@ -265,16 +268,18 @@ def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, Pre
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         text_config = AutoConfig.from_pretrained(name, **options)
     except LOADING_ERRORS as error:
-        raise ValueError(f"no decoder at '{name}': {first_line(error)}") from None
+        raise SettingError(f"no decoder at '{name}': {first_line(error)}", "decoder") from None
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise SettingError(
             f"the tokenizer of '{name}' has no end token, so captions could not end; "
-            "name one as eos_token in its tokenizer_config.json, or use another decoder"
+            "name one as eos_token in its tokenizer_config.json, or use another decoder",
+            "decoder",
         )
     if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
+        raise SettingError(
             f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {text_config.vocab_size}; "
-            "they do not belong together"
+            "they do not belong together",
+            "decoder",
         )
     check_positions(name, text_config, positions)
     text_config.dtype = torch.float32  # many models are published in bfloat16, in which small updates are lost
@@ -302,15 +307,25 @@ def copy_weights(name: str, decoder: nn.Module) -> None:
         decoder: the decoder, changed in place.
 
     Raises:
-        ValueError: the model has no safetensors weights, or another architecture.
+        SettingError: the model has no safetensors weights, lacks some of its weights, or has another architecture.
     """
+    options: dict[str, Any] = hub_options(name) | {"trust_remote_code": False}
+    options |= {"use_safetensors": True, "dtype": torch.float32}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_complete` names them
     try:
-        pretrained = AutoModelForCausalLM.from_pretrained(
-            name, config=decoder.config, dtype=torch.float32, use_safetensors=True, **hub_options(name)
-        )
+        pretrained, info = AutoModelForCausalLM.from_pretrained(name, config=decoder.config, **options)
+        missing = info["missing_keys"] and info["missing_keys"] & weight_names(name)
     except LOADING_ERRORS as error:
-        raise ValueError(f"no weights for decoder '{name}': {first_line(error)}") from None
+        raise SettingError(f"no weights for decoder '{name}': {first_line(error)}", "decoder") from None
+    check_complete(name, missing, info["mismatched_keys"], "decoder")
     decoder.load_state_dict(pretrained.state_dict())
+
+
+def weight_names(name: str) -> set[str]:
+    """Return the names of a causal language model's weights by its own configuration, without a fusion's weights."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub_options(name))
+    with torch.device("meta"), torch.random.fork_rng(devices=()):
+        return set(AutoModelForCausalLM.from_config(config).state_dict())
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from captioner.data.config import DataConfig
-from captioner.errors import SettingError, check_positive, check_shares
+from captioner.errors import ConflictError, SettingError, check_positive, check_seed, check_shares
 from captioner.grids import parse_grid, write_grid
 
 LORA = ("lora_rank", "lora_alpha", "lora_dropout")
@@ -28,6 +28,11 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size")
+
+
+def changed(settings: Any, defaults: Any) -> list[str]:
+    """Return the names of the settings that differ from the defaults."""
+    return [part.name for part in fields(defaults) if getattr(settings, part.name) != getattr(defaults, part.name)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class ModelConfig(EncoderConfig):
             raise SettingError(f"width {self.width} is no multiple of the {self.heads} heads", "width", "heads")
         for name in LORA:
             if self.tune != "lora" and getattr(self, name) != getattr(ModelConfig, name):
-                raise SettingError(f"{name} is set, but tune is '{self.tune}', not 'lora'", "tune")
+                raise ConflictError(f"{name} is set, but tune is '{self.tune}', not 'lora'", "tune", name)
 
 
 @dataclass(frozen=True)
@@ -206,14 +211,13 @@ class TrainConfig:
         check_positive(self, "epochs", "batch_size", "accumulation", "learning_rate", "clip", "evaluate_every")
         check_positive(self, "evaluate_images", "num_beams", "max_new_tokens", "log_every", "patience")
         check_positive(self, "keep_checkpoints", "save_steps")
+        check_seed(self)
         check_shares(self, "warmup", "label_smoothing")
         if self.data.streaming and self.stage != "xe":
             raise SettingError(
                 f"stage {self.stage} needs the captions of all images at once, which a stream does not give",
                 "streaming",
             )
-        if self.stage != "scst" and self.scst != ScstConfig():
-            raise SettingError(f"settings of stage scst are given, but the stage is {self.stage}", "stage")
         if self.stage == "text" and self.model.tune == "projector":
             raise SettingError("stage text trains the decoder, but tune is 'projector'", "tune")
         if self.stage != "text" and self.inputs.text_share and not self.data.text:
@@ -221,6 +225,9 @@ class TrainConfig:
                 f"sentences of text files are to be {self.inputs.text_share:g} of the texts, and no file is named",
                 *("data.text", "text_share"),
             )
+        if self.stage != "scst" and (given := changed(self.scst, ScstConfig())):
+            fact = f"settings of stage scst are given, but the stage is {self.stage}"
+            raise ConflictError(fact, "stage", *(f"scst.{name}" for name in given))
         names = tuple(write_grid(parse_grid(grid)) for grid in self.grids)
         object.__setattr__(self, "grids", names)  # as caches and checkpoints have them
 

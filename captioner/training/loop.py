@@ -29,7 +29,7 @@ from captioner.report.samples import write_samples
 from captioner.runs.checkpoint import check_finite, leave_frozen_out, not_finite, resume, save_checkpoint
 from captioner.runs.config import save_config
 from captioner.runs.digests import digest_json, digest_tensors
-from captioner.runs.files import recover_folder
+from captioner.runs.files import check_folder, recover_folder
 from captioner.runs.interruption import Interruption
 from captioner.runs.log import RunLog, check_trackers
 from captioner.runs.processes import pick_precision, start_processes
@@ -64,6 +64,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     For errors see `train`.
     """
     check_trackers(config.trackers)
+    check_folder(config.folder)
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     accelerator = start_processes(
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),

@@ -1,8 +1,10 @@
-"""The settings of one call of `CaptionerModel.generate`."""
+"""The settings of one call of `CaptionerModel.generate`: merged, checked, and as a search uses them."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.errors import SettingError
 from captioner.fusion import Fusion
@@ -46,3 +48,35 @@ def check_room(fusion: Fusion, prefix_tokens: int, prompt_tokens: int, new_token
             f"the decoder has room for {room} tokens; image, prompt and {new_tokens} new tokens need {needed}",
             "max_new_tokens",
         )
+
+
+@dataclass
+class SearchSettings:
+    """The settings of a search, as transformers prepares them."""
+
+    config: GenerationConfig
+    processors: LogitsProcessorList
+    prompt_length: int
+    end: torch.Tensor
+    """The end tokens; there may be none."""
+    fill: int
+    """The token that follows the end of a text."""
+
+    @classmethod
+    def capture(
+        cls,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> "SearchSettings":
+        """Take the settings that `generate(custom_generate=SearchSettings.capture)` has checked and merged."""
+        end, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+        fill = pad
+        if generation_config.num_beams > 1:  # transformers' beam search takes a pad token 0 for a missing one
+            fill = (pad or end[0]) if end is not None else -1
+        end = torch.tensor([], dtype=torch.long) if end is None else end
+        fill = 0 if fill is None else int(fill)
+        return cls(generation_config, logits_processor, input_ids.shape[1], end.to(input_ids.device), fill)

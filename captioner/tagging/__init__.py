@@ -1,0 +1,1 @@
+"""Make a tag head for a vocabulary, on the tokens of any frozen encoder."""
