@@ -14,7 +14,8 @@ from captioner.labels import IGNORED, label_generated
 from captioner.metrics import CiderD, score, tokenize_caption
 from captioner.training.config import ScstConfig
 from captioner.training.loop import train
-from captioner.training.scst import END, CaptionReward, SelfCritical, silence_dropout
+from captioner.training.rewards import END, CaptionReward
+from captioner.training.scst import SelfCritical, silence_dropout
 
 REFERENCES = [
     ["A dog runs through the grass.", "the brown dog is running"],

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from captioner.data.sets import join_sets, value_of
+from captioner.data.sets import distinct_rows, join_sets, value_of
 from captioner.data.stream import SeededStream
-from captioner.data.token_cache import CachedImages, TokenCache, distinct_rows
+from captioner.data.token_cache import CachedImages, TokenCache
 from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.images import ImageError

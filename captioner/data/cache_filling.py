@@ -17,12 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from captioner.data.encoding import Job, ViewSettings, disk_bytes, encode_shards, token_shapes
-from captioner.data.sets import join_sets
+from captioner.data.sets import distinct_rows, join_sets
 from captioner.data.token_cache import (
     MANIFEST,
     SOURCE,
     TokenCache,
-    distinct_rows,
     grid_name,
     image_names,
     image_size,

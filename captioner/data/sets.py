@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from captioner.data.config import SourceConfig
 from captioner.data.readers import read_captions
 from captioner.data.splits import NoSplitError
+from captioner.data.token_cache import image_names, image_size
 from captioner.errors import SettingError
 
 if TYPE_CHECKING:
@@ -108,3 +109,32 @@ def join_sets(tables: Sequence["Dataset"]) -> "Dataset":
     if len({str(table.features["image_id"]) for table in tables}) > 1:
         tables = [table.cast_column("image_id", datasets.Value("string")) for table in tables]
     return datasets.concatenate_datasets(list(tables))
+
+
+def read_bytes(image: dict) -> bytes | None:
+    """Return an encoded image, or None where there is no such file."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError:
+        return None
+
+
+def distinct_rows(table: "Dataset") -> list[int]:
+    """Return the rows of a table's images that one cache needs: of several rows with one name, the first.
+
+    Raises:
+        SettingError: different images have the same id and name.
+    """
+    first: dict[str, int] = {}
+    for number, name in enumerate(image_names(table)):
+        if first.setdefault(name, number) != number:
+            one, other = table[first[name]]["image"], table[number]["image"]
+            if one != other and (image_size(one) != image_size(other) or read_bytes(one) != read_bytes(other)):
+                raise SettingError(
+                    f"different images have the id and name '{name}' ('{one['path']}' and '{other['path']}'), so that "
+                    "one token cache cannot hold both; each needs a cache in a folder of its own",
+                    *("splits", "output", "tokens"),
+                )
+    return sorted(first.values())

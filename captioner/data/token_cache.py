@@ -106,35 +106,6 @@ def image_size(image: dict) -> int:
         return -1
 
 
-def read_bytes(image: dict) -> bytes | None:
-    """Return an encoded image, or None where there is no such file."""
-    if image["bytes"] is not None:
-        return image["bytes"]
-    try:
-        return Path(image["path"]).read_bytes()
-    except OSError:
-        return None
-
-
-def distinct_rows(table: "Dataset") -> list[int]:
-    """Return the rows of a table's images that one cache needs: of several rows with one name, the first.
-
-    Raises:
-        SettingError: different images have the same id and name.
-    """
-    first: dict[str, int] = {}
-    for number, name in enumerate(image_names(table)):
-        if first.setdefault(name, number) != number:
-            one, other = table[first[name]]["image"], table[number]["image"]
-            if one != other and (image_size(one) != image_size(other) or read_bytes(one) != read_bytes(other)):
-                raise SettingError(
-                    f"different images have the id and name '{name}' ('{one['path']}' and '{other['path']}'), so that "
-                    "one token cache cannot hold both; each needs a cache in a folder of its own",
-                    *("splits", "output", "tokens"),
-                )
-    return sorted(first.values())
-
-
 class TokenCache:
     """A token cache on disk. Opening it reads the headers of its files, and maps the tokens of some grids into memory.
 

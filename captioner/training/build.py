@@ -31,6 +31,7 @@ from captioner.loading import check_complete
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
 from captioner.runs.digests import digest_tensors
+from captioner.tag_head import DESCRIPTION
 from captioner.tags import TagVocabulary
 from captioner.training.config import SCRATCH, ModelConfig, TrainConfig
 from captioner.training.lora import tune
@@ -111,8 +112,19 @@ def tag_vocabulary(config: TrainConfig, model: CaptionerModel) -> TagVocabulary 
         ValueError: its file cannot be used.
         OSError: its file cannot be read.
     """
-    path = config.model.tags
-    return None if path is None else TagVocabulary.read(path / "tags.json" if path.is_dir() else path)
+    if model.tags is not None:
+        return model.tags.vocabulary
+    return None if config.model.tags is None else read_vocabulary(config.model.tags)
+
+
+def read_vocabulary(path: Path) -> TagVocabulary:
+    """Read a vocabulary of tags from a file, or from the folder of a trained tag head.
+
+    Raises:
+        ValueError: the file cannot be used.
+        OSError: the file cannot be read.
+    """
+    return TagVocabulary.read(path / DESCRIPTION if path.is_dir() else path)
 
 
 def training_grids(config: TrainConfig, model: CaptionerModel, processor: CaptionerProcessor) -> list[Grid]:

@@ -1,5 +1,6 @@
 """Every setting of a run: one typed dataclass per job, saved beside its results. Imports nothing heavy."""
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +100,16 @@ class ScstConfig:
     """What a caption is compared with: the `mean` of the image's other captions, or its `greedy` caption."""
     bleu_weight: float = 0.0
     """Weight of BLEU-4 (0 to 1) in the reward. CIDEr-D (0 to 10) has the weight 1."""
+    meteor_weight: float = 0.0
+    """Weight in the reward of a score close to METEOR (0 to 1), without synonyms and paraphrases."""
+    object_weight: float = 0.0
+    """Weight in the reward of naming the right objects (F1, 0 to 1): those that the references name."""
+    objects: Path | None = None
+    """Vocabulary of the objects for `object_weight`: a file, or the folder of a tag head. `None` takes the captioner's
+    tags."""
+    xe_weight: float = 0.0
+    """Weight of cross-entropy on human texts beside the rewards: a token of theirs is learned as one of a sample whose
+    reward is this much above the baseline. The texts are those of stage xe."""
 
     def __post_init__(self) -> None:
         least = 2 if self.baseline == "mean" else 1
@@ -106,6 +117,9 @@ class ScstConfig:
             raise SettingError(
                 f"the {self.baseline} baseline needs at least {least} samples, not {self.samples}", "samples"
             )
+        for name in ("bleu_weight", "meteor_weight", "object_weight", "xe_weight"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise SettingError(f"{name} must be 0 or more, not {value}", name)
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,9 @@ class InputConfig:
     """Share of the texts that are learned without any of their tags."""
     single_tag_dropout: float = 0.0
     """Largest share of single tags that are left out. For each text, the share is drawn between 0 and this one."""
+    tag_spread: float = 0.0
+    """For each batch of images, the least probability of a tag is drawn within this distance of the captioner's own, so
+    that more or fewer tags may be given later."""
     image_dropout: float = 0.0
     """Share of the captions that are learned without their image: the image tokens are zeros."""
     text_share: float = 0.0
@@ -123,7 +140,7 @@ class InputConfig:
     They have no image, and the tags that their own words mention."""
 
     def __post_init__(self) -> None:
-        check_shares(self, "tag_dropout", "single_tag_dropout", "image_dropout", "text_share")
+        check_shares(self, "tag_dropout", "single_tag_dropout", "tag_spread", "image_dropout", "text_share")
         if self.text_share == 1:
             raise SettingError(
                 "text_share 1 leaves no captions of images; stage text learns from text alone", "text_share"

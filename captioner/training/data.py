@@ -27,7 +27,8 @@ class TableData:
     An epoch has each image of a set as often as the weight of the set says.
     """
 
-    def __init__(self, data: DataConfig):
+    def __init__(self, data: DataConfig, sentences: Sequence[str] = ()):
+        self.sentences = sentences
         self.tables = [table for table in read_sets(data, data.train_split) if table is not None]
         self.table, self.weighted = join_sets(self.tables), bool(data.weights)
         weights = data.weights or [1.0] * len(self.tables)
@@ -44,8 +45,17 @@ class TableData:
         return self.table["captions"]
 
     def captions(self) -> list[str]:
-        """Return the captions on which a tokenizer is trained: all of them."""
-        return [caption for group in self.references for caption in group]
+        """Return the texts on which a tokenizer is trained: all captions, and the sentences that are added to them."""
+        return [caption for group in self.references for caption in group] + list(self.sentences)
+
+    def drawn(self, captions_per_image: int) -> float:
+        """Return the number of captions of an image in a step, on average."""
+        counts = [len(group) for group in self.references]
+        total, start = 0.0, 0
+        for size, weight in self.weights:
+            total += weight * sum(min(count, captions_per_image) for count in counts[start : start + size])
+            start += size
+        return total / sum(size * weight for size, weight in self.weights)
 
     def settings(self) -> dict:
         """Return the settings that a resumed run cannot change: digests of the images' ids and of their captions."""
@@ -75,8 +85,8 @@ class TableData:
 class RowData:
     """The training split as a stream of rows."""
 
-    def __init__(self, data: DataConfig, root: str):
-        self.data = data
+    def __init__(self, data: DataConfig, root: str, sentences: Sequence[str] = ()):
+        self.data, self.sentences = data, sentences
         self.rows = StreamedRows(root, data.train_split, columns_of(data), data.stream_rows, value_of(data.images, 0))
 
     def __len__(self) -> int:
@@ -88,8 +98,12 @@ class RowData:
         raise NotImplementedError("a stream does not hold the captions of all images")
 
     def captions(self) -> list[str]:
-        """Return the captions on which a tokenizer is trained: those of the first rows."""
-        return self.rows.first_captions()
+        """Return the texts on which a tokenizer is trained: the captions of the first rows, and the added sentences."""
+        return self.rows.first_captions() + list(self.sentences)
+
+    def drawn(self, captions_per_image: int) -> float:
+        """Return the number of captions of a row in a step, as if none had fewer captions."""
+        return float(captions_per_image)
 
     def settings(self) -> dict:
         """Return the settings that a resumed run cannot change: those that decide the order of the rows."""
@@ -177,7 +191,10 @@ def open_data(config: TrainConfig) -> tuple[TrainingData, list[HeldOut]]:
             raise SettingError("no captions to validate on: name a data set", "root", "val_root")
         train = TextData(data)
     else:
-        train = RowData(data, data.root[0]) if data.streaming and data.root else TableData(data)
+        share = config.inputs.text_share
+        sentences = read_sentences(data.text, data.caption_column, data.on_bad) if share else []
+        streaming = data.streaming and data.root
+        train = RowData(data, data.root[0], sentences) if streaming else TableData(data, sentences)
     try:
         if data.streaming:
             folder = value_of(data.images, 0)

@@ -72,7 +72,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         log_with=list(config.trackers) or None,
         project_dir=folder,
     )
-    check_sharding(accelerator, unsharded="encoder")
+    check_sharding(accelerator, unsharded="encoder|tag_head")
     set_seed(config.seed)
     with accelerator.main_process_first():  # the other processes then find the table cached
         data, held_out = open_data(config)
@@ -243,6 +243,8 @@ def fixed_settings(config: TrainConfig, per_step: int) -> dict:
     """Return the settings that a resumed run cannot change: those of the model and of the order of the data."""
     model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if key != "tags"}
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
+    later = ("meteor_weight", "object_weight", "objects", "xe_weight")  # None where an earlier version lacks them
+    rewards |= {f"scst.{name}": getattr(config.scst, name) or None for name in later}
     settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}
     settings["grids"] = " ".join(config.grids) or None
     return {**settings, **(rewards if config.stage == "scst" else {}), "images per step": per_step}

@@ -13,6 +13,7 @@ from captioner.data.encoding import token_shapes
 from captioner.grids import Grid
 from captioner.labels import split_targets, token_loss
 from captioner.modeling import CaptionerModel
+from captioner.training.inputs import PairedInputs
 from captioner.training.wrapped import call_method
 
 
@@ -49,14 +50,17 @@ class CrossEntropy:
 
     Args:
         label_smoothing: share of the probability that is spread over the vocabulary.
-        blank: image tokens of texts without an image, if there are such texts. All texts of a batch share them.
+        blank: the image tokens of batches without images. All texts of a batch share them.
+        inputs: adds tags and sentences to batches of images, and takes images away; `None` leaves batches unchanged.
     """
 
-    def __init__(self, label_smoothing: float, blank: BlankImage | None = None):
-        self.label_smoothing, self.blank = label_smoothing, blank
+    def __init__(self, label_smoothing: float, blank: BlankImage | None = None, inputs: PairedInputs | None = None):
+        self.label_smoothing, self.blank, self.inputs = label_smoothing, blank, inputs
 
     def prepare(self, model: nn.Module, batch: dict) -> dict:
-        """Return the batch; one without images gets the blank image as that of all its texts."""
+        """Return the batch as the decoder reads it; one without images has the blank image for all its texts."""
+        if self.inputs is not None:
+            return self.inputs.prepare(model, batch)
         if self.blank is None or "pixel_values" in batch or "image_tokens" in batch:
             return batch
         device = batch["input_ids"].device

@@ -158,7 +158,11 @@ def validation_loss(
     images: Images,
     config: TrainConfig,
 ) -> float:
-    """Return the cross-entropy per token, without smoothing, on the first `captions_per_image` captions of an image."""
+    """Return the cross-entropy per token, without smoothing, on the first `captions_per_image` captions of an image.
+
+    The captions come after the tags of their image, if the captioner has tags.
+    """
+    captioner = accelerator.unwrap_model(model)
     size, count = config.batch_size, config.data.captions_per_image
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
@@ -171,12 +175,16 @@ def validation_loss(
         groups = table[[row for row, _ in good]]["captions"]
         groups = [group[:count] for group in groups]
         text = processor.text([caption for group in groups for caption in group])
-        batch = images.batch([image for _, image in good]), text | {"owners": owners_of(groups)}
-        image_inputs, text = send_to_device(batch, accelerator.device)
-        text_inputs, targets = split_targets(text)
-        image_inputs["owners"] = text["owners"]
+        batch = images.batch([image for _, image in good]), text, owners_of(groups)
+        image_inputs, text, owners = send_to_device(batch, accelerator.device)
         with accelerator.autocast():
-            logits = accelerator.unwrap_model(model).logits_at(**image_inputs, **text_inputs)  # (N, V)
+            if captioner.tags is not None:
+                if "image_tokens" not in image_inputs:
+                    image_inputs = {"image_tokens": captioner.encode(**image_inputs)}
+                words = [captioner.tags.words_of(tags) for tags in captioner.pick_tags(image_inputs["image_tokens"])]
+                text = put_before(text, [words[owner] for owner in owners.tolist()])
+            text_inputs, targets = split_targets(text)
+            logits = captioner.logits_at(**image_inputs, owners=owners, **text_inputs)  # (N, V)
         sums[0] += token_loss(logits, targets)
         sums[1] += len(targets)
     total, tokens = accelerator.reduce(sums, "sum").tolist()
