@@ -196,11 +196,12 @@ def test_another_encoder_takes_the_decoder_of_a_captioner(text_run, captioned, t
     assert torch.allclose(*blank, atol=1e-5)  # what stage text learned to read in place of an image
 
 
-def test_a_text_stage_that_cannot_train_is_refused(text_run, write):
+def test_a_text_stage_that_cannot_train_is_refused(text_run, tmp_path):
     with pytest.raises(SettingError, match="stage text trains the decoder, but tune is 'projector'"):
         replace(text_run, model=replace(text_run.model, tune="projector"))
     with pytest.raises(SettingError, match="no captions to validate on") as raised:
         train(TrainConfig(stage="text", data=replace(text_run.data, root=())))
     assert raised.value.settings == ("root", "val_root")
+    data, inputs = replace(text_run.data, text=()), InputConfig(text_share=0.2)
     with pytest.raises(SettingError, match=r"are to be 0.2 of the texts, and no file is named"):
-        replace(text_run, stage="xe", data=replace(text_run.data, text=()), inputs=InputConfig(text_share=0.2))
+        train(replace(text_run, stage="xe", output=tmp_path, data=data, inputs=inputs))

@@ -237,11 +237,6 @@ class TrainConfig:
             )
         if self.stage == "text" and self.model.tune == "projector":
             raise SettingError("stage text trains the decoder, but tune is 'projector'", "tune")
-        if self.stage != "text" and self.inputs.text_share and not self.data.text:
-            raise SettingError(
-                f"sentences of text files are to be {self.inputs.text_share:g} of the texts, and no file is named",
-                *("data.text", "text_share"),
-            )
         if self.stage != "scst" and (given := changed(self.scst, ScstConfig())):
             fact = f"settings of stage scst are given, but the stage is {self.stage}"
             raise ConflictError(fact, "stage", *(f"scst.{name}" for name in given))

@@ -191,7 +191,9 @@ def open_data(config: TrainConfig) -> tuple[TrainingData, list[HeldOut]]:
             raise SettingError("no captions to validate on: name a data set", "root", "val_root")
         train = TextData(data)
     else:
-        share = config.inputs.text_share
+        if (share := config.inputs.text_share) and not data.text:
+            fact = f"sentences of text files are to be {share:g} of the texts, and no file is named"
+            raise SettingError(fact, "data.text", "text_share")
         sentences = read_sentences(data.text, data.caption_column, data.on_bad) if share else []
         streaming = data.streaming and data.root
         train = RowData(data, data.root[0], sentences) if streaming else TableData(data, sentences)
