@@ -7,6 +7,7 @@ from transformers import AutoConfig, PretrainedConfig
 from captioner.errors import SettingError
 from captioner.fusion import FUSIONS
 from captioner.grids import Grid, parse_grid
+from captioner.tag_head import TagConfig
 
 
 class CaptionerConfig(PretrainedConfig):
@@ -19,9 +20,12 @@ class CaptionerConfig(PretrainedConfig):
         grid: compressed grid (rows, columns) of the image tokens; `None` for the encoder's default.
         blind: whether the image tokens are zeroed. Such a model is the image-blind baseline: its scores show how much
             the captions of a training set teach without images.
+        tags: the object tags, as `TagConfig.to_dict` returns them, with the decoder's tokens of each tag; `None` for a
+            captioner without tags.
 
     Raises:
         SettingError: there is no such fusion, or the decoder does not support it.
+        ValueError: the tags have another form, or tokens that the decoder lacks.
     """
 
     model_type = "captioner"
@@ -34,6 +38,7 @@ class CaptionerConfig(PretrainedConfig):
         fusion: str = "prefix",
         grid: Grid | None = None,
         blind: bool = False,
+        tags: dict | None = None,
         **kwargs: Any,
     ):
         if fusion not in FUSIONS:
@@ -47,7 +52,15 @@ class CaptionerConfig(PretrainedConfig):
         self.text_config: PretrainedConfig = text_config
         self.fusion, self.blind = fusion, blind
         self.grid = parse_grid(grid)
+        self.tags = tags
+        if (found := self.tag_config) is not None:
+            found.check_tokens(text_config.vocab_size)
         super().__init__(**kwargs)
+
+    @property
+    def tag_config(self) -> TagConfig | None:
+        """The object tags; `None` for a captioner without tags."""
+        return None if self.tags is None else TagConfig.from_dict(self.tags)
 
     @property
     def hidden_size(self) -> int:

@@ -1,9 +1,12 @@
 """The captioner: a frozen encoder, a projector and a causal language model.
 
 Letters: B images, K captions of each, M image tokens, D encoder width, E decoder width, P prefix tokens, T text tokens,
-T0 of them in the prompt, V vocabulary, N text positions whose logits are computed.
+T0 of them in the prompt, V vocabulary, N text positions whose logits are computed, C tags.
 
     pixel_values (B, 3, H, W) -> encoder (frozen) -> image_tokens (B, M, D) -> projector -> prefix (B, P, E) -> decoder
+
+A captioner may have object tags: a head predicts them from the image tokens, and their words stand before the start
+token of a text, `[words of tags] <start> [prompt] caption <end>`. They are read and not learned.
 
 `fusion.py` has the ways in which the decoder reads the prefix; `text_decoder.py` computes the logits.
 """
@@ -15,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -25,9 +27,10 @@ from transformers.utils import can_return_tuple
 from captioner.configuration import CaptionerConfig
 from captioner.encoders import rebuild_encoder, unsaved_buffers
 from captioner.fusion import FUSIONS, Fusion
-from captioner.generation import generate_texts
+from captioner.generation import CaptionGeneration
 from captioner.grids import Grid
-from captioner.labels import count_targets, label_generated, next_labels, split_targets, token_loss
+from captioner.labels import count_targets, next_labels, token_loss
+from captioner.tag_head import TagHead
 from captioner.text_decoder import TextDecoder
 
 
@@ -45,11 +48,15 @@ class Projector(nn.Module):
         return self.fc2(F.gelu(self.fc1(self.norm(tokens))))
 
 
-class CaptionerModel(PreTrainedModel, GenerationMixin):
+class CaptionerModel(CaptionGeneration, PreTrainedModel, GenerationMixin):
     """A frozen image encoder, a projector and a text decoder, as one model of transformers.
 
     Every text starts with the start token (the tokenizer's bos, or its eos if it has no bos). For every fusion, the
     logits at position t predict token t + 1 of the text.
+
+    Attributes:
+        tags: the tags and which of them are named; `None` for a captioner without tags.
+        tag_head: predicts them from image tokens; frozen.
     """
 
     config_class = CaptionerConfig
@@ -68,6 +75,10 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         self.encoder_constants = unsaved_buffers(self.encoder)  # transformers' loading overwrites them
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.projector = Projector(self.encoder.embed_dim, self.fusion.width)
+        self.tags, self.tag_head = config.tag_config, None
+        if self.tags is not None:
+            sizes = (self.encoder.embed_dim, len(self.tags.vocabulary), self.tags.hidden)
+            self.tag_head = TagHead(*sizes, prefix_tokens=self.encoder.num_prefix_tokens).freeze()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,6 +124,25 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         """Encode pixels (B, 3, H, W) into image tokens (B, M, D), at the given grid or else the configured one."""
         return self.encoder.encode(pixel_values, self.config.grid if grid is None else grid)
 
+    def read_image(
+        self, pixel_values: torch.Tensor | None, image_tokens: torch.Tensor | None, grid: Grid | None = None
+    ) -> torch.Tensor:
+        """Return the image tokens (B, M, D) that are given, or else encode pixels.
+
+        Raises:
+            ValueError: there is no image, or the tokens have another width than this encoder's.
+        """
+        if image_tokens is None:
+            if pixel_values is None:
+                raise ValueError("no image: give pixel_values or image_tokens")
+            image_tokens = self.encode(pixel_values, grid)
+        if image_tokens.shape[-1] != self.encoder.embed_dim:
+            raise ValueError(
+                f"image tokens are {image_tokens.shape[-1]} wide, this encoder's are {self.encoder.embed_dim}; "
+                "they come from another encoder"
+            )
+        return image_tokens
+
     def prefix(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -127,21 +157,39 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             grid: compressed grid of the image tokens; `None` for the configured one.
 
         Raises:
-            ValueError: there is no image, or the tokens have another width than this encoder's.
+            ValueError: as `read_image`.
         """
-        if image_tokens is None:
-            if pixel_values is None:
-                raise ValueError("no image: give pixel_values or image_tokens")
-            image_tokens = self.encode(pixel_values, grid)
-        if image_tokens.shape[-1] != self.encoder.embed_dim:
-            raise ValueError(
-                f"image tokens are {image_tokens.shape[-1]} wide, this encoder's are {self.encoder.embed_dim}; "
-                "they come from another encoder"
-            )
-        image_tokens = image_tokens.to(self.projector.fc1.weight.dtype)
+        image_tokens = self.read_image(pixel_values, image_tokens, grid).to(self.projector.fc1.weight.dtype)
         if self.config.blind:
             image_tokens = torch.zeros_like(image_tokens)
-        return self.projector(image_tokens)  # (B, P, E); further embeddings of the prefix would be appended here
+        return self.projector(image_tokens)  # (B, P, E)
+
+    def predict_tags(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """Predict the probabilities of all tags (B, C) from image tokens (B, M, D).
+
+        Raises:
+            ValueError: this captioner has no tags, or the tokens come from another encoder.
+        """
+        if self.tag_head is None:
+            raise ValueError("this captioner has no tags")
+        return self.tag_head(image_tokens)
+
+    def pick_tags(
+        self, image_tokens: torch.Tensor, min_tag: float | None = None, max_tags: int | None = None
+    ) -> list[list[int]]:
+        """Pick the tags of images that the decoder reads; there are none for a captioner without tags, or a blind one.
+
+        Args:
+            image_tokens: image tokens (B, M, D).
+            min_tag: least probability of a tag; `None` for the configured one.
+            max_tags: most tags of an image; `None` for the configured number.
+
+        Returns:
+            The numbers of each image's tags, the most probable first.
+        """
+        if self.tags is None or self.config.blind:
+            return [[] for _ in image_tokens]
+        return self.tags.pick(self.predict_tags(image_tokens), min_tag, max_tags)
 
     @can_return_tuple
     def forward(
@@ -226,98 +274,3 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         if owners is None and len(input_ids) % len(prefix):
             raise ValueError(f"{len(input_ids)} captions do not divide among {len(prefix)} images")
         return prefix, input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
-
-    @torch.no_grad()
-    def generate(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_tokens: torch.Tensor | None = None,
-        grid: Grid | None = None,
-        generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Continue a text about each image.
-
-        Args:
-            pixel_values: images (B, 3, H, W).
-            input_ids: start token and prompt of each text (B, T0), as the processor makes them; the start token alone
-                if absent.
-            attention_mask: 0 where a prompt is padded on its left (B, T0).
-            image_tokens: encoded images (B, M, D), in place of pixels.
-            grid: compressed grid of the image tokens; `None` for the configured one.
-            generation_config: settings that replace single settings of the model.
-            kwargs: settings of transformers' `generate`, such as `num_beams`, `max_new_tokens`, `do_sample`,
-                `streamer`, `num_return_sequences` or `return_dict_in_generate`. They replace those of
-                `generation_config`. A `max_length` counts the tokens of the prompt and the new ones, not the image's.
-
-        Returns:
-            Texts (B * num_return_sequences, T) as in transformers: start token, prompt, new tokens, end token, and
-            padding on the right. With `return_dict_in_generate`, an output that has these as `sequences`.
-
-        Raises:
-            ValueError: there is no image, prompts and images do not match, or the decoder has no room for the text.
-        """
-        prefix = self.prefix(pixel_values, image_tokens, grid)
-        settings = (self.generation_config, generation_config, kwargs)
-        return generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings)[0]
-
-    @torch.no_grad()
-    def generate_with_log_probability(
-        self,
-        image_tokens: torch.Tensor,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Continue a text about each image, as `generate` does, and return the log-probabilities, too.
-
-        Greedy and beam search sum them up during the search. After any other way to generate, such as sampling,
-        `log_probability` computes them in one more pass of the decoder.
-
-        Args:
-            image_tokens: encoded images (B, M, D).
-            input_ids: start token and prompt of each text (B, T0); the start token alone if absent.
-            attention_mask: 0 where a prompt is padded on its left (B, T0).
-            kwargs: settings of transformers' `generate`.
-
-        Returns:
-            Texts (B * num_return_sequences, T), those of an image in a row, best first in a beam search; and their
-            log-probabilities (B * num_return_sequences,), float32.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-        prefix, settings = self.prefix(None, image_tokens), (self.generation_config, None, kwargs)
-        texts, logprobs = generate_texts(self.fusion, prefix, input_ids, attention_mask, *settings, logprob=True)
-        if logprobs is None:
-            logprobs = self.log_probability(texts, image_tokens, input_ids, attention_mask)
-        return texts, logprobs
-
-    @torch.no_grad()
-    def log_probability(
-        self,
-        sequences: torch.Tensor,
-        image_tokens: torch.Tensor,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the log-probability of generated texts under the model, end token included.
-
-        Args:
-            sequences: texts that `generate` returned (B*K, T).
-            image_tokens: the image tokens (B, M, D) of these texts.
-            input_ids: the prompts in that call of `generate` (B, T0); the start token alone if absent.
-            attention_mask: the mask of these prompts (B, T0).
-
-        Returns:
-            One natural logarithm for each text (B*K,), float32, of its probability after the prompt.
-        """
-        prompt_length = 1 if input_ids is None else input_ids.shape[1]
-        text = label_generated(sequences, prompt_length, self.generation_config.eos_token_id, attention_mask)
-        inputs, targets = split_targets(text)
-        positions = inputs["positions"]
-        logits = self.logits_at(None, inputs["input_ids"], inputs["attention_mask"], positions, image_tokens)  # (N, V)
-        logprobs = -token_loss(logits, targets, reduction="none")  # (N,)
-        return logprobs.new_zeros(positions.shape).masked_scatter(positions, logprobs).sum(1)

@@ -87,6 +87,19 @@ class CaptionerProcessor(ProcessorMixin):
         """Return the ids of the start token and of a text to continue; for an empty text, of the prompt."""
         return [self.start_token_id, *self._ids([text or self.prompt])[0]]
 
+    def tag_ids(self, names: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each tag's name, as of a word within a caption; the decoder reads them before a text.
+
+        Raises:
+            ValueError: the tokenizer cannot write a name.
+        """
+        rows = self._ids([f" {name}" for name in names]) if names else []
+        special = set(self.tokenizer.all_special_ids)
+        for name, row in zip(names, rows, strict=True):
+            if not row or special.intersection(row):
+                raise ValueError(f"the tokenizer cannot write the tag '{name}'")
+        return rows
+
     def prompts(self, count: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
         """Return the start token and the prompt for each of `count` images, as arguments of `CaptionerModel.generate`.
 
@@ -137,6 +150,7 @@ class CaptionerProcessor(ProcessorMixin):
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         padding_side: Literal["left", "right"] = "left",
+        tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
     ) -> BatchFeature:
         """Turn images, and texts to continue, into the arguments of `CaptionerModel.generate`.
 
@@ -152,14 +166,17 @@ class CaptionerProcessor(ProcessorMixin):
             max_length: longest text in tokens; `None` for the processor's own.
             pad_to_multiple_of: see transformers' tokenizers.
             padding_side: side of the padding; `generate` needs it on the left.
+            tags: names of object tags, which stand before the start token: one list for all images, or one for each.
+                Only a captioner that was trained with tags can read them. With `None`, it predicts its own.
 
         Returns:
-            `pixel_values` (B, 3, H, W) if there are images; `input_ids` and `attention_mask` (B, T) of start token and
-            text.
+            `pixel_values` (B, 3, H, W) if there are images; `input_ids` and `attention_mask` (B, T) of tags, start
+            token and text.
 
         Raises:
             ImageError: an image cannot be used.
-            ValueError: there are neither images nor texts, or not one text for each image.
+            ValueError: there are neither images nor texts, not one text or one list of tags for each image, or a tag
+                that the tokenizer cannot write.
         """
         if images is None and text is None:
             raise ValueError("nothing to process: give images, text or both")
@@ -178,6 +195,14 @@ class CaptionerProcessor(ProcessorMixin):
             raise ValueError(f"{len(texts)} texts for {count} images; give one text for all of them or one for each")
         longest = self.max_length if max_length is None else max_length
         ids = [self.prompt_ids(text)[: longest if truncation else None] for text in texts]
+        if tags is not None:
+            groups = list(tags)
+            if all(isinstance(group, str) for group in groups):
+                groups = [groups] * len(ids)
+            if len(groups) != len(ids):
+                raise ValueError(f"{len(groups)} lists of tags for {len(ids)} texts; give one for all or one for each")
+            words = ([token for row in self.tag_ids(group) for token in row] for group in groups)
+            ids = [[*before, *row] for before, row in zip(words, ids, strict=True)]
         data |= pad_without_fast_tokenizer_warning(
             self.tokenizer,
             {"input_ids": ids},

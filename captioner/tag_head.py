@@ -6,7 +6,7 @@ A trained head is a folder: `tags.json` holds its `TagConfig` and the encoder th
 Letters: B images, M image tokens, D their width, H hidden width, K tags.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class TagConfig:
     """Least probability of a tag that is named."""
     max_tags: int = 6
     """Most tags that are named: the most probable ones."""
+    tokens: tuple[tuple[int, ...], ...] = ()
+    """The decoder's tokens of each tag's name; none where the head belongs to no captioner yet."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "max_tags")
@@ -54,12 +56,42 @@ class TagConfig:
         for name, value in numbers.items():
             if type(value) is not int and (name != "min_tag" or type(value) is not float):
                 raise ValueError(f"{name} of the tags is not a number: {value!r}")
-        return cls(vocabulary, **numbers)
+        tokens = content.get("tokens", ())
+        if not isinstance(tokens, list | tuple) or not all(map(is_numbers, tokens)):
+            raise ValueError("the tokens of the tags are not lists of numbers")
+        return cls(vocabulary, **numbers, tokens=tuple(map(tuple, tokens)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for JSON."""
-        rest = {"hidden": self.hidden, "min_tag": self.min_tag, "max_tags": self.max_tags}
-        return self.vocabulary.to_dict() | rest
+        rest: dict[str, Any] = {"hidden": self.hidden, "min_tag": self.min_tag, "max_tags": self.max_tags}
+        return self.vocabulary.to_dict() | rest | ({"tokens": list(map(list, self.tokens))} if self.tokens else {})
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Refuse tags without tokens of a decoder's vocabulary.
+
+        Raises:
+            ValueError: the message names the first such tag.
+        """
+        if len(self.tokens) != len(self.vocabulary):
+            raise ValueError(f"there are {len(self.vocabulary)} tags, and the tokens of {len(self.tokens)}")
+        for name, row in zip(self.vocabulary.names, self.tokens, strict=True):
+            if not row or not all(0 <= token < vocab_size for token in row):
+                raise ValueError(f"the decoder has no tokens of the tag '{name}'")
+
+    def words_of(self, tags: Sequence[int]) -> list[int]:
+        """Return the decoder's tokens of tags, one tag after the other.
+
+        Raises:
+            ValueError: there is no such tag.
+        """
+        for tag in tags:
+            if not 0 <= tag < len(self.tokens):
+                raise ValueError(f"there is no tag {tag}; the captioner has {len(self.tokens)}, from 0")
+        return [token for tag in tags for token in self.tokens[tag]]
+
+    def most_words(self) -> int:
+        """Return the largest number of the decoder's tokens that the tags of an image take."""
+        return sum(sorted(map(len, self.tokens))[-self.max_tags :])
 
     def pick(
         self, probabilities: torch.Tensor, min_tag: float | None = None, max_tags: int | None = None
@@ -79,6 +111,11 @@ class TagConfig:
         ordered = probabilities.sort(dim=1, descending=True, stable=True)
         counts = (ordered.values >= least).sum(1).clamp(max=most).tolist()
         return [row[:count] for row, count in zip(ordered.indices.tolist(), counts, strict=True)]
+
+
+def is_numbers(value: Any) -> bool:
+    """Return whether a value is a list of whole numbers."""
+    return isinstance(value, list | tuple) and all(type(number) is int for number in value)
 
 
 class TagHead(nn.Module):
@@ -101,6 +138,7 @@ class TagHead(nn.Module):
         shift: summand of each tag's logit (K,).
     """
 
+    frozen: bool = False
     mean: torch.Tensor
     std: torch.Tensor
     scale: torch.Tensor
@@ -143,6 +181,17 @@ class TagHead(nn.Module):
         """Predict the calibrated probabilities (B, K) of tokens (B, M, D), in float32."""
         logits = self.classify(self.pool(tokens)).float()
         return (logits * self.scale.float() + self.shift.float()).sigmoid()
+
+    def freeze(self) -> "TagHead":
+        """Freeze the head: no parameter gets a gradient, and it stays in eval mode after `train()`; returns self."""
+        self.frozen = True
+        return self.eval()
+
+    def train(self, mode: bool = True) -> "TagHead":
+        """Switch training mode; a frozen head stays as it is, as a frozen encoder does."""
+        if self.frozen:
+            self.requires_grad_(False)
+        return super().train(mode and not self.frozen)
 
     @property
     def multiplications(self) -> int:
@@ -194,4 +243,4 @@ def load_head(folder: Path, width: int, prefix_tokens: int) -> tuple[TagHead, Ta
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"'{folder / WEIGHTS}' does not fit '{DESCRIPTION}' beside it: {reason}") from None
-    return head.eval().requires_grad_(False), config
+    return head.freeze(), config

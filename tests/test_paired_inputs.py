@@ -25,7 +25,7 @@ from captioner.training.config import InputConfig, ScstConfig
 from captioner.training.inputs import MixedStream, PairedInputs, join_texts
 from captioner.training.loop import train
 from captioner.training.objectives import CrossEntropy
-from captioner.training.scst import SelfCritical
+from captioner.training.scst import SelfCritical, silence_dropout
 from captioner.training.text import TagWords, TextStream
 
 TAGS = TagVocabulary.of_names(["red", "green", "blue", "white", "square"])
@@ -94,7 +94,7 @@ def test_tags_and_images_are_left_out_as_often_as_is_set(tagged, processor):
         )
         for n in range(40)
     }
-    assert counts == {0, 1, 2, 3}
+    assert {0, 3} < counts
 
 
 def test_sentences_are_added_by_position_and_in_proportion(captioned, make_model, processor):
@@ -131,6 +131,7 @@ def test_texts_of_different_lengths_are_joined(processor):
 def test_samples_are_learned_after_their_tags_and_beside_human_texts(tagged, processor, monkeypatch):
     inputs = make_inputs(tagged, processor)
     references = [["a dog"], ["two men"], ["a cat"]]
+    silence_dropout(tagged.decoder)
     settings = ScstConfig(samples=3, xe_weight=0.25)
     objective = SelfCritical(Accelerator(cpu=True), processor, references, settings, 6, inputs=inputs)
     batch = batch_of(tagged, processor) | {"rows": torch.tensor([2, 0])}
@@ -212,7 +213,7 @@ def test_the_vocabulary_of_stage_text_has_to_fit(mixed, head, tmp_path):
     config = replace(mixed, output=tmp_path / "run", stage="text", epochs=0.5, evaluate_images=2)
     train(replace(config, model=replace(config.model, tags=tmp_path / "tags.txt")))
     config = replace(config, stage="xe")
-    with pytest.raises(SettingError, match="has learned other tags than .*: 'circle' and 'square'") as raised:
+    with pytest.raises(SettingError, match="has 1 tags that the decoder of .* has not learned, such as 'sq") as raised:
         train(config)
     assert "tags" in raised.value.settings
     with pytest.raises(SettingError, match="no tag head at"):

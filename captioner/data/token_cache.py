@@ -57,6 +57,30 @@ def encoder_fingerprint(encoder: TokenEncoder, encoder_config: dict, image: dict
     return json.loads(json.dumps(content))  # tuples become lists, as they come back from disk
 
 
+def compare_sources(made_by: dict, source: dict) -> str | None:
+    """Return how the encoder and the preprocessing of a fingerprint differ from those of a model; `None` if not at all.
+
+    Args:
+        made_by: the `encoder_fingerprint` of what was made with an encoder.
+        source: that of the model.
+    """
+    if made_by == source:
+        return None
+    if made_by["encoder"] != source["encoder"]:
+        what = f"another encoder, {made_by['encoder']}, where the model has {source['encoder']}"
+    elif made_by["arguments"] != source["arguments"]:
+        one, other = (" ".join(f"{k}={v}" for k, v in s["arguments"].items()) for s in (made_by, source))
+        what = f"{source['encoder']} with {one or 'no options'}, where the model has {other or 'no options'}"
+    elif made_by["weights"] != source["weights"]:
+        what = f"other weights of {source['encoder']} than the model's"
+    else:
+        keys = [k for k in made_by["image"] | source["image"] if made_by["image"].get(k) != source["image"].get(k)]
+        what = "other preprocessing: " + ", ".join(
+            f"{k} {made_by['image'].get(k)}, where the model has {source['image'].get(k)}" for k in keys
+        )
+    return what
+
+
 def grid_name(encoder: TokenEncoder, grid: Grid | None) -> str:
     """Return the name of a grid, or for `None` of the encoder's default: `5x5`, or `all` for a token of every cell."""
     grid = grid or encoder.grid
@@ -173,22 +197,8 @@ class TokenCache:
 
     def difference(self, source: dict) -> str | None:
         """Return how encoder and preprocessing of the cache differ from those of a model; `None` if they do not."""
-        made_by = {key: self.manifest[key] for key in SOURCE}
-        if made_by == source:
-            return None
-        if made_by["encoder"] != source["encoder"]:
-            what = f"another encoder, {made_by['encoder']}, where the model has {source['encoder']}"
-        elif made_by["arguments"] != source["arguments"]:
-            one, other = (" ".join(f"{k}={v}" for k, v in s["arguments"].items()) for s in (made_by, source))
-            what = f"{source['encoder']} with {one or 'no options'}, where the model has {other or 'no options'}"
-        elif made_by["weights"] != source["weights"]:
-            what = f"other weights of {source['encoder']} than the model's"
-        else:
-            keys = [k for k in made_by["image"] | source["image"] if made_by["image"].get(k) != source["image"].get(k)]
-            what = "other preprocessing: " + ", ".join(
-                f"{k} {made_by['image'].get(k)}, where the model has {source['image'].get(k)}" for k in keys
-            )
-        return f"the token cache '{self.folder}' comes from {what}"
+        difference = compare_sources({key: self.manifest[key] for key in SOURCE}, source)
+        return difference and f"the token cache '{self.folder}' comes from {difference}"
 
     def missing(self, table: "Dataset") -> int:
         """Count the images of a table that are neither encoded nor known to be unreadable."""

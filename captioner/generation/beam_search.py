@@ -9,8 +9,8 @@ are those of `_sample` and `_beam_search` in transformers' `generation/utils.py`
 leaves only when no further step could change its captions. Rounding may differ; it matters only where two different
 texts have the same score, as with two words that share an embedding.
 
-Letters: B images, S of them active, K beams, k candidates, P prefix tokens, E decoder width, T0 prompt tokens, T
-longest text, V vocabulary, C columns of the cache, R texts returned for an image.
+Letters: B images, S of them active, K beams, k candidates, P prefix tokens, E decoder width, T0 prompt tokens, W
+prompt tokens with words of tags, T longest text, V vocabulary, C columns of the cache, R texts returned for an image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,6 +46,17 @@ class Batch(NamedTuple):
     """Start token and prompt (B, T0)."""
     attention_mask: torch.Tensor
     """0 where a prompt is padded on its left (B, T0)."""
+    read_ids: torch.Tensor
+    """What the decoder reads: words of tags before the prompt (B, W)."""
+    read_mask: torch.Tensor
+    """0 where this is padded on its left (B, W)."""
+
+    def arrange(self, fusion: Fusion) -> dict[str, torch.Tensor]:
+        """Return the decoder's arguments, as a fusion arranges them; more than the prompt is read as embeddings."""
+        inputs = fusion.arrange(self.prefix, self.read_ids, self.read_mask)
+        if "input_ids" in inputs and self.read_ids.shape != self.input_ids.shape:
+            inputs["inputs_embeds"] = fusion.decoder.get_input_embeddings()(inputs.pop("input_ids"))
+        return inputs
 
     def cut(self, start: int, stop: int | None = None) -> "Batch":
         """Return some of the images."""
@@ -125,7 +136,7 @@ class BeamSearch:
         free = self.slots - self.working
         batch, rest = self.waiting.cut(0, free), self.waiting.cut(free)
         self.waiting = rest if len(rest.prefix) else None
-        inputs: dict[str, Any] = self.fusion.arrange(*batch)
+        inputs: dict[str, Any] = batch.arrange(self.fusion)
         mask = inputs["attention_mask"]  # (B, C0)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         if mask.all():
@@ -164,7 +175,7 @@ class BeamSearch:
             "logprobs": torch.zeros(count, self.beams, device=device),
             "ended": torch.zeros(count, dtype=torch.bool, device=device),  # whether the search has ended
         }
-        if "encoder_hidden_states" in self.fusion.arrange(*batch):
+        if "encoder_hidden_states" in batch.arrange(self.fusion):
             state["prefix"] = batch.prefix
         if self.beams > 1:
             state["scores"][:, 1:] = FAR  # all beams are still the same text

@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from captioner.fusion import Fusion
 from captioner.generation.beam_search import Batch, BeamSearch
-from captioner.generation.settings import SearchSettings, check_room, merge_settings
+from captioner.generation.prompts import Prompts
+from captioner.generation.settings import SearchSettings, check_room, count_prompt, merge_settings
 from captioner.generation.slot_cache import grows_plainly
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3")
@@ -33,8 +34,7 @@ NEUTRAL: dict[str, int] = {"use_cache": True, "num_beam_groups": 1}
 def generate_texts(
     fusion: Fusion,
     prefix: torch.Tensor,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
+    prompts: Prompts,
     own: GenerationConfig,
     given: GenerationConfig | None,
     kwargs: dict[str, Any],
@@ -45,8 +45,7 @@ def generate_texts(
     Args:
         fusion: the decoder, and the way in which it reads the prefix.
         prefix: prefix of each image (B, P, E).
-        input_ids: start token and prompt of each text (B, T0); the start token alone if absent.
-        attention_mask: 0 where a prompt is padded on its left (B, T0).
+        prompts: start token and prompt of each text, and the words of tags before them.
         own: settings of the model.
         given: settings that replace single settings of the model.
         kwargs: settings of transformers' `generate` that replace both.
@@ -58,21 +57,17 @@ def generate_texts(
     Raises:
         ValueError: prompts and images do not match, or the decoder has no room for the text.
     """
-    if input_ids is None:
-        if own.bos_token_id is None:
-            raise ValueError("no text: give input_ids, because generation_config has no bos_token_id to start with")
-        input_ids = torch.full((len(prefix), 1), own.bos_token_id, device=prefix.device)
-    if len(input_ids) != len(prefix):
-        raise ValueError(f"{len(input_ids)} prompts for {len(prefix)} images; give one for each")
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    settings = merge_settings(own, given, kwargs, input_ids.shape[1])
-    check_room(fusion, prefix.shape[1], input_ids.shape[1], settings.get("max_new_tokens") or 0)
-    batch = Batch(prefix, input_ids, attention_mask)
+    if len(prompts.input_ids) != len(prefix):
+        raise ValueError(f"{len(prompts.input_ids)} prompts for {len(prefix)} images; give one for each")
+    batch = Batch(prefix, prompts.input_ids, prompts.attention_mask, *prompts.read())
+    settings = merge_settings(own, given, kwargs, batch.input_ids.shape[1])
+    check_room(fusion, prefix.shape[1], batch.read_ids.shape[1], settings.get("max_new_tokens") or 0)
     prepared = prepare_search(fusion, batch, settings)
     if prepared is None:
-        inputs = fusion.arrange(*batch)
-        return fusion.decoder.generate(**{"input_ids": input_ids, **inputs, **settings}), None
+        inputs = batch.arrange(fusion)
+        if batch.read_ids is not batch.input_ids and batch.attention_mask.all():
+            settings = count_prompt(settings)
+        return fusion.decoder.generate(**{"input_ids": batch.input_ids, **inputs, **settings}), None
     found = sorted(BeamSearch(fusion, prepared, logprob=logprob).run([batch]), key=lambda one: one.number)
     length = max(int(one.lengths.max()) for one in found)
     texts = torch.cat([one.texts for one in found])[:, :length]  # (B*R, T)
@@ -90,7 +85,7 @@ def prepare_search(fusion: Fusion, batch: Batch, settings: dict[str, Any]) -> Se
     if padded and settings.get("repetition_penalty") not in (None, 1.0):
         return None  # it counts from another place in each prompt
     one = batch.cut(0, 1)
-    inputs = {"input_ids": one.input_ids, **fusion.arrange(*one), **settings}
+    inputs = {"input_ids": one.input_ids, **one.arrange(fusion), **settings}
     return fusion.decoder.generate(**inputs, custom_generate=SearchSettings.capture)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from captioner.errors import SettingError
 from captioner.fusion import Fusion
@@ -50,6 +50,18 @@ def check_room(fusion: Fusion, prefix_tokens: int, prompt_tokens: int, new_token
         )
 
 
+def count_prompt(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with which a penalty of repetition counts every token of prompts that are not padded.
+
+    transformers would leave out as many tokens as the mask has padding, which here stands before words of tags.
+    """
+    penalty = settings.get("repetition_penalty")
+    if penalty in (None, 1.0):
+        return settings
+    processors = [RepetitionPenaltyLogitsProcessor(penalty), *(settings.get("logits_processor") or ())]
+    return settings | {"repetition_penalty": None, "logits_processor": LogitsProcessorList(processors)}
+
+
 @dataclass
 class SearchSettings:
     """The settings of a search, as transformers prepares them."""
@@ -73,6 +85,9 @@ class SearchSettings:
         **kwargs: Any,
     ) -> "SearchSettings":
         """Take the settings that `generate(custom_generate=SearchSettings.capture)` has checked and merged."""
+        for processor in logits_processor:
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+                processor.prompt_ignore_length = None  # of the mask's padding, which may stand before words of tags
         end, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
         fill = pad
         if generation_config.num_beams > 1:  # transformers' beam search takes a pad token 0 for a missing one

@@ -4,38 +4,42 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    GPT2Config,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from captioner.configuration import CaptionerConfig
 from captioner.data.encoding import token_shapes
+from captioner.data.token_cache import compare_sources, encoder_fingerprint
 from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
-from captioner.errors import SettingError, first_line
+from captioner.errors import SettingError
 from captioner.fusion import FUSIONS
 from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
-from captioner.hub import hub_options
 from captioner.inference import Captioner, load
-from captioner.loading import check_complete
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
-from captioner.runs.digests import digest_tensors
-from captioner.tag_head import DESCRIPTION
+from captioner.tag_head import DESCRIPTION, TagConfig, TagHead, load_head, read_description
 from captioner.tags import TagVocabulary
 from captioner.training.config import SCRATCH, ModelConfig, TrainConfig
+from captioner.training.decoders import (
+    check_positions,
+    copy_captioner,
+    copy_weights,
+    decoder_of,
+    hub_decoder,
+    new_decoder,
+    same_encoder,
+)
 from captioner.training.lora import tune
-from captioner.transformers_versions import LOADING_ERRORS, checkpoint_activations
+from captioner.transformers_versions import checkpoint_activations
+
+TEXT_TAGS = "text_tags"
+"""Entry of a captioner's configuration with the vocabulary of stage text, if it had no head."""
 
 
 def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tuple[CaptionerModel, CaptionerProcessor]:
@@ -62,6 +66,8 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         settings = config.model
         if (text := text_stage_of(config)) is not None:
             settings = replace(settings, decoder=str(text))
+        if config.stage == "text" and settings.tags is not None and not settings.tags.is_dir():
+            settings = replace(settings, tags=None)  # a vocabulary, which needs no head
         model, processor = build_captioner(settings, captions() if settings.decoder is None else [])
     else:
         loaded = load(source, "cpu")
@@ -77,7 +83,7 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
         max_new_tokens=config.max_new_tokens,
     )
     prefix_tokens = count_tokens(model.encoder, model.config.grid, processor.image["input_size"])
-    prompt_tokens = len(processor.prompt_ids())
+    prompt_tokens = len(processor.prompt_ids()) + (0 if model.tags is None else model.tags.most_words())
     check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # so that no epoch is trained in vain
     return model, processor
 
@@ -201,8 +207,19 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         grid=grid,
         blind=config.blind,
     )
+    head = None
+    if config.tags is not None:
+        head, tags = tag_head(config.tags, encoder, encoder_fingerprint(encoder, model_config.encoder_config, image))
+        tags = replace(tags, tokens=tuple(map(tuple, processor.tag_ids(tags.vocabulary.names))))
+        model_config.tags = tags.to_dict()
+        if trained is not None:
+            check_learned(trained.model, tags.vocabulary, config)
+    elif trained is not None and trained.model.tag_head is not None and same_encoder(trained.model, encoder):
+        head, model_config.tags = trained.model.tag_head, trained.model.config.tags
     model = CaptionerModel(model_config)
     model.encoder.load_state_dict(encoder.state_dict())
+    if head is not None:
+        model.tag_head.load_state_dict(head.state_dict())
     if trained is not None:
         copy_captioner(trained.model, model)
     elif config.decoder is not None:
@@ -210,134 +227,55 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     return model, processor
 
 
-def decoder_of(config: ModelConfig) -> Captioner | None:
-    """Load the captioner whose decoder a new captioner takes, if `config.decoder` is the folder of a captioner.
-
-    Raises:
-        SettingError: its decoder reads images by another fusion.
-    """
-    path = Path(str(config.decoder)) / "config.json"
-    try:
-        if json.loads(path.read_text())["model_type"] != CaptionerConfig.model_type:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    trained = load(config.decoder, "cpu")
-    if (fusion := trained.model.config.fusion) != config.fusion:
-        raise SettingError(
-            f"the decoder of '{config.decoder}' reads images by {fusion}, not by {config.fusion}", "fusion", "decoder"
-        )
-    return trained
-
-
-def copy_captioner(trained: CaptionerModel, model: CaptionerModel) -> None:
-    """Copy the weights of a trained captioner into a new one: those of its decoder and of its projector.
-
-    For another encoder, the projector's first layers are new, and its output for zeros is what the decoder learned.
-    """
-    model.decoder.load_state_dict(trained.decoder.state_dict())
-    state = trained.projector.state_dict()
-    if digest_tensors(trained.encoder.state_dict()) != digest_tensors(model.encoder.state_dict()):
-        state = {name: state[name] for name in ("fc1.bias", "fc2.weight", "fc2.bias")}
-    model.projector.load_state_dict(state, strict=False)
-
-
-def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> GPT2Config:
-    """Return the configuration of a decoder from scratch.
+def check_learned(trained: CaptionerModel, vocabulary: TagVocabulary, config: ModelConfig) -> None:
+    """Refuse tags that a decoder has not read in stage text.
 
     Args:
-        config: its size.
-        tokenizer: its tokenizer.
-        positions: number of its positions.
+        trained: the captioner whose decoder is taken.
+        vocabulary: the tags of the new captioner.
+        config: the new captioner.
+
+    Raises:
+        SettingError: the message names the first such tag.
     """
-    return GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=positions,
-        n_embd=config.width,
-        n_layer=config.layers,
-        n_head=config.heads,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's gelu_new, in one operation
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    learned = learned_vocabulary(trained)
+    if learned is None:
+        return
+    names = {name.casefold() for name in learned.names}
+    if unknown := [name for name in vocabulary.names if name.casefold() not in names]:
+        raise SettingError(
+            f"the tag head '{config.tags}' has {len(unknown)} tags that the decoder of '{config.decoder}' has not "
+            f"learned, such as '{unknown[0]}'",
+            *("tags", "decoder"),
+        )
 
 
-def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """Load the tokenizer and the configuration of a causal language model; its weights are trained in float32.
+def learned_vocabulary(model: CaptionerModel) -> TagVocabulary | None:
+    """Return the tags whose words the decoder of a captioner has learned to read, if there are any."""
+    if model.tags is not None:
+        return model.tags.vocabulary
+    found = getattr(model.config, TEXT_TAGS, None)
+    return None if found is None else TagVocabulary.from_dict(found)
+
+
+def tag_head(folder: Path, encoder: TokenEncoder, source: dict) -> tuple[TagHead, TagConfig]:
+    """Load a trained tag head for an encoder.
 
     Args:
-        name: hub id or folder of the model.
-        positions: number of positions that it must have, image tokens included.
+        folder: its folder.
+        encoder: the encoder.
+        source: the encoder's `encoder_fingerprint`.
 
     Raises:
-        ValueError: there is no such model, it has no end token, or it has too few positions.
+        SettingError: there is no head, or it was trained on another encoder.
+        ValueError: its files are damaged.
     """
-    try:
-        options = hub_options(name) | {"trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        text_config = AutoConfig.from_pretrained(name, **options)
-    except LOADING_ERRORS as error:
-        raise SettingError(f"no decoder at '{name}': {first_line(error)}", "decoder") from None
-    if tokenizer.eos_token_id is None:
+    head, config = load_head(folder, encoder.embed_dim, encoder.num_prefix_tokens)
+    if difference := compare_sources(read_description(folder)["source"], source):
         raise SettingError(
-            f"the tokenizer of '{name}' has no end token, so captions could not end; "
-            "name one as eos_token in its tokenizer_config.json, or use another decoder",
-            "decoder",
+            f"the tag head '{folder}' comes from {difference}; this model needs a head of its own", "tags"
         )
-    if len(tokenizer) > text_config.vocab_size:
-        raise SettingError(
-            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {text_config.vocab_size}; "
-            "they do not belong together",
-            "decoder",
-        )
-    check_positions(name, text_config, positions)
-    text_config.dtype = torch.float32  # many models are published in bfloat16, in which small updates are lost
-    return tokenizer, text_config
-
-
-def check_positions(name: str | None, text_config: PretrainedConfig, positions: int) -> None:
-    """Refuse a decoder that has too few positions.
-
-    Raises:
-        SettingError: the message has both numbers.
-    """
-    room = getattr(text_config, "max_position_embeddings", None)
-    if room is not None and room < positions:
-        raise SettingError(
-            f"'{name}' has room for {room} tokens; image tokens and text need {positions}", "grid", "max_length"
-        )
-
-
-def copy_weights(name: str, decoder: nn.Module) -> None:
-    """Load the weights of a causal language model into a decoder of the same configuration.
-
-    Args:
-        name: hub id or folder of the model.
-        decoder: the decoder, changed in place.
-
-    Raises:
-        SettingError: the model has no safetensors weights, lacks some of its weights, or has another architecture.
-    """
-    options: dict[str, Any] = hub_options(name) | {"trust_remote_code": False}
-    options |= {"use_safetensors": True, "dtype": torch.float32}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_complete` names them
-    try:
-        pretrained, info = AutoModelForCausalLM.from_pretrained(name, config=decoder.config, **options)
-        missing = info["missing_keys"] and info["missing_keys"] & weight_names(name)
-    except LOADING_ERRORS as error:
-        raise SettingError(f"no weights for decoder '{name}': {first_line(error)}", "decoder") from None
-    check_complete(name, missing, info["mismatched_keys"], "decoder")
-    decoder.load_state_dict(pretrained.state_dict())
-
-
-def weight_names(name: str) -> set[str]:
-    """Return the names of a causal language model's weights by its own configuration, without a fusion's weights."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub_options(name))
-    with torch.device("meta"), torch.random.fork_rng(devices=()):
-        return set(AutoModelForCausalLM.from_config(config).state_dict())
+    return head, config
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -67,7 +67,8 @@ class ModelConfig(EncoderConfig):
     vocab_size: int = 6000
     """Size of the vocabulary (byte-level BPE) of a decoder from scratch."""
     tags: Path | None = None
-    """Vocabulary of object tags for stage text: a file, or the folder of a trained tag head."""
+    """Folder of a trained tag head, which `captioner tags` made for this encoder. Its tags become part of the
+    captioner. Stage text takes the file of a vocabulary, too, such as `tags.json` of a head of another encoder."""
     prompt: str = ""
     """Text that every caption continues, such as `A photo of`."""
     max_length: int = 40
@@ -264,7 +265,7 @@ class TrainConfig:
         if self.model.tune != "lora":
             unused |= {f"model.{name}": f"tune is '{self.model.tune}', not 'lora'" for name in LORA}
         if self.init_from is not None or self.stage == "scst":
-            names = {f.name for f in fields(ModelConfig)} - {"tune", "tags", *LORA}
+            names = {f.name for f in fields(ModelConfig)} - {"tune", *LORA}
             unused |= {f"model.{name}": "the captioner that training starts from has its own" for name in names}
         elif self.model.decoder is not None:
             unused |= {f"model.{name}": "it is for a decoder from scratch" for name in SCRATCH}

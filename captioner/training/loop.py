@@ -236,12 +236,13 @@ def part_digests(model: CaptionerModel, processor: CaptionerProcessor) -> dict[s
         "encoder digest": digest_json(encoder_fingerprint(model.encoder, model.config.encoder_config, processor.image)),
         "frozen decoder digest": digest_tensors(frozen),
         "tokenizer digest": digest_json(processor.tokenizer.get_vocab()),
-    }
+    } | ({} if model.tag_head is None else {"tag head digest": digest_tensors(model.tag_head.state_dict())})
 
 
 def fixed_settings(config: TrainConfig, per_step: int) -> dict:
     """Return the settings that a resumed run cannot change: those of the model and of the order of the data."""
-    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if key != "tags"}
+    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
+    del model["model.tags"]  # a digest stands for the tag head, whose folder may have another name by now
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
     later = ("meteor_weight", "object_weight", "objects", "xe_weight")  # None where an earlier version lacks them
     rewards |= {f"scst.{name}": getattr(config.scst, name) or None for name in later}

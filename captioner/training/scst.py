@@ -86,11 +86,13 @@ class SelfCritical:
             tokens = batch.get("image_tokens")
             if tokens is None:
                 tokens = captioner.encode(batch["pixel_values"], batch.get("grid"))
-            if self.inputs is not None:
-                read = self.inputs.read_images(captioner, tokens)
-                settings |= {"image_tokens": read.image_tokens[read.owners], "tags": read.tags}
+            owners = None
+            if self.inputs is None:
+                images, tags = tokens, captioner.pick_tags(tokens)
             else:
-                settings["image_tokens"] = tokens
+                read, owners, tags = self.inputs.read_images(captioner, tokens)
+                images = read[owners]
+            settings |= {"image_tokens": images, "tags": tags}
             search = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             if self.config.search == "beam":
                 search = {"do_sample": False, "num_beams": count}
@@ -102,10 +104,11 @@ class SelfCritical:
         captioner.train()
         images = np.repeat(batch["rows"].cpu().numpy(), count)  # (B*K,)
         text = label_generated(sampled, self.prompt_length, self.processor.tokenizer.eos_token_id)
+        if captioner.tags is not None:
+            text = put_before(text, [captioner.tags.words_of(group) for group in tags for _ in range(count)])
         if self.inputs is None:
             return {"image_tokens": tokens, "images": images, **decoded, **text}
-        text = put_before(text, [self.inputs.tags.tokens(tags) for tags in read.tags for _ in range(count)])
-        made = {"image_tokens": read.image_tokens, "owners": read.owners.repeat_interleave(count), **text}
+        made = {"image_tokens": read, "owners": owners.repeat_interleave(count), **text}
         if self.config.xe_weight:
             human = self.inputs.prepare(model, batch | {"image_tokens": tokens})
             made |= join_texts(text, human) | {"owners": torch.cat([made["owners"], human["owners"]])}

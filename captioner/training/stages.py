@@ -16,7 +16,7 @@ from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 from captioner.runs.digests import digest_json
 from captioner.tags import TagVocabulary
-from captioner.training.build import read_vocabulary, tag_vocabulary
+from captioner.training.build import TEXT_TAGS, read_vocabulary, tag_vocabulary
 from captioner.training.config import InputConfig, TrainConfig
 from captioner.training.data import HeldOut, TextData, TrainingData
 from captioner.training.inputs import MixedStream, PairedInputs
@@ -149,6 +149,8 @@ def text_stage(
     """
     model.projector.requires_grad_(False)
     tags = TagWords(tag_vocabulary(config, model), processor, config.inputs)
+    if tags.vocabulary is not None and model.tags is None:
+        setattr(model.config, TEXT_TAGS, tags.vocabulary.to_dict())
     blank = BlankImage(model, processor.image["input_size"], grids)
     stream = TextStream(data.sentences, processor, tags, config.seed, grids, per_step)
     sets = [ValidationSet(part.name, part.table) for part in held_out]

@@ -31,8 +31,7 @@ class TagWords:
 
     def __init__(self, vocabulary: TagVocabulary | None, processor: CaptionerProcessor, config: InputConfig):
         self.vocabulary, self.config = vocabulary, config
-        names = [] if vocabulary is None else [f" {name}" for name in vocabulary.names]  # as words within a caption
-        self.ids: list[list[int]] = processor.tokenizer(names, add_special_tokens=False)["input_ids"] if names else []
+        self.ids: list[list[int]] = [] if vocabulary is None else processor.tag_ids(vocabulary.names)
 
     def of(self, sentence: str) -> list[int]:
         """Return the numbers of the tags that a sentence mentions, in order of their first mention."""
