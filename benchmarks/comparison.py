@@ -110,7 +110,7 @@ def measure(settings: Settings, name: str, folder: Path, grids: tuple[str, ...] 
         return [Row(**row) for row in found["rows"]]
     config: TrainConfig = recipes.TRAIN[settings.recipe]()
     encoder = EncoderConfig(encoder=f"local-dir:{folder}", image_size=settings.image_size)
-    data = DataConfig(root=settings.root)
+    data = DataConfig(root=(settings.root,))
     fill_cache(
         CacheConfig(
             output=work / "tokens",
@@ -122,7 +122,7 @@ def measure(settings: Settings, name: str, folder: Path, grids: tuple[str, ...] 
             mixed_precision=settings.mixed_precision,
         )
     )
-    data = replace(data, tokens=work / "tokens")
+    data = replace(data, tokens=(work / "tokens",))
     best = train(
         replace(
             config,

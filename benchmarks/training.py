@@ -42,7 +42,7 @@ from transformers import (
 from captioner.commands.cache import CacheConfig, fill_cache
 from captioner.data.batches import CaptionStream, open_images
 from captioner.data.config import DataConfig
-from captioner.data.readers import read_split
+from captioner.data.readers import read_captions
 from captioner.data.token_cache import open_cache
 from captioner.recipes import flickr8k
 from captioner.training.build import build_captioner
@@ -81,9 +81,9 @@ class Ours:
     def __init__(self, config: TrainConfig, captions: list[str], accelerator: Accelerator):
         set_seed(config.seed)
         self.config, self.accelerator = config, accelerator
-        table = read_split(config.data, "train")
+        table = read_captions(config.data.root[0], "train")
         model, self.processor = build_captioner(config.model, captions)
-        cache = open_cache(config.data.tokens, model, self.processor)
+        cache = open_cache(next(iter(config.data.tokens), None), model, self.processor)
         found = open_images(table, self.processor, cache)
         stream = CaptionStream(table, self.processor, config.data.captions_per_image, config.seed, found)
         optimizer = create_optimizer(model, config)
@@ -185,10 +185,10 @@ class Peer:
 
 def build(settings: Settings, folder: Path) -> dict[str, Ours | Peer]:
     """Build the variants, by name, over one set of images and one cache of them."""
-    table = read_split(DataConfig(root=settings.root), "train")
+    table = read_captions(settings.root, "train")
     captions = [caption for group in table["captions"] for caption in group]
     DatasetDict({"train": table.select(range(settings.images))}).save_to_disk(folder / "images")
-    data = DataConfig(root=str(folder / "images"), workers=0)
+    data = DataConfig(root=(str(folder / "images"),), workers=0)
     options = {"splits": ("train",), "mixed_precision": settings.mixed_precision}
     fill_cache(CacheConfig(output=folder / "tokens", data=data, **options))
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision)
@@ -197,7 +197,7 @@ def build(settings: Settings, folder: Path) -> dict[str, Ours | Peer]:
     recipe = replace(recipe, batch_size=settings.batch, model=model)
     variants: dict[str, Ours | Peer] = {}
     for count in settings.captions:
-        for name, tokens in (("online", None), ("from the cache", folder / "tokens")):
+        for name, tokens in (("online", ()), ("from the cache", (folder / "tokens",))):
             config = replace(recipe, data=replace(data, captions_per_image=count, tokens=tokens))
             label = f"ours, {name}, {count} caption{'s' * (count > 1)} an image"
             variants[label] = Ours(config, captions, accelerator)

@@ -239,6 +239,7 @@ class CaptionerModel(CaptionGeneration, PreTrainedModel, GenerationMixin):
         positions: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         grid: Grid | None = None,
+        owners: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the logits at some text positions only, (N, V), ordered by row.
 
@@ -251,19 +252,25 @@ class CaptionerModel(CaptionGeneration, PreTrainedModel, GenerationMixin):
             positions: true at the N positions (B*K, T); `None` for every position with text.
             image_tokens: encoded images (B, M, D), in place of pixels.
             grid: compressed grid of the image tokens; `None` for the configured one.
+            owners: number of the image that each text is about (texts,), where images have different numbers of texts.
 
         Raises:
             ValueError: as `forward`.
         """
-        inputs = self.check_inputs(self.prefix(pixel_values, image_tokens, grid), input_ids, attention_mask)
-        return self.text_decoder.logits_at(*inputs, inputs[-1].bool() if positions is None else positions)
+        prefix = self.prefix(pixel_values, image_tokens, grid)
+        inputs = self.check_inputs(prefix, input_ids, attention_mask, owners)
+        return self.text_decoder.logits_at(*inputs, inputs[-1].bool() if positions is None else positions, owners)
 
     def check_inputs(
-        self, prefix: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+        self,
+        prefix: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        owners: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the prefix (B, P, E), the texts about it and their mask (B*K, T); raises the errors of `forward`."""
         if input_ids is None:
             raise ValueError("no text: give input_ids that start with the start token")
-        if len(input_ids) % len(prefix):
+        if owners is None and len(input_ids) % len(prefix):
             raise ValueError(f"{len(input_ids)} captions do not divide among {len(prefix)} images")
         return prefix, input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from captioner.data.config import DataConfig
 from captioner.pretraining.config import PretrainConfig, TeacherConfig
-from captioner.training.config import ModelConfig, ScstConfig, TrainConfig
+from captioner.training.config import InputConfig, ModelConfig, ScstConfig, TrainConfig
 
 
 def debug() -> TrainConfig:
@@ -64,6 +64,56 @@ def flickr8k_scst() -> TrainConfig:
         learning_rate=1e-4,
         weight_decay=0.0,
         clip=0.1,
+    )
+
+
+def flickr8k_coco_text() -> TrainConfig:
+    """Teach the decoder of `flickr8k_coco` language from 240,000 sentences and their tags; not run yet.
+
+    captioner train flickr8k_coco_text --data.root flickr8k coco --data.text text/captions.jsonl.gz \\
+        --model.encoder local-dir:runs/lookupvit_flickr8k_coco --model.tags runs/tags
+    """
+    return TrainConfig(
+        Path("runs/flickr8k_coco"),
+        stage="text",
+        model=ModelConfig(layers=3, width=256, heads=4, vocab_size=6000),
+        inputs=InputConfig(tag_dropout=0.2, single_tag_dropout=0.85),
+        epochs=3,
+        batch_size=192,
+        learning_rate=1e-3,
+        label_smoothing=0.0,
+        mixed_precision="bf16",
+        evaluate_every=0.5,
+        save_dtype="float16",
+    )
+
+
+def flickr8k_coco() -> TrainConfig:
+    """Train on Flickr8k and COCO, from the decoder of `flickr8k_coco_text` if it was run; not run yet.
+
+    captioner train flickr8k_coco --data.root flickr8k coco --data.text text/captions.jsonl.gz \\
+        --model.encoder local-dir:runs/lookupvit_flickr8k_coco --model.tags runs/tags
+    """
+    inputs = InputConfig(tag_dropout=0.3, tag_spread=0.1, image_dropout=0.1, text_share=0.2)
+    start = replace(flickr8k_coco_text(), stage="xe", inputs=inputs, epochs=10)
+    return replace(start, batch_size=32, learning_rate=6e-4, evaluate_every=1.0)
+
+
+def flickr8k_coco_scst() -> TrainConfig:
+    """Continue `flickr8k_coco` with rewards, into `runs/flickr8k_coco/scst/best`; not run yet.
+
+    captioner train flickr8k_coco_scst --data.root flickr8k coco --data.text text/captions.jsonl.gz
+    """
+    return replace(
+        flickr8k_coco(),
+        stage="scst",
+        scst=ScstConfig(samples=5, search="beam", meteor_weight=1.0, object_weight=0.5, xe_weight=0.05),
+        epochs=3,
+        evaluate_every=0.5,
+        learning_rate=1e-4,
+        weight_decay=0.0,
+        clip=0.1,
+        mixed_precision="auto",
     )
 
 
@@ -281,6 +331,9 @@ TRAIN = {
     "debug": debug,
     "flickr8k": flickr8k,
     "flickr8k_scst": flickr8k_scst,
+    "flickr8k_coco_text": flickr8k_coco_text,
+    "flickr8k_coco": flickr8k_coco,
+    "flickr8k_coco_scst": flickr8k_coco_scst,
     "coco_small": coco_small,
     "coco_gpt2": coco_gpt2,
     "coco_smollm_lora": coco_smollm_lora,

@@ -6,6 +6,7 @@ whose logits are computed; n of these positions, or of the texts, in one group.
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -54,7 +55,12 @@ class TextDecoder:
         return output
 
     def logits_at(
-        self, prefix: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
+        self,
+        prefix: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        positions: torch.Tensor,
+        owners: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the logits at some positions of the texts, (N, V), row by row.
 
@@ -66,9 +72,11 @@ class TextDecoder:
             input_ids: texts (B*K, T), the K texts about one image in a row.
             attention_mask: 1 for text, 0 for padding (B*K, T).
             positions: true at the N positions (B*K, T).
+            owners: number of the image that each text is about (texts,), where images have different numbers of texts.
         """
-        owners = self.owners(prefix, input_ids)
-        cache = self.prefix_cache(prefix, len(input_ids) // len(prefix))
+        if owners is None:
+            owners = self.owners(prefix, input_ids)
+        cache = self.prefix_cache(prefix, math.ceil(len(input_ids) / len(prefix)))
         numbers = torch.arange(positions.numel(), device=positions.device).view(positions.shape)
         outputs, places = [], []
         for rows, length in self.groups(positions):

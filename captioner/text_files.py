@@ -1,8 +1,10 @@
-"""Read text files of other programs: their encoding is detected, and their size is limited."""
+"""Read text files of other programs: their encoding is detected, and their size is limited; gzip is unpacked."""
 
 import codecs
+import gzip
 import json
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ logger = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES = 2 * 2**30
 """Size in bytes above which a text file is refused, because it would fill the memory."""
+
+GZIP = b"\x1f\x8b"
+"""The first bytes of a file that gzip packed."""
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -23,21 +28,39 @@ BYTE_ORDER_MARKS = (
 def read_text(path: Path) -> str:
     """Read a text file: by its byte order mark, else as UTF-8, else as Windows-1252, with a warning.
 
-    A file that contains characters of UTF-8 is never read as Windows-1252, which would garble these characters.
+    A file that contains characters of UTF-8 is never read as Windows-1252, which would garble these characters. A file
+    that gzip packed, whatever its name, is unpacked in memory.
 
     Raises:
-        ValueError: the file is larger than `MAX_TEXT_BYTES`, has another encoding, or contains NUL bytes.
+        ValueError: the file is larger than `MAX_TEXT_BYTES`, is damaged, has another encoding, or contains NUL bytes.
         OSError: the file cannot be read.
     """
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
         raise ValueError(f"'{path}' is {size / 2**30:.1f} GiB; over {MAX_TEXT_BYTES // 2**30} GiB is refused")
-    text = decode_text(path.read_bytes(), path)
+    data = path.read_bytes()
+    text = decode_text(unpack(path) if data.startswith(GZIP) else data, path)
     if (place := text.find("\0")) >= 0:
         line = text.count("\n", 0, place) + 1
         raise ValueError(
             f"'{path}', line {line}, holds a NUL character; a text file must be UTF-8, or UTF-16 with a byte order mark"
         )
     return text
+
+
+def unpack(path: Path) -> bytes:
+    """Unpack a file that gzip packed.
+
+    Raises:
+        ValueError: the file is damaged, or its content is larger than `MAX_TEXT_BYTES`.
+    """
+    try:
+        with gzip.open(path) as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"'{path}' is damaged: it cannot be unpacked ({error})") from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"'{path}' holds more than {MAX_TEXT_BYTES // 2**30} GiB of text, which is refused")
+    return data
 
 
 def decode_text(data: bytes, path: Path) -> str:

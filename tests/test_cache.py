@@ -170,7 +170,7 @@ def test_two_images_of_one_name_are_refused(cache_config, saved_model, tmp_path,
         Image.new("RGB", (side if split == "val" else 9, 9), colour).save(tmp_path / f"{split}2017" / f"1.{ending}")
         content = {"images": [{"id": 1, "file_name": f"1.{ending}"}], "annotations": [{"image_id": 1, "caption": "a"}]}
         (tmp_path / f"captions_{split}2017.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"different images under one id and name, '1 1.{ending}'"):
+    with pytest.raises(ValueError, match=f"different images have the id and name '1 1.{ending}'"):
         fill_cache(cache_config(tmp_path / "tokens", saved_model, tmp_path))
 
 

@@ -38,7 +38,7 @@ def run(*args):
         ("cache --views 0", "views must be positive, not 0; change --views"),
         ("train debug --epochs x", "--epochs must be a number, not 'x'"),
         ("train debug --patience x", "--patience must be a whole number or None, not 'x'"),
-        ("train debug --stage foo", "--stage must be one of 'xe', 'scst', not 'foo'"),
+        ("train debug --stage foo", "--stage must be one of 'text', 'xe', 'scst', not 'foo'"),
         ("train debug --workers 3", "no option --workers; the nearest is --data.workers"),
         ("train debug --data.rot x", "no option --data.rot; the nearest is --data.root"),
         ("train debug --zzzzzz", "no option --zzzzzz; `captioner train debug --help` lists the options"),

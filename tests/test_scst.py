@@ -10,11 +10,14 @@ from training_runs import debug, losses, stop_at
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import captioner
+from captioner.errors import SettingError
 from captioner.labels import IGNORED, label_generated
 from captioner.metrics import CiderD, score, tokenize_caption
+from captioner.tags import TagVocabulary
 from captioner.training.config import ScstConfig
 from captioner.training.loop import train
-from captioner.training.scst import END, CaptionReward, SelfCritical, silence_dropout
+from captioner.training.rewards import END, CaptionReward, object_score
+from captioner.training.scst import SelfCritical, silence_dropout
 
 REFERENCES = [
     ["A dog runs through the grass.", "the brown dog is running"],
@@ -227,3 +230,44 @@ def test_score_agrees_with_the_reward_but_for_the_end():
     measured = score(captions, dict(enumerate(REFERENCES)), metrics=("CIDEr",))
     rewards = CaptionReward(REFERENCES)(np.arange(3), list(captions.values()), [True] * 3)
     assert np.corrcoef([measured.image(n)["CIDEr"] for n in range(3)], rewards)[0, 1] > 0.9
+
+
+def test_a_score_close_to_meteor():
+    from captioner.metrics.quick_meteor import Words, quick_meteor, stem
+
+    def value(caption, *references):
+        return quick_meteor(Words(caption), [Words(text) for text in references])
+
+    reference = "a dog runs through the grass"
+    assert value(reference, "two men", reference) == 1.0
+    assert value("", reference) == value("two men", reference) == value("a dog") == 0.0
+    assert 1 > value("a dog running through the grass", reference) > value("a dog sits in the grass", reference) > 0
+    assert value("a dog runs", reference) > value("runs dog a", reference)  # fragments
+    assert value("a dog", reference) > value("through the", reference)  # words of content count more
+    assert {stem(word) for word in ("ride", "rides", "riding")} == {"rid"}
+    assert {stem(word) for word in ("run", "runs", "running")} == {"run"}
+    assert stem("grass") == "grass"
+
+
+def test_the_right_objects_are_rewarded():
+    vocabulary = TagVocabulary.of_names(["dog", "cat", "chair", "beach"])
+    reward = CaptionReward(REFERENCES, object_weight=2.0, vocabulary=vocabulary)
+    captions = ["a dog", "a cat", "a cat on a chair", "a dog on a chair", "a man", "a man"]
+    images = np.array([0, 0, 2, 2, 2, 1])
+    scores = reward.scores(images, captions, [True] * 6)
+    assert scores["objects"] == pytest.approx([1, 0, 1, 0.5, 0, 0])
+    plain = CaptionReward(REFERENCES)(images, captions, [True] * 6)
+    assert reward(images, captions, [True] * 6) == pytest.approx(plain + 2 * scores["objects"])
+    assert object_score([0, 1], {0: 1.0, 2: 0.5}) == pytest.approx(2 * 0.5 * (1 / 1.5) / (0.5 + 1 / 1.5))
+    assert object_score([], {}) == 1.0
+    assert object_score([], {1: 0.2}) == object_score([1], {}) == 0.0
+
+
+def test_a_weight_below_zero_or_unknown_objects_are_refused(captioned, tmp_path):
+    with pytest.raises(SettingError, match="meteor_weight must be 0 or more, not -1"):
+        ScstConfig(meteor_weight=-1)
+    train(debug(captioned, tmp_path, epochs=0.25, evaluate_images=2))
+    config = debug(captioned, tmp_path, stage="scst", scst=ScstConfig(object_weight=1.0))
+    with pytest.raises(SettingError, match="object_weight needs a vocabulary of objects") as raised:
+        train(config)
+    assert raised.value.settings == ("objects",)

@@ -53,7 +53,7 @@ def test_captions_cannot_break_the_page(captioned, finished, tmp_path):
 
     table = read_captions(captioned, "val").select([0])
     results = [{"image_id": 0, "caption": "</p><script>alert(1)</script>"}]
-    write_samples(Accelerator(cpu=True), table, results, {"step": 1, "CIDEr": 0.5}, tmp_path / "samples")
+    write_samples(Accelerator(cpu=True), [("set", table, results)], {"step": 1, "CIDEr": 0.5}, tmp_path / "samples")
     page = (tmp_path / "samples" / "step_00000001.html").read_text()
     assert "<script" not in page
     assert "CIDEr 0.5000" in page

@@ -24,7 +24,7 @@ class CacheConfig:
     """Folder of the cache. If it exists, only images that it lacks are encoded."""
     data: SourceConfig = field(default_factory=SourceConfig)
     splits: tuple[str, ...] = ("train", "val")
-    """Splits to encode. Others can be added to the same folder later."""
+    """Splits to encode; of several data sets, some may lack a split. Others can be added to the same folder later."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     captioner: str | None = None
     """Folder or hub id of a captioner, or `shipped`. Its encoder, preprocessing and grid are used, in place of those of
@@ -90,7 +90,7 @@ def fill_cache(config: CacheConfig) -> int:
 
     from captioner.data.cache_filling import fill, join_tables
     from captioner.data.encoding import ViewSettings
-    from captioner.data.readers import read_split
+    from captioner.data.sets import read_sets
     from captioner.runs.files import check_folder
     from captioner.runs.processes import start_processes
 
@@ -99,7 +99,9 @@ def fill_cache(config: CacheConfig) -> int:
     set_seed(config.seed)
     encoder, source, own = open_encoder(config, accelerator.device)
     with accelerator.main_process_first():  # the other processes then find the table cached
-        table = join_tables([read_split(config.data, split) for split in config.splits])
+        several = len(config.data.root) > 1
+        tables = [table for split in config.splits for table in read_sets(config.data, split, some=several)]
+        table = join_tables([table for table in tables if table is not None])
     left_out = fill(
         accelerator,
         config.output,

@@ -1,6 +1,7 @@
 """`captioner evaluate`: caption a split with every process, write the captions, then score them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,11 @@ from captioner.grids import parse_grid
 from captioner.metrics.objects import ObjectConfig
 
 if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator
+
+    from captioner.data.batches import Images
+    from captioner.inference import Captioner
     from captioner.metrics import Scores
 
 
@@ -24,7 +30,8 @@ class EvaluateConfig:
     split: str = "test"
     """Split to caption."""
     output: Path = Path("runs/evaluate")
-    """Folder of `results.json` (COCO's results format) and `scores.json`. Only the same evaluation may replace them."""
+    """Folder of `results.json` (COCO's results format) and `scores.json`, or of a folder with both for each of several
+    data sets. Only the same evaluation may replace them."""
     overwrite: bool = False
     """Replace the results of an evaluation with other settings, too."""
     batch_size: int = 32
@@ -43,7 +50,7 @@ class EvaluateConfig:
     show_tags: bool = False
     """Write the tags of each image into `results.json`, too."""
     limit: int | None = None
-    """Number of images to caption, from the first on; `None` for all."""
+    """Number of images of each data set to caption, from the first on; `None` for all."""
     spice: Path | None = None
     """Folder with SPICE's models. Without it, SPICE is not computed."""
     objects: ObjectConfig = field(default_factory=ObjectConfig)
@@ -69,60 +76,98 @@ def run(config: EvaluateConfig) -> int:
     return 1 if evaluate_split(config)[1] else 0
 
 
-def evaluate(config: EvaluateConfig) -> "Scores | None":
+def evaluate(config: EvaluateConfig) -> "Scores | dict[str, Scores] | None":
     """Run the evaluation job, and return the scores; `None` in all processes but the main one. See `evaluate_split`."""
     return evaluate_split(config)[0]
 
 
-def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
+def evaluate_split(config: EvaluateConfig) -> tuple["Scores | dict[str, Scores] | None", int]:
     """Run the evaluation job.
 
     Returns:
-        The scores, which are `None` in all processes but the main one; and the number of images that could not be
-        opened.
+        The scores, which are `None` in all processes but the main one, and for several data sets a dictionary by name
+        of the set; and the number of images that could not be opened.
+
+    The scores of several data sets are in a dictionary by name of the set.
 
     Raises:
         ValueError: there are no data, the folder holds no captioner, the token cache is of another model, or `output`
             holds the results of another evaluation.
         OSError: a file is missing, such as SPICE's models.
     """
-    from captioner.data.batches import open_images
-    from captioner.data.readers import read_split
+    from captioner.data.batches import open_sets
+    from captioner.data.sets import read_sets, set_names
     from captioner.data.token_cache import open_cache
-    from captioner.evaluation import caption_split, count_failed, file_names, score_results, write_results
     from captioner.image_tags import make_choice
     from captioner.inference import load
-    from captioner.metrics import METRICS
     from captioner.metrics.java import spice_models
-    from captioner.metrics.objects import open_objects
-    from captioner.runs.config import save_config
-    from captioner.runs.files import check_folder, open_whole
+    from captioner.runs.files import check_folder
     from captioner.runs.processes import start_processes
 
     if config.spice:
         spice_models(config.spice)
     accelerator = start_processes()
     check_folder(config.output)
-    check_output(config)
-    table = read_split(config.data, config.split)
+    names = set_names(config.data.root)
+    folders = [config.output / name for name in names] if len(names) > 1 else [config.output]
+    check_output(config, folders)
+    tables = [table for table in read_sets(config.data, config.split) if table is not None]
     if config.limit is not None:
-        table = table.select(range(min(config.limit, len(table))))
-    objects = open_objects(config.objects, file_names(table))
+        tables = [table.select(range(min(config.limit, len(table)))) for table in tables]
     captioner = load(config.model, str(accelerator.device))
-    choice = make_choice(config.tags, config.min_tag)
-    choice.check(captioner.model)
+    make_choice(config.tags, config.min_tag).check(captioner.model)
     grid = parse_grid(config.grid)
-    cache = open_cache(config.data.tokens, captioner.model, captioner.processor, grid)
+    caches = [open_cache(folder, captioner.model, captioner.processor, grid) for folder in config.data.tokens]
+    images = open_sets(dict(enumerate(tables)), captioner.processor, caches)
+    scores: dict[str, Scores] = {}
+    failed = 0
+    for name, table, own, folder in zip(names, tables, images, folders, strict=True):
+        if len(names) > 1:
+            accelerator.print(f"{name}:")
+        found, count = evaluate_set(accelerator, captioner, table, own, folder, config)
+        failed += count
+        if found is not None:
+            scores[name] = found
+    accelerator.end_training()
+    return (scores if len(names) > 1 else scores[names[0]]) if scores else None, failed
+
+
+def evaluate_set(
+    accelerator: "Accelerator",
+    captioner: "Captioner",
+    table: "datasets.Dataset",
+    images: "Images",
+    folder: Path,
+    config: EvaluateConfig,
+) -> tuple["Scores | None", int]:
+    """Caption and score one data set; see `evaluate_split`.
+
+    Args:
+        accelerator: accelerator of the processes.
+        captioner: the captioner.
+        table: the images.
+        images: source of the images.
+        folder: folder of the results.
+        config: the evaluation.
+    """
+    from captioner.evaluation import caption_split, count_failed, file_names, score_results, write_results
+    from captioner.image_tags import make_choice
+    from captioner.metrics import METRICS
+    from captioner.metrics.objects import open_objects
+    from captioner.runs.config import save_config
+    from captioner.runs.files import open_whole
+
+    objects = open_objects(config.objects, file_names(table), required=len(config.data.root) == 1)
     results = caption_split(
         accelerator,
         captioner.model,
         captioner.processor,
         table,
         batch_size=config.batch_size,
-        grid=grid,
+        grid=parse_grid(config.grid),
         workers=config.data.workers,
-        images=open_images(table, captioner.processor, cache),
-        tags=choice,
+        images=images,
+        tags=make_choice(config.tags, config.min_tag),
         show_tags=config.show_tags,
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
@@ -130,19 +175,22 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | None", int]:
     scores = None
     if accelerator.is_main_process:
         save_config(replace(config, overwrite=False), config.output)
-        path = write_results(results, config.output / "results.json")
+        path = write_results(results, folder / "results.json")
         accelerator.print(f"{len(results)} captions written to {path}")
         metrics = (*METRICS, "SPICE") if config.spice else METRICS
         scores = score_results(results, table, metrics=metrics, objects=objects, spice_models=config.spice)
-        with open_whole(config.output / "scores.json") as file:
+        with open_whole(folder / "scores.json") as file:
             json.dump(scores.to_dict(), file, indent=1)
         accelerator.print(scores)
-    accelerator.end_training()
     return scores, count_failed(results)
 
 
-def check_output(config: EvaluateConfig) -> None:
+def check_output(config: EvaluateConfig, folders: Sequence[Path]) -> None:
     """Refuse to replace files of another evaluation, or of a training run, unless `overwrite` is set.
+
+    Args:
+        config: the evaluation.
+        folders: folders of the results.
 
     Raises:
         SettingError: there are such files.
@@ -150,7 +198,8 @@ def check_output(config: EvaluateConfig) -> None:
     from captioner.runs.config import config_text
 
     saved = config.output / "run_config.json"
-    found = [name for name in (saved.name, "results.json", "scores.json") if (config.output / name).exists()]
+    results = [folder / name for folder in folders for name in ("results.json", "scores.json")]
+    found = [str(path.relative_to(config.output)) for path in (saved, *results) if path.exists()]
     if config.overwrite or not found:
         return
     if not saved.exists() or saved.read_text() != config_text(replace(config, overwrite=False)):

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from captioner.data.encoding import Job, ViewSettings, disk_bytes, encode_shards, token_shapes
+from captioner.data.sets import distinct_rows, join_sets
 from captioner.data.token_cache import (
     MANIFEST,
     SOURCE,
@@ -105,34 +106,14 @@ def fill(
 
 
 def join_tables(tables: Sequence[datasets.Dataset]) -> datasets.Dataset:
-    """Join the tables of several splits into one table, with each image once.
+    """Join the tables of several splits and data sets into one table, with each image once.
 
     Raises:
-        ValueError: different images have the same id and name.
+        SettingError: different images have the same id and name.
     """
-    table = datasets.concatenate_datasets(list(tables))
-    first: dict[str, int] = {}
-    for number, name in enumerate(image_names(table)):
-        if first.setdefault(name, number) != number:
-            one, other = table[first[name]]["image"], table[number]["image"]
-            if one != other and (image_size(one) != image_size(other) or read_bytes(one) != read_bytes(other)):
-                raise SettingError(
-                    f"the splits hold different images under one id and name, '{name}' ('{one['path']}' and "
-                    f"'{other['path']}'); a cache of each split in a folder of its own can hold them",
-                    "splits",
-                    "output",
-                )
-    return table.select(sorted(first.values())) if len(first) < len(table) else table
-
-
-def read_bytes(image: dict) -> bytes | None:
-    """Return an encoded image, or None where there is no such file."""
-    if image["bytes"] is not None:
-        return image["bytes"]
-    try:
-        return Path(image["path"]).read_bytes()
-    except OSError:
-        return None
+    table = join_sets(tables)
+    rows = distinct_rows(table)
+    return table.select(rows) if len(rows) < len(table) else table
 
 
 def prepare_folder(folder: Path, manifest: dict) -> None:

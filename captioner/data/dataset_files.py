@@ -10,7 +10,7 @@ from captioner.data.captions import is_missing
 from captioner.data.columns import Columns, find_columns
 from captioner.data.records import NO_SPLIT, Record
 from captioner.data.row_records import join_rows
-from captioner.data.splits import find_split
+from captioner.data.splits import NoSplitError, find_split
 from captioner.errors import SettingError, first_line
 from captioner.hub import hub_trouble
 
@@ -79,10 +79,10 @@ def pick_split(names: Any, split: str, source: str | Path) -> str:
     """Return the name of a split in a set.
 
     Raises:
-        SettingError: there is no such split.
+        NoSplitError: there is no such split.
     """
     if (found := find_split(names, split)) is None:
-        raise SettingError(f"'{source}' has no split '{split}', only {', '.join(names)}", "split", "splits")
+        raise NoSplitError(f"'{source}' has no split '{split}', only {', '.join(names)}")
     return found
 
 

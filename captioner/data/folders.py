@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captioner.data.records import NO_SPLIT, Record
-from captioner.data.splits import ALIASES, SPLIT_SETTINGS, SPLITS, find_split, is_split_name, split_names
+from captioner.data.splits import ALIASES, SPLITS, NoSplitError, find_split, is_split_name, split_names
 from captioner.errors import MissingError, SettingError
 from captioner.images import SUFFIXES
 from captioner.text_files import read_text
@@ -49,7 +49,7 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
 
     Raises:
         FileNotFoundError: there are no annotations.
-        SettingError: there are no annotations of the split.
+        NoSplitError: there are no annotations of the split.
         ValueError: there are several tables, so one must be named.
     """
     places = [list_folder(place) for place in (root / "annotations", root)]
@@ -59,7 +59,7 @@ def find_annotations(root: Path, split: str | None) -> list[Annotations]:
         if split is None:
             return list(parts.values())
         if (name := find_split(parts, split)) is None:
-            raise SettingError(f"'{root}' has no split '{split}', only {', '.join(parts)}", *SPLIT_SETTINGS)
+            raise NoSplitError(f"'{root}' has no split '{split}', only {', '.join(parts)}")
         return [parts[name]]
     if table := find_lone_table(root):
         return [Annotations(table)]
@@ -101,8 +101,8 @@ def find_known(root: Path, split: str | None, places: Sequence[Mapping[str, Path
     """
     folders = [folder for folder in (root / "annotations", root) if folder.is_dir()]
     names = split_names(split) if split else ()
-    for name in (f"captions_{name}{year}.json" for name in names for year in ("2017", "2014", "")):
-        for folder in folders:
+    for folder in folders:  # a folder holds all splits of a set, so it counts more than the year
+        for name in (f"captions_{name}{year}.json" for name in names for year in ("2017", "2014", "")):
             if (folder / name).is_file():
                 return Annotations(folder / name)
     for folder in folders:

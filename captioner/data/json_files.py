@@ -6,7 +6,7 @@ from typing import Any
 
 from captioner.data.captions import ImageId, plain_id
 from captioner.data.records import NO_SPLIT, Record
-from captioner.data.splits import SPLITS, is_split_name, split_names
+from captioner.data.splits import SPLITS, NoSplitError, is_split_name, split_names
 
 
 def is_karpathy(content: Any) -> bool:
@@ -46,7 +46,7 @@ def read_coco(content: Any, path: Path, split: str | None, images_needed: bool =
     named = found[0] if len(found) == 1 else None
     if split is not None and named is not None and is_split_name(split):
         if split not in split_names(named):
-            raise ValueError(
+            raise NoSplitError(
                 f"'{path}' holds the split '{named}' by its name, not '{split}'; name the folder of all splits"
             )
         split = named

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from captioner.data.caption_table import build_table
 from captioner.data.columns import Columns
-from captioner.data.config import SourceConfig
 from captioner.data.dataset_files import is_hub_id, is_saved_set, read_dataset
 from captioner.data.folders import Annotations, find_annotations, read_caption_files
 from captioner.data.image_finder import ImageFinder, portable_name
@@ -116,25 +115,3 @@ def split_of_name(record: Record, path: Path) -> str | None:
         return None
     folder = portable_name(record.image).partition("/")[0]
     return folder if is_split_name(folder.lower()) else None
-
-
-def read_split(data: SourceConfig, split: str) -> "Dataset":
-    """Read one split of the configured data.
-
-    Raises:
-        SettingError: no data is configured.
-        ValueError: the data cannot be used, see `read_captions`.
-        FileNotFoundError: the source or every image is missing.
-    """
-    if data.root is None:
-        raise SettingError("no captions: name an annotation file, a folder or a hub id", "root")
-    return read_captions(
-        data.root,
-        split,
-        images=data.images,
-        restval=data.restval,
-        on_bad=data.on_bad,
-        image_column=data.image_column,
-        caption_column=data.caption_column,
-        id_column=data.id_column,
-    )

@@ -1,6 +1,6 @@
 """The training stream of a `datasets` set that is too large for memory; `rows.py` has the order of its rows.
 
-Letters: B images, K captions of each, T text tokens.
+Letters: B images, N captions of these images, T text tokens.
 """
 
 import logging
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils.data import DataLoader
 
+from captioner.data.batches import owners_of
 from captioner.data.caption_table import one_line
 from captioner.data.captions import Captions, read_captions_of
 from captioner.data.records import OnBad
@@ -59,7 +60,7 @@ class RowReader:
 
 
 class RowStream(SeededStream):
-    """Rows of a `datasets` set, each with K of its captions; none repeats if the row has at least K.
+    """Rows of a `datasets` set, each with some of its captions, of which none repeats.
 
     Every process reads all rows in one loading process of its own. The threads of that loading process open the images
     of its share. It holds the shuffle buffer, in which images are encoded. For a row that cannot be used, a warning
@@ -68,7 +69,7 @@ class RowStream(SeededStream):
     Args:
         rows: the split.
         processor: the model's processor.
-        captions_per_image: K.
+        captions_per_image: most captions of a row. Of a row with more, some are drawn.
         seed: decides order and captions.
         buffer: rows in the shuffle buffer.
         on_bad: whether an unusable row is skipped or refused.
@@ -124,7 +125,7 @@ class RowStream(SeededStream):
             )
         captions = [one_line(text) for text in found.texts]
         order = random.permutation(len(captions)).tolist()
-        drawn = [captions[order[k % len(order)]] for k in range(self.captions_per_image)]
+        drawn = [captions[place] for place in order[: self.captions_per_image]]
         return {"image": image, "captions": drawn}
 
     def name_row(self, row: dict, number: int) -> str:
@@ -155,7 +156,12 @@ class RowStream(SeededStream):
         return super().loader(start, stop, batch_size, min(workers, 1), collate_fn)
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor | Grid]:
-        """Batch B items: `pixel_values` (B, 3, H, W), the step's `grid`, if any, and the text of `Texts.batch`."""
+        """Batch B items.
+
+        Returns:
+            `pixel_values` (B, 3, H, W); the step's `grid`, if any; the text tensors of `Texts.batch` (N, T); and
+            `owners` (N,), the number of the image in the batch that each text is about.
+        """
         images: dict[str, torch.Tensor | Grid] = {"pixel_values": torch.stack([item["image"] for item in items])}
         if grid := self.grid(items):
             images["grid"] = grid
@@ -163,6 +169,7 @@ class RowStream(SeededStream):
         if texts.cut and not self.cut_reported:
             self.cut_reported = True
             texts.warn_cut(self.processor.max_length, "of one batch (no other is reported)")
+        images["owners"] = owners_of([item["captions"] for item in items])
         return images | texts.batch(range(len(texts)))
 
 

@@ -9,11 +9,20 @@ from captioner.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
+
 SPLITS = ("train", "val", "test")
 """Names of splits in most data sets."""
 
 SPLIT_SETTINGS = ("split", "splits", "train_split", "val_split", "captions_split")
 """Settings that select a split; each job has some of them."""
+
+
+class NoSplitError(SettingError):
+    """Data have no split of this name."""
+
+    def __init__(self, fact: str):
+        super().__init__(fact, *SPLIT_SETTINGS)
+
 
 ALIASES = {
     "train": ("train", "training"),
@@ -56,7 +65,8 @@ def select_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad
         on_bad: whether records without a split are left out or refused, if others have one.
 
     Raises:
-        SettingError: there is no such split, or some records have no split and `on_bad` is `refuse`.
+        NoSplitError: there is no such split.
+        SettingError: some records have no split and `on_bad` is `refuse`.
     """
     records = list(records)
     counts = Counter(record.split for record in records)
@@ -73,7 +83,7 @@ def select_split(records: Iterable[Record], split: str, name: str, on_bad: OnBad
             if named
             else ": its rows have no column 'split', so that all are 'train'"
         )
-        raise SettingError(f"{name} has no split '{split}'{found}", *SPLIT_SETTINGS)
+        raise NoSplitError(f"{name} has no split '{split}'{found}")
     yield from (record for record in records if record.split == chosen)
     if counts[NO_SPLIT] and split != NO_SPLIT:
         fact = f"{name}: left out images that name no split: {counts[NO_SPLIT]}"

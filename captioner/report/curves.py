@@ -7,7 +7,8 @@ from captioner.report.svg import COLOURS, SOFT, drawing
 from captioner.runs.files import open_whole
 
 PANELS = (("Loss", ("loss", "loss_val")), ("CIDEr", ("CIDEr",)), ("Reward", ("reward", "reward_greedy")))
-"""Title of each panel, and the fields of `log.jsonl` that it shows; panels without values are left out."""
+"""Title of each panel, and the fields of `log.jsonl` that it shows, with those of single data sets (`CIDEr/coco`).
+Panels without values are left out."""
 
 
 def write_curves(records: Sequence[dict], path: Path) -> None:
@@ -22,7 +23,9 @@ def write_curves(records: Sequence[dict], path: Path) -> None:
         OSError: the file cannot be written.
     """
     panels = []
-    for title, names in PANELS:
+    fields = dict.fromkeys(field for record in records for field in record)
+    for title, roots in PANELS:
+        names = [name for root in roots for name in (root, *(f for f in fields if f.startswith(f"{root}/")))]
         series = {name: [(r["step"], r[name]) for r in records if name in r] for name in names}
         series = {name: points for name, points in series.items() if len(points) > 1}
         if series:
@@ -34,7 +37,7 @@ def write_curves(records: Sequence[dict], path: Path) -> None:
             axes.set_title(title)
             for number, (name, points) in enumerate(series.items()):
                 steps, values = zip(*points, strict=True)
-                (line,) = axes.plot(steps, values, color=COLOURS[number], linewidth=1.5, label=name)
+                (line,) = axes.plot(steps, values, color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=name)
                 drawn.mark(line, f"curve {name}", name)
             axes.locator_params(axis="y", nbins=5)
             axes.locator_params(axis="x", integer=True)

@@ -13,7 +13,7 @@ def check_sharding(accelerator: Accelerator, unsharded: str) -> None:
 
     Args:
         accelerator: accelerator of the run.
-        unsharded: name of a module that every process holds whole, because it is frozen and is called outside the
+        unsharded: names of modules that every process holds whole, because they are frozen and called outside the
             model's forward.
 
     Raises:

@@ -1,18 +1,13 @@
 """The model to train: built from an encoder and a decoder, or loaded as a trained captioner."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    GPT2Config,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -21,19 +16,30 @@ from captioner.configuration import CaptionerConfig
 from captioner.data.encoding import token_shapes
 from captioner.data.token_cache import compare_sources, encoder_fingerprint
 from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
-from captioner.errors import SettingError, first_line
+from captioner.errors import SettingError
 from captioner.fusion import FUSIONS
 from captioner.generation import check_room
 from captioner.grids import Grid, parse_grid, write_grid
-from captioner.hub import hub_options
-from captioner.inference import load
-from captioner.loading import check_complete
+from captioner.inference import Captioner, load
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor, image_settings, train_tokenizer
-from captioner.tag_head import TagConfig, TagHead, load_head, read_description
-from captioner.training.config import ModelConfig, TrainConfig
+from captioner.tag_head import DESCRIPTION, TagConfig, TagHead, load_head, read_description
+from captioner.tags import TagVocabulary
+from captioner.training.config import SCRATCH, ModelConfig, TrainConfig
+from captioner.training.decoders import (
+    check_positions,
+    copy_captioner,
+    copy_weights,
+    decoder_of,
+    hub_decoder,
+    new_decoder,
+    same_encoder,
+)
 from captioner.training.lora import tune
-from captioner.transformers_versions import LOADING_ERRORS, checkpoint_activations
+from captioner.transformers_versions import checkpoint_activations
+
+TEXT_TAGS = "text_tags"
+"""Entry of a captioner's configuration with the vocabulary of stage text, if it had no head."""
 
 
 def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tuple[CaptionerModel, CaptionerProcessor]:
@@ -45,7 +51,7 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
 
     Raises:
         ValueError: an encoder, decoder or captioner cannot be found, or parts do not fit together.
-        SettingError: the decoder has no room for captions of `max_new_tokens`.
+        SettingError: the decoder has no room for captions of `max_new_tokens`, or stage text had other settings.
     """
     source = config.init_from
     if source is None and config.stage == "scst":
@@ -57,7 +63,12 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
                 "init_from",
             )
     if source is None:
-        model, processor = build_captioner(config.model, captions() if config.model.decoder is None else [])
+        settings = config.model
+        if (text := text_stage_of(config)) is not None:
+            settings = replace(settings, decoder=str(text))
+        if config.stage == "text" and settings.tags is not None and not settings.tags.is_dir():
+            settings = replace(settings, tags=None)  # a vocabulary, which needs no head
+        model, processor = build_captioner(settings, captions() if settings.decoder is None else [])
     else:
         loaded = load(source, "cpu")
         model, processor = loaded.model, loaded.processor
@@ -75,6 +86,51 @@ def starting_point(config: TrainConfig, captions: Callable[[], list[str]]) -> tu
     prompt_tokens = len(processor.prompt_ids()) + (0 if model.tags is None else model.tags.most_words())
     check_room(model.fusion, prefix_tokens, prompt_tokens, config.max_new_tokens)  # so that no epoch is trained in vain
     return model, processor
+
+
+def text_stage_of(config: TrainConfig) -> Path | None:
+    """Return the model of stage text whose decoder stage xe starts with; `None` if there is none.
+
+    Raises:
+        SettingError: stage text had another decoder than this run, or another vocabulary of tags.
+    """
+    folder = config.output / "text"
+    if config.stage != "xe" or config.init_from is not None or not (folder / "best").is_dir():
+        return None
+    try:
+        found = json.loads((folder / "run_config.json").read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"'{folder}' holds a model of stage text and no run_config.json of it") from None
+    for name in ("decoder", "fusion", *SCRATCH):
+        if found.get(name) != (value := getattr(config.model, name)):
+            raise SettingError(
+                f"stage text in '{folder}' had {name} {found.get(name)}, and this run has {value}; a stage that "
+                "continues it must have the same",
+                *(name, "output"),
+            )
+    return folder / "best"
+
+
+def tag_vocabulary(config: TrainConfig, model: CaptionerModel) -> TagVocabulary | None:
+    """Return the vocabulary of object tags of a run, if it has one.
+
+    Raises:
+        ValueError: its file cannot be used.
+        OSError: its file cannot be read.
+    """
+    if model.tags is not None:
+        return model.tags.vocabulary
+    return None if config.model.tags is None else read_vocabulary(config.model.tags)
+
+
+def read_vocabulary(path: Path) -> TagVocabulary:
+    """Read a vocabulary of tags from a file, or from the folder of a trained tag head.
+
+    Raises:
+        ValueError: the file cannot be used.
+        OSError: the file cannot be read.
+    """
+    return TagVocabulary.read(path / DESCRIPTION if path.is_dir() else path)
 
 
 def training_grids(config: TrainConfig, model: CaptionerModel, processor: CaptionerProcessor) -> list[Grid]:
@@ -124,6 +180,7 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
     Raises:
         ValueError: an encoder or decoder cannot be found, or they do not fit together.
     """
+    trained: Captioner | None = None
     encoder, grid = frozen_encoder(config.encoder), parse_grid(config.grid)
     image = image_settings(encoder.default_cfg, config.image_size, config.crop_mode)
     tokens = count_tokens(encoder, grid, image["input_size"])
@@ -135,6 +192,9 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
             raise SettingError("a decoder from scratch has to be trained whole", "tune", "decoder")
         tokenizer = train_tokenizer(captions, config.vocab_size)
         text_config = new_decoder(config, tokenizer, positions=max(512, positions))
+    elif (trained := decoder_of(config)) is not None:
+        tokenizer, text_config = trained.processor.tokenizer, trained.model.config.text_config
+        check_positions(config.decoder, text_config, positions)
     else:
         tokenizer, text_config = hub_decoder(config.decoder, positions)
     processor = CaptionerProcessor(tokenizer, image=image, prompt=config.prompt, max_length=config.max_length)
@@ -152,13 +212,50 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         head, tags = tag_head(config.tags, encoder, encoder_fingerprint(encoder, model_config.encoder_config, image))
         tags = replace(tags, tokens=tuple(map(tuple, processor.tag_ids(tags.vocabulary.names))))
         model_config.tags = tags.to_dict()
+        if trained is not None:
+            check_learned(trained.model, tags.vocabulary, config)
+    elif trained is not None and trained.model.tag_head is not None and same_encoder(trained.model, encoder):
+        head, model_config.tags = trained.model.tag_head, trained.model.config.tags
     model = CaptionerModel(model_config)
     model.encoder.load_state_dict(encoder.state_dict())
     if head is not None:
         model.tag_head.load_state_dict(head.state_dict())
-    if config.decoder is not None:
+    if trained is not None:
+        copy_captioner(trained.model, model)
+    elif config.decoder is not None:
         copy_weights(config.decoder, model.decoder)
     return model, processor
+
+
+def check_learned(trained: CaptionerModel, vocabulary: TagVocabulary, config: ModelConfig) -> None:
+    """Refuse tags that a decoder has not read in stage text.
+
+    Args:
+        trained: the captioner whose decoder is taken.
+        vocabulary: the tags of the new captioner.
+        config: the new captioner.
+
+    Raises:
+        SettingError: the message names the first such tag.
+    """
+    learned = learned_vocabulary(trained)
+    if learned is None:
+        return
+    names = {name.casefold() for name in learned.names}
+    if unknown := [name for name in vocabulary.names if name.casefold() not in names]:
+        raise SettingError(
+            f"the tag head '{config.tags}' has {len(unknown)} tags that the decoder of '{config.decoder}' has not "
+            f"learned, such as '{unknown[0]}'",
+            *("tags", "decoder"),
+        )
+
+
+def learned_vocabulary(model: CaptionerModel) -> TagVocabulary | None:
+    """Return the tags whose words the decoder of a captioner has learned to read, if there are any."""
+    if model.tags is not None:
+        return model.tags.vocabulary
+    found = getattr(model.config, TEXT_TAGS, None)
+    return None if found is None else TagVocabulary.from_dict(found)
 
 
 def tag_head(folder: Path, encoder: TokenEncoder, source: dict) -> tuple[TagHead, TagConfig]:
@@ -179,95 +276,6 @@ def tag_head(folder: Path, encoder: TokenEncoder, source: dict) -> tuple[TagHead
             f"the tag head '{folder}' comes from {difference}; this model needs a head of its own", "tags"
         )
     return head, config
-
-
-def new_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> GPT2Config:
-    """Return the configuration of a decoder from scratch.
-
-    Args:
-        config: its size.
-        tokenizer: its tokenizer.
-        positions: number of its positions.
-    """
-    return GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=positions,
-        n_embd=config.width,
-        n_layer=config.layers,
-        n_head=config.heads,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's gelu_new, in one operation
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def hub_decoder(name: str, positions: int) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """Load the tokenizer and the configuration of a causal language model; its weights are trained in float32.
-
-    Args:
-        name: hub id or folder of the model.
-        positions: number of positions that it must have, image tokens included.
-
-    Raises:
-        ValueError: there is no such model, it has no end token, or it has too few positions.
-    """
-    try:
-        options = hub_options(name) | {"trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        text_config = AutoConfig.from_pretrained(name, **options)
-    except LOADING_ERRORS as error:
-        raise SettingError(f"no decoder at '{name}': {first_line(error)}", "decoder") from None
-    if tokenizer.eos_token_id is None:
-        raise SettingError(
-            f"the tokenizer of '{name}' has no end token, so captions could not end; "
-            "name one as eos_token in its tokenizer_config.json, or use another decoder",
-            "decoder",
-        )
-    if len(tokenizer) > text_config.vocab_size:
-        raise SettingError(
-            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {text_config.vocab_size}; "
-            "they do not belong together",
-            "decoder",
-        )
-    room = getattr(text_config, "max_position_embeddings", None)
-    if room is not None and room < positions:
-        raise SettingError(
-            f"'{name}' has room for {room} tokens; image tokens and text need {positions}", "grid", "max_length"
-        )
-    text_config.dtype = torch.float32  # many models are published in bfloat16, in which small updates are lost
-    return tokenizer, text_config
-
-
-def copy_weights(name: str, decoder: nn.Module) -> None:
-    """Load the weights of a causal language model into a decoder of the same configuration.
-
-    Args:
-        name: hub id or folder of the model.
-        decoder: the decoder, changed in place.
-
-    Raises:
-        SettingError: the model has no safetensors weights, lacks some of its weights, or has another architecture.
-    """
-    options: dict[str, Any] = hub_options(name) | {"trust_remote_code": False}
-    options |= {"use_safetensors": True, "dtype": torch.float32}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_complete` names them
-    try:
-        pretrained, info = AutoModelForCausalLM.from_pretrained(name, config=decoder.config, **options)
-        missing = info["missing_keys"] and info["missing_keys"] & weight_names(name)
-    except LOADING_ERRORS as error:
-        raise SettingError(f"no weights for decoder '{name}': {first_line(error)}", "decoder") from None
-    check_complete(name, missing, info["mismatched_keys"], "decoder")
-    decoder.load_state_dict(pretrained.state_dict())
-
-
-def weight_names(name: str) -> set[str]:
-    """Return the names of a causal language model's weights by its own configuration, without a fusion's weights."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub_options(name))
-    with torch.device("meta"), torch.random.fork_rng(devices=()):
-        return set(AutoModelForCausalLM.from_config(config).state_dict())
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Decoder training on a frozen encoder: one loop, for cross-entropy and for rewards (`scst.py`).
+"""Decoder training on a frozen encoder: one loop for all stages (`stages.py`).
 
 Letters: B images, K captions of each, T text tokens.
 """
@@ -19,9 +19,8 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from captioner.data.batches import open_images
 from captioner.data.stream import raise_errors
-from captioner.data.token_cache import encoder_fingerprint, open_cache
+from captioner.data.token_cache import encoder_fingerprint
 from captioner.labels import count_targets
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -36,13 +35,12 @@ from captioner.runs.log import RunLog, check_trackers
 from captioner.runs.processes import pick_precision, start_processes
 from captioner.runs.schedule import learning_rates
 from captioner.runs.sharding import check_sharding, whole_weights
-from captioner.training.build import starting_point, trainable_parameters, training_grids
+from captioner.training.build import starting_point, text_stage_of, trainable_parameters, training_grids
 from captioner.training.config import TrainConfig
 from captioner.training.data import open_data
-from captioner.training.objectives import CrossEntropy, Objective
+from captioner.training.objectives import Objective
 from captioner.training.saving import save_best
-from captioner.training.scst import SelfCritical, silence_dropout
-from captioner.training.validation import validate
+from captioner.training.stages import open_stage
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +72,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         log_with=list(config.trackers) or None,
         project_dir=folder,
     )
-    check_sharding(accelerator, unsharded="encoder")
+    check_sharding(accelerator, unsharded="encoder|tag_head")
     set_seed(config.seed)
     with accelerator.main_process_first():  # the other processes then find the table cached
         data, held_out = open_data(config)
@@ -83,18 +81,10 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             recover_folder(folder / "best")
     model, processor = starting_point(config, data.captions)
     grids = training_grids(config, model, processor)
-    cache = open_cache(config.data.tokens, model, processor, grids=grids)
-    held_out_images = open_images(held_out, processor, cache, required=False)
-    objective: Objective = CrossEntropy(config.label_smoothing)
-    captions_per_image = config.data.captions_per_image
-    if config.stage == "scst":
-        silence_dropout(model.decoder)
-        objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens)
-        captions_per_image = 1  # the model samples the captions that it learns from
     per_step = config.batch_size * config.accumulation * accelerator.num_processes
-    stream = data.stream(processor, captions_per_image, config.seed, cache, grids, per_step)
+    stage = open_stage(config, accelerator, data, held_out, model, processor, grids, per_step)
 
-    steps_per_epoch = max(1, len(data) // per_step)
+    steps_per_epoch = max(1, stage.size // per_step)
     total = math.ceil(config.epochs * steps_per_epoch)
     evaluate_steps = max(1, round(config.evaluate_every * steps_per_epoch))
     optimizer = create_optimizer(model, config)
@@ -104,7 +94,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     set_seed(config.seed, device_specific=True)  # dropout and samples differ between processes
 
     log = RunLog(accelerator, folder, total, config.log_every, counted="tokens")
-    settings = fixed_settings(config, per_step) | parts | data.settings()
+    settings = fixed_settings(config, per_step) | parts | stage.settings
     progress: dict[str, Any] = {"step": 0, "evaluated": None, "best": None, "stale": 0}
     best = folder / "best"
     resumed = resume(accelerator, checkpoints, config.resume, settings, model=best, log=log.path, strict=False)
@@ -113,7 +103,7 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         log.load_state(resumed["log"], progress["step"])
     else:
         log.start_over()
-        if config.init_from is None and config.stage == "xe":
+        if config.init_from is None and config.stage != "scst" and text_stage_of(config) is None:
             progress["evaluated"] = 0  # a decoder without training has nothing to validate
     schedule = learning_rates(optimizer.optimizer, config.learning_rate, config.warmup, progress["step"], total)
     if accelerator.is_main_process:
@@ -121,16 +111,18 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
     if config.trackers:
         accelerator.init_trackers("captioner", {"config": json.dumps(dataclasses.asdict(config), default=str)})
     start = progress["step"] * per_step
+    stream = stage.stream
     loader = stream.loader(start, total * per_step, config.batch_size, config.data.workers, stream.collate)
     batches = raise_errors(accelerator.prepare(loader))
+    held_out_images = sum(len(part.table) for part in held_out)
     accelerator.print(
-        f"{len(data)} training and {len(held_out)} validation images, {trainable / 1e6:.1f}M trainable parameters, "
-        f"{total} steps of {per_step} images"
+        f"{stage.size} training {stage.unit} and {held_out_images} validation images, "
+        f"{trainable / 1e6:.1f}M trainable parameters, {total} steps of {per_step} {stage.unit}"
     )
-    if per_step > len(data):
+    if per_step > stage.size:
         accelerator.print(
-            f"a step takes more images than there are: an epoch is then one step, and draws each image "
-            f"{per_step / len(data):.3g} times"
+            f"a step takes more {stage.unit} than there are: an epoch is then one step, and draws each of them "
+            f"{per_step / stage.size:.3g} times"
         )
 
     def save() -> None:
@@ -144,23 +136,26 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
         if (step % evaluate_steps == 0 or step >= total) and progress["evaluated"] != step:
             save()
             with interruption.at_once(), whole_weights(model):
-                record, results = validate(accelerator, model, processor, held_out, held_out_images, config)
+                record, captions = stage.validate(model)
             progress |= {"evaluated": step, "stale": progress["stale"] + 1}
-            if progress["best"] is None or record["CIDEr"] > progress["best"]:
-                progress |= {"best": record["CIDEr"], "stale": 0}
+            if stage.better(record, progress["best"]):
+                progress |= {"best": record[stage.measure], "stale": 0}
                 save_best(accelerator, model, processor, best, config.save_dtype)
-            log.show(CIDEr=f"{record['CIDEr']:.3f}")
-            record = {"step": step, **record, "samples": [result["caption"] for result in results[:3]]}
+            log.show(**{stage.measure: f"{record[stage.measure]:.3f}"})
+            samples = [result["caption"] for _, results in captions for result in results[:3]]
+            record = {"step": step, **record} | ({"samples": samples} if samples else {})
             log.write(record)
+            if accelerator.is_main_process and captions:
+                pages = [(part.name, part.table, results) for part, results in captions]
+                write_samples(accelerator, pages, record, folder / "samples")
             if accelerator.is_main_process:
-                write_samples(accelerator, held_out, results, record, folder / "samples")
                 write_curves(log.records(), folder / "curves.svg")
             save()
             saved = time.monotonic()
         if step >= total or (config.patience is not None and progress["stale"] >= config.patience):
             break
 
-        measured = train_step(accelerator, model, batches, objective, config)
+        measured = train_step(accelerator, model, batches, stage.objective, config)
         if not math.isfinite(measured["loss"]):
             raise not_finite(f"the loss is {measured['loss']}", step, checkpoints)
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
@@ -183,8 +178,10 @@ def run(config: TrainConfig, interruption: Interruption) -> Path:
             raise SystemExit(128 + stop)
     log.close()
     if step < total:
-        accelerator.print(f"stopped at step {step} of {total}: {config.patience} validations without a better CIDEr")
-    accelerator.print(f"best validation CIDEr {progress['best']:.4f}, model in {best}")
+        accelerator.print(
+            f"stopped at step {step} of {total}: {config.patience} validations without a better {stage.measure}"
+        )
+    accelerator.print(f"best validation {stage.measure} {progress['best']:.4f}, model in {best}")
     accelerator.end_training()
     return best
 
@@ -247,6 +244,8 @@ def fixed_settings(config: TrainConfig, per_step: int) -> dict:
     model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()}
     del model["model.tags"]  # a digest stands for the tag head, whose folder may have another name by now
     rewards = {f"scst.{key}": value for key, value in dataclasses.asdict(config.scst).items()}
+    later = ("meteor_weight", "object_weight", "objects", "xe_weight")  # None where an earlier version lacks them
+    rewards |= {f"scst.{name}": getattr(config.scst, name) or None for name in later}
     settings = {"stage": config.stage, "init_from": config.init_from, "seed": config.seed, **model}
     settings["grids"] = " ".join(config.grids) or None
     return {**settings, **(rewards if config.stage == "scst" else {}), "images per step": per_step}

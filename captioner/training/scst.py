@@ -8,7 +8,7 @@ Three choices decide what is learned. They follow Luo's reference implementation
 - **The end token counts as a word.** It is appended to every reference, and to every sample that reached it, before
   n-grams are counted. Without it, a caption that stops at "a man on a" costs nothing, and models learn to stop there.
 - **References are tokenized as in evaluation** (PTB, lower case, no punctuation), so that the reward is the score. The
-  n-gram statistics are those of the training split, counted once.
+  n-gram statistics are those of the training split, counted once; of several data sets, those of all together.
 - **Samples come from the model's own distribution**: temperature 1, no token excluded, and no dropout in sampling or
   learning (Luo has dropout). The gradient is then that of the captions' own probabilities. With `search="beam"` the
   captions are the beams of a search instead (Cornia et al., 2020, https://arxiv.org/abs/1912.08226). The model then
@@ -27,54 +27,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from captioner.labels import label_generated, put_before, split_targets, token_loss
-from captioner.metrics import CiderD, tokenize_caption
-from captioner.metrics.ngrams import NGrams, ReferenceIndex, flatten
-from captioner.metrics.overlap import bleu, bleu_statistics
 from captioner.processing import CaptionerProcessor
 from captioner.runs.sharding import whole_weights
+from captioner.tags import TagVocabulary
 from captioner.training.config import ScstConfig
+from captioner.training.inputs import PairedInputs, join_texts
+from captioner.training.rewards import CaptionReward
 from captioner.training.wrapped import call_method
-
-END = " </s>"
-"""The end token as a word, which no tokenized caption contains."""
-
-
-class CaptionReward:
-    """The reward of a caption: its CIDEr-D (0 to 10), plus its BLEU-4 (0 to 1) times a weight.
-
-    Args:
-        references: captions of each image; the index in this list is the number of an image.
-        bleu_weight: weight of BLEU-4.
-
-    Raises:
-        ValueError: there are no images, or one has no captions.
-    """
-
-    def __init__(self, references: Sequence[Sequence[str]], bleu_weight: float = 0.0):
-        tokenized = {n: [tokenize_caption(text) + END for text in texts] for n, texts in enumerate(references)}
-        image_of, captions = flatten(tokenized)
-        self.bleu_weight, self.grams = bleu_weight, NGrams()
-        counts = self.grams.count(captions, learn=True)
-        self.index = ReferenceIndex(counts, image_of, len(tokenized), self.grams.size)
-        self.cider = CiderD.from_index(self.index, counts)
-
-    def __call__(self, images: np.ndarray, captions: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
-        """Compute the rewards of captions.
-
-        Args:
-            images: (B,) number of each caption's image.
-            captions: B captions as plain text.
-            ended: whether each caption reached its end token; one that did not was cut.
-
-        Returns:
-            (B,) rewards, float64.
-        """
-        words = [tokenize_caption(text) + (END if end else "") for text, end in zip(captions, ended, strict=True)]
-        counts = self.grams.count(words)
-        rewards = self.cider.score_counts(images, counts)
-        if self.bleu_weight:
-            rewards = rewards + self.bleu_weight * bleu(bleu_statistics(self.index, images, counts))[:, -1]
-        return rewards
 
 
 class SelfCritical:
@@ -89,6 +48,8 @@ class SelfCritical:
         references: captions of each image of the training table.
         config: the settings of SCST.
         max_new_tokens: longest sample in tokens.
+        vocabulary: the objects of the object reward, if it has a weight.
+        inputs: gives images tags and takes images away; human texts are learned only with it.
     """
 
     def __init__(
@@ -98,10 +59,13 @@ class SelfCritical:
         references: Sequence[Sequence[str]],
         config: ScstConfig,
         max_new_tokens: int,
+        vocabulary: TagVocabulary | None = None,
+        inputs: PairedInputs | None = None,
     ):
         self.accelerator, self.processor, self.config = accelerator, processor, config
-        self.reward = CaptionReward(references, config.bleu_weight)
-        self.max_new_tokens = max_new_tokens
+        weights = (config.bleu_weight, config.meteor_weight, config.object_weight)
+        self.reward = CaptionReward(references, *weights, vocabulary)
+        self.max_new_tokens, self.inputs = max_new_tokens, inputs
         self.prompt_length = len(processor.prompt_ids())
 
     @torch.no_grad()
@@ -122,8 +86,13 @@ class SelfCritical:
             tokens = batch.get("image_tokens")
             if tokens is None:
                 tokens = captioner.encode(batch["pixel_values"], batch.get("grid"))
-            tags = captioner.pick_tags(tokens)
-            settings |= {"image_tokens": tokens, "tags": tags}
+            owners = None
+            if self.inputs is None:
+                images, tags = tokens, captioner.pick_tags(tokens)
+            else:
+                read, owners, tags = self.inputs.read_images(captioner, tokens)
+                images = read[owners]
+            settings |= {"image_tokens": images, "tags": tags}
             search = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             if self.config.search == "beam":
                 search = {"do_sample": False, "num_beams": count}
@@ -137,7 +106,13 @@ class SelfCritical:
         text = label_generated(sampled, self.prompt_length, self.processor.tokenizer.eos_token_id)
         if captioner.tags is not None:
             text = put_before(text, [captioner.tags.words_of(group) for group in tags for _ in range(count)])
-        return {"image_tokens": tokens, "images": images, **decoded, **text}
+        if self.inputs is None:
+            return {"image_tokens": tokens, "images": images, **decoded, **text}
+        made = {"image_tokens": read, "owners": owners.repeat_interleave(count), **text}
+        if self.config.xe_weight:
+            human = self.inputs.prepare(model, batch | {"image_tokens": tokens})
+            made |= join_texts(text, human) | {"owners": torch.cat([made["owners"], human["owners"]])}
+        return {"images": images, **decoded, **made}
 
     def decode(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
         """Decode generated texts (B, T) without the prompt; returns B texts, and whether each reached its end token."""
@@ -146,26 +121,34 @@ class SelfCritical:
         return self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True), ended.tolist()
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the loss: the sum over sampled tokens of negative log-likelihood times the caption's advantage."""
+        """Return the loss: the sum over tokens of negative log-likelihood times the text's advantage.
+
+        The advantage of a human text is `xe_weight`.
+        """
         inputs, targets = split_targets(batch)  # it waits for the device, so it comes before the forward
-        logits = call_method(model, "logits_at", image_tokens=batch["image_tokens"], **inputs)  # (N, V)
+        images = {name: batch[name] for name in ("image_tokens", "owners") if name in batch}
+        logits = call_method(model, "logits_at", **images, **inputs)  # (N, V)
         losses = token_loss(logits, targets, reduction="none")  # (N,)
         start = time.perf_counter()
         advantage, means = self.advantage(batch)  # meanwhile, a GPU computes the forward
         means["reward_ms"] = 1000 * (time.perf_counter() - start)
-        weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)[:, None]  # (B*K, 1)
         positions = inputs["positions"]
+        human = np.full(len(positions) - len(advantage), self.config.xe_weight)
+        advantage = np.concatenate([advantage, human])
+        weights = torch.tensor(advantage, dtype=losses.dtype, device=losses.device)[:, None]  # (B*K + human, 1)
         return (losses * weights.expand(positions.shape)[positions]).sum(), means
 
     def advantage(self, batch: dict) -> tuple[np.ndarray, dict[str, float]]:
         """Return each sample's reward minus its baseline (B*K,), and the mean rewards."""
         count = self.config.samples
-        rewards = self.reward(batch["images"], batch["captions"], batch["ended"]).reshape(-1, count)  # (B, K)
+        scores = self.reward.scores(batch["images"], batch["captions"], batch["ended"])
+        rewards = self.reward.total(scores).reshape(-1, count)  # (B, K)
+        parts = {f"reward_{name}": values.mean() for name, values in scores.items()} if len(scores) > 1 else {}
         if self.config.baseline == "mean":
             others = (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
-            return (rewards - others).ravel(), {"reward": rewards.mean()}
+            return (rewards - others).ravel(), {"reward": rewards.mean()} | parts
         greedy = self.reward(batch["images"][::count], batch["greedy_captions"], batch["greedy_ended"])  # (B,)
-        means = {"reward": rewards.mean(), "reward_greedy": greedy.mean()}
+        means = {"reward": rewards.mean(), "reward_greedy": greedy.mean()} | parts
         return (rewards - greedy[:, None]).ravel(), means
 
 
