@@ -154,7 +154,7 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         model_config.tags = tags.to_dict()
     model = CaptionerModel(model_config)
     model.encoder.load_state_dict(encoder.state_dict())
-    if head is not None:
+    if head is not None and model.tag_head is not None:
         model.tag_head.load_state_dict(head.state_dict())
     if config.decoder is not None:
         copy_weights(config.decoder, model.decoder)
