@@ -89,7 +89,7 @@ def caption_split(
             inputs = send_to_device(images.batch([opened for _, opened in good]), accelerator.device)
             tokens = model.read_image(inputs.get("pixel_values"), inputs.get("image_tokens"), grid)
             chosen, shown = (tags or TagChoice()).choose(model, tokens)
-            prompts = processor.prompts(len(good), accelerator.device)
+            prompts: dict[str, Any] = processor.prompts(len(good), accelerator.device)
             sequences = model.generate(image_tokens=tokens, tags=chosen, **prompts, **generation)
             for (row, _), text, own in zip(good, processor.captions(sequences), shown, strict=True):
                 done.append((row, {"caption": text} | ({"tags": [asdict(tag) for tag in own]} if show_tags else {})))

@@ -56,7 +56,7 @@ class Caption:
         Args:
             tags: whether to add the `tags`.
         """
-        row = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
+        row: dict[str, Any] = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
         if self.candidates is not None:
             row["captions"] = [asdict(one) for one in self.candidates]
         return row | ({"tags": [asdict(tag) for tag in self.tags]} if tags else {})

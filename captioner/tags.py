@@ -34,7 +34,7 @@ class TagVocabulary:
     words: tuple[tuple[str, ...], ...]
     none: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = tuple(" ".join(name.split()) for name in self.names)
         if not names:
             raise ValueError("the vocabulary has no tag")
@@ -88,7 +88,7 @@ class TagVocabulary:
         path = Path(path)
         text = read_text(path)
         is_json = path.suffix.lower() == ".json" or text.lstrip()[:1] in ("{", "[")
-        content = parse_json_text(text, path) if is_json else [line for line in text.splitlines() if line.strip()]
+        content: Any = parse_json_text(text, path) if is_json else [line for line in text.splitlines() if line.strip()]
         try:
             if isinstance(content, list) and all(isinstance(name, str) for name in content):
                 return cls.of_names(content)
@@ -105,6 +105,8 @@ class TagVocabulary:
         Raises:
             ValueError: the content has another form, or `TagVocabulary` refuses it.
         """
+        names: Any
+        words: Any
         names, words = (content.get(key) if isinstance(content, Mapping) else None for key in ("names", "words"))
         if not is_texts(names) or not isinstance(words, list | tuple) or not all(is_texts(w) for w in words):
             raise ValueError("a vocabulary is a list of names, or 'words', which maps each name to a list of phrases")

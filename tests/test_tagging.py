@@ -76,7 +76,7 @@ def test_a_head_learns_from_mentions_and_labels(config, captioned, caplog, capsy
     scores = json.loads((config.output / "scores.json").read_text())
     assert scores["images"] == {"train": 32, "val": 8}
     assert scores["mentions"]["mean_ap"] == scores["labels"]["mean_ap"] == 1
-    assert scores["mentions"]["images"] == scores["labels"]["images"] == 8
+    assert scores["mentions"]["images"] == scores["labels"]["images"] == scores["both"]["images"] == 8
     rows = {row["tag"]: row for row in csv.DictReader((config.output / "tags.csv").open())}
     assert rows["warm"]["label_positives"] == "2"
     assert rows["square"]["label_ap"] == ""
@@ -225,10 +225,11 @@ def test_frequent_nouns():
 
 
 def test_classes_and_nouns_join_the_vocabulary(write):
-    file = str(write("file.json", {"words": {"hound": ["dog", "dogs"]}}))
+    file = str(write("file.json", {"words": {"hound": ["dog", "dogs"]}, "none": ["dog house"]}))
     joined = make_vocabulary([file, "words:2"], CAPTIONS, classes=["Hound", "cat"])
     assert joined.names == ("hound", "cat", "man", "ball")
     assert joined.words[1] == ("cat", "cats")
+    assert joined.none == ("dog house",)
 
 
 def test_a_trained_head_becomes_part_of_a_new_captioner(config, captioned, tmp_path):

@@ -74,8 +74,8 @@ class Options(BaseModel):
         if self.sample:
             generation |= {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         generation = {name: value for name, value in generation.items() if value is not None}
-        choice = {"tags": self.tags, "min_tag": self.min_tag}
-        search = make_search(self.captions, self.prompt, self.seed, self.min_confidence, **choice, **generation)
+        common = (self.captions, self.prompt, self.seed, self.min_confidence, self.tags, self.min_tag)
+        search = make_search(*common, **generation)
         return search, parse_grid(self.grid)
 
 
