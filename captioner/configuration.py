@@ -54,7 +54,7 @@ class CaptionerConfig(PretrainedConfig):
         self.grid = parse_grid(grid)
         self.tags = tags
         if (found := self.tag_config) is not None:
-            found.check_tokens(text_config.vocab_size)
+            found.check_tokens(self.vocab_size)
         super().__init__(**kwargs)
 
     @property

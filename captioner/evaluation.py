@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from captioner.data.batches import ImageRows, Images, open_images
 from captioner.grids import Grid
+from captioner.image_tags import TagChoice
 from captioner.metrics import Scores, score
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -35,6 +37,8 @@ def caption_split(
     grid: Grid | None = None,
     workers: int = 0,
     images: Images | None = None,
+    tags: TagChoice | None = None,
+    show_tags: bool = False,
     **generation: Any,
 ) -> list[dict]:
     """Caption every image of a table once; the processes share the images.
@@ -51,6 +55,8 @@ def caption_split(
         grid: compressed grid of the image tokens; `None` for the model's own. Cached tokens have their own.
         workers: number of processes that load images.
         images: source of the table's images; `None` for their files.
+        tags: which object tags of an image the model reads; `None` for those that it predicts.
+        show_tags: whether a result has the tags of its image.
         generation: settings of transformers' `generate`.
 
     Returns:
@@ -79,10 +85,12 @@ def caption_split(
                 done.append((row, {"caption": "", "error": error}))
         if good:
             inputs = send_to_device(images.batch([opened for _, opened in good]), accelerator.device)
-            inputs |= processor.prompts(len(good), accelerator.device)
-            sequences = model.generate(**inputs, grid=grid, **generation)
-            texts = processor.captions(sequences)
-            done += [(row, {"caption": text}) for (row, _), text in zip(good, texts, strict=True)]
+            tokens = model.read_image(inputs.get("pixel_values"), inputs.get("image_tokens"), grid)
+            chosen, shown = (tags or TagChoice()).choose(model, tokens)
+            prompts: dict[str, Any] = processor.prompts(len(good), accelerator.device)
+            sequences = model.generate(image_tokens=tokens, tags=chosen, **prompts, **generation)
+            for (row, _), text, own in zip(good, processor.captions(sequences), shown, strict=True):
+                done.append((row, {"caption": text} | ({"tags": [asdict(tag) for tag in own]} if show_tags else {})))
     found = dict(gather_object(done))
     ids = table["image_id"]
     return [{"image_id": ids[row], **found[row]} for row in rows]

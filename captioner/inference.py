@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
 from operator import index
@@ -18,13 +18,14 @@ from captioner.encoders.fused import fast_dtype
 from captioner.encoders.shipped import SHIPPED, WEIGHTS
 from captioner.errors import SettingError
 from captioner.grids import Grid, parse_grid, write_grid
+from captioner.image_tags import ImageTag
 from captioner.images import ImageError, ImageSource, each_image, is_single, name_source
 from captioner.images.sources import IN_MEMORY, quote_name
 from captioner.loading import load_parts
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
 from captioner.runs.digests import digest_json, digest_tensors
-from captioner.search import Candidate, Search, check_count, describe_search, make_search
+from captioner.search import Candidate, Findings, Search, check_count, describe_search, make_search
 
 BATCH_SIZE = 16
 """Images per batch, unless the caller gives another number."""
@@ -46,11 +47,19 @@ class Caption:
     """All captions of the image, best first, if several were requested; the first of them is `caption`."""
     confidence: float | None = None
     """Confidence of the caption (see `Candidate`); `None` if the log-probability is."""
+    tags: list[ImageTag] = field(default_factory=list)
+    """The object tags that the model read, the most probable first; or those that it predicted, if it read none."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return path, caption, logprob and error, in this order, and `captions` if several were requested."""
-        row = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
-        return row if self.candidates is None else row | {"captions": [asdict(one) for one in self.candidates]}
+    def as_dict(self, tags: bool = False) -> dict[str, Any]:
+        """Return path, caption, logprob and error, in this order, and `captions` if several were requested.
+
+        Args:
+            tags: whether to add the `tags`.
+        """
+        row: dict[str, Any] = {"path": self.path, "caption": self.caption, "logprob": self.logprob, "error": self.error}
+        if self.candidates is not None:
+            row["captions"] = [asdict(one) for one in self.candidates]
+        return row | ({"tags": [asdict(tag) for tag in self.tags]} if tags else {})
 
     def best_first(self) -> list[Candidate]:
         """Return all captions of the image, one or several."""
@@ -58,14 +67,15 @@ class Caption:
             return self.candidates
         return [] if self.caption is None else [Candidate(self.caption, self.logprob, self.confidence)]
 
-    def fill(self, candidates: list[Candidate], search: Search, logprob: bool) -> None:
-        """Set the captions that a search found, without those below its least confidence.
+    def fill(self, found: Findings, search: Search, logprob: bool) -> None:
+        """Set the tags and the captions that a search found, without captions below its least confidence.
 
         Args:
-            candidates: the captions, best first.
+            found: what was found.
             search: the settings of the search.
             logprob: whether log-probabilities are shown.
         """
+        self.tags, candidates = found.tags, found.candidates
         sure = [one for one in candidates if (one.confidence or 0) >= search.min_confidence]
         if not sure:
             best = max(one.confidence or 0 for one in candidates)
@@ -135,8 +145,8 @@ class Captioner:
                 one more pass of the decoder.
             workers: threads that open the images of the next batches while the model runs. With 0, each batch is opened
                 in the calling thread.
-            options: see `make_search`: `captions`, `prompt`, `seed`, `min_confidence`, and settings of transformers'
-                `generate`, such as `num_beams`. `None` stands for the default.
+            options: see `make_search`: `captions`, `prompt`, `seed`, `min_confidence`, `tags`, `min_tag`, and settings
+                of transformers' `generate`, such as `num_beams`. `None` stands for the default.
 
         Raises:
             ValueError: the encoder does not have this grid, or an option is not known or does not fit the others.
@@ -163,8 +173,8 @@ class Captioner:
             if good:
                 pixel_values, keys = torch.stack([pixels for *_, pixels in good]), [key for _, key, _ in good]
                 found = self.search(pixel_values, keys, search, grid, logprob or search.needs_logprob(self.model))
-                for (result, _, _), candidates in zip(good, found, strict=True):
-                    result.fill(candidates, search, logprob)
+                for (result, _, _), own in zip(good, found, strict=True):
+                    result.fill(own, search, logprob)
             for result, *_ in batch:
                 if search.captions > 1 and result.candidates is None:
                     result.candidates = []
@@ -194,7 +204,7 @@ class Captioner:
         search: Search,
         grid: Grid | None = None,
         logprob: bool = True,
-    ) -> list[list[Candidate]]:
+    ) -> list[Findings]:
         """Find captions for pixels (B, 3, H, W).
 
         Args:
@@ -205,7 +215,7 @@ class Captioner:
             logprob: whether to compute log-probabilities and confidences.
 
         Returns:
-            The captions of each image, best first.
+            The captions of each image, best first, and its tags.
         """
         with self._lock:
             grid = self.model.config.grid if grid is None else grid
@@ -223,6 +233,8 @@ class Captioner:
         used = parse_grid(grid) or config.grid or self.model.encoder.grid
         kind = {"encoder": config.encoder_config, "fusion": config.fusion, "blind": config.blind}
         kind |= {"image": self.processor.image, "prompt": self.processor.prompt}
+        if config.tags is not None:
+            kind["tags"] = config.tags
         dtype = next((str(weight.dtype) for weight in self.encoder.parameters()), "torch.float32")
         return {
             "model": self.name,

@@ -196,7 +196,7 @@ class CaptionerProcessor(ProcessorMixin):
         longest = self.max_length if max_length is None else max_length
         ids = [self.prompt_ids(text)[: longest if truncation else None] for text in texts]
         if tags is not None:
-            groups = list(tags)
+            groups: list[Any] = list(tags)
             if all(isinstance(group, str) for group in groups):
                 groups = [groups] * len(ids)
             if len(groups) != len(ids):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from captioner.errors import SettingError
+from captioner.image_tags import ImageTag, TagChoice, make_choice
 from captioner.labels import IGNORED, label_generated, next_labels
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
@@ -71,6 +72,19 @@ class Candidate:
     confidence: float | None = None
 
 
+@dataclass
+class Findings:
+    """What was found for one image.
+
+    Attributes:
+        candidates: the captions, best first.
+        tags: the tags that the decoder read; or those that were predicted, if it read none.
+    """
+
+    candidates: list[Candidate]
+    tags: list[ImageTag]
+
+
 @dataclass(frozen=True)
 class Search:
     """Settings of a search for captions.
@@ -81,6 +95,7 @@ class Search:
             prompt is continued, which is not part of the captions.
         seed: seed of the random numbers of sampling.
         min_confidence: least confidence of a caption; captions below are withheld.
+        tags: which tags of an image the decoder reads.
         generation: settings of transformers' `generate`. With `do_sample` tokens are drawn at random.
     """
 
@@ -88,6 +103,7 @@ class Search:
     prompt: str = ""
     seed: int = 0
     min_confidence: float = 0.0
+    tags: TagChoice = field(default_factory=TagChoice)
     generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,8 +116,9 @@ class Search:
         """Merge the settings of generation with the model's own, and find the number of beams.
 
         Raises:
-            SettingError: there are fewer beams than captions, or beams are set for sampling.
+            SettingError: there are fewer beams than captions, beams are set for sampling, or the model lacks tags.
         """
+        self.tags.check(model)
         own = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
         settings = own | {name: value for name, value in self.generation.items() if value is not None}
         beams = self.generation.get("num_beams")
@@ -128,7 +145,7 @@ class Search:
         image_tokens: torch.Tensor,
         names: Sequence[str],
         logprob: bool,
-    ) -> list[list[Candidate]]:
+    ) -> list[Findings]:
         """Search for captions of encoded images.
 
         Args:
@@ -141,7 +158,7 @@ class Search:
 
         Returns:
             K captions of each image, best first: by the search's own score of beams, or by confidence if they are
-            drawn. Drawn captions without log-probabilities are in the order in which they were drawn.
+            drawn. Drawn captions without log-probabilities are in the order in which they were drawn. And its tags.
 
         Raises:
             SettingError: see `resolve`; or the decoder has no room for prompt and caption.
@@ -150,6 +167,7 @@ class Search:
         ids = processor.prompt_ids(self.prompt.strip())
         prompts = torch.tensor([ids], device=image_tokens.device).expand(len(image_tokens), -1)  # (B, T0)
         options, repeats = dict(self.generation), 1
+        tags, shown = self.tags.choose(model, image_tokens)
         if settings.get("do_sample"):
             rows = [(name, number) for name in names for number in range(count)]
             options = {name: value for name, value in options.items() if name not in WARPERS}
@@ -166,17 +184,18 @@ class Search:
         values = None
         if logprob and not settings.get("do_sample"):
             mask = torch.ones_like(prompts)
-            sequences, values = model.generate_with_log_probability(image_tokens, prompts, mask, **options)
+            sequences, values = model.generate_with_log_probability(image_tokens, prompts, mask, tags, **options)
         else:
             input_ids = prompts.repeat_interleave(repeats, 0)
             sequences = model.generate(
                 image_tokens=image_tokens.repeat_interleave(repeats, 0),
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
+                tags=[group for group in tags for _ in range(repeats)],
                 **options,
             )  # (B*K, T)
             if logprob:
-                values = model.log_probability(sequences, image_tokens, prompts)
+                values = model.log_probability(sequences, image_tokens, prompts, tags=tags)
         texts = processor.captions(sequences, 1 if self.prompt.strip() else len(ids))
         found = [Candidate(text) for text in texts]
         if values is not None:
@@ -187,7 +206,7 @@ class Search:
         groups = [found[start : start + count] for start in range(0, len(found), count)]
         if settings.get("do_sample") and logprob:
             groups = [sorted(group, key=lambda one: -(one.confidence or 0)) for group in groups]
-        return groups
+        return [Findings(group, own) for group, own in zip(groups, shown, strict=True)]
 
 
 def make_search(
@@ -195,6 +214,8 @@ def make_search(
     prompt: str | None = None,
     seed: int | None = None,
     min_confidence: float = 0.0,
+    tags: int | Sequence[str] | None = None,
+    min_tag: float | None = None,
     **generation: Any,
 ) -> Search:
     """Check the options of captioning and return them as a `Search`.
@@ -205,6 +226,9 @@ def make_search(
         seed: seed of sampling; `None` draws a seed from torch's random numbers.
         min_confidence: least confidence of a caption, the geometric mean of its tokens' probabilities, from 0 to 1. An
             image without such a caption gets an error.
+        tags: largest number of object tags that the model predicts in an image and reads before the caption, 0 for
+            none; or names of its tags, which it reads for every image. `None` for the model's own number.
+        min_tag: least probability of a predicted tag; `None` for the model's own.
         generation: settings of transformers' `generate`, such as `num_beams`; `do_sample=True` draws captions.
 
     Raises:
@@ -221,7 +245,8 @@ def make_search(
     confidence = float(min_confidence)
     if math.isnan(confidence):
         raise SettingError("min_confidence is a probability, not nan", "min_confidence")
-    return Search(check_count("captions", captions), prompt or "", index(seed), confidence, generation)
+    choice = make_choice(tags, min_tag)
+    return Search(check_count("captions", captions), prompt or "", index(seed), confidence, choice, generation)
 
 
 def check_count(name: str, value: Any) -> int:
@@ -296,7 +321,8 @@ def describe_search(search: Search, model: CaptionerModel) -> dict[str, Any]:
         described["seed"] = search.seed
     drop = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample"} | (set() if sampling else set(WARPERS))
     described |= {name: value for name, value in sorted(settings.items()) if name not in drop and value is not None}
-    return {name: value if is_plain(value) else repr(value) for name, value in described.items()}
+    plain = {name: value if is_plain(value) else repr(value) for name, value in described.items()}
+    return plain | search.tags.describe(model)
 
 
 def is_plain(value: Any) -> bool:

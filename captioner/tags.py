@@ -24,15 +24,17 @@ class TagVocabulary:
         names: name of each of the K tags. The decoder reads this name.
         words: for each tag, the phrases that mention it in a sentence, in lower case, without punctuation. Several tags
             may share a phrase.
+        none: phrases that mention no tag, although a shorter phrase in them does, such as `toy car`.
 
     Raises:
-        ValueError: there is no tag, two tags have one name, or a tag has no phrase.
+        ValueError: there is no tag, two tags have one name, a tag has no phrase, or a phrase of `none` is one of a tag.
     """
 
     names: tuple[str, ...]
     words: tuple[tuple[str, ...], ...]
+    none: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = tuple(" ".join(name.split()) for name in self.names)
         if not names:
             raise ValueError("the vocabulary has no tag")
@@ -54,8 +56,14 @@ class TagVocabulary:
             if not plain:
                 raise ValueError(f"the tag '{name}' has no phrase")
             words.append(tuple(dict.fromkeys(plain)))
+        none = tuple(" ".join(split_words(phrase)) for phrase in self.none)
+        known = {phrase: name for name, phrases in zip(names, words, strict=True) for phrase in phrases}
+        for phrase in none:
+            if phrase in known:
+                raise ValueError(f"the phrase '{phrase}' of the tag '{known[phrase]}' is among those of no tag")
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "words", tuple(words))
+        object.__setattr__(self, "none", tuple(dict.fromkeys(filter(None, none))))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,8 +77,9 @@ class TagVocabulary:
     def read(cls, path: str | Path) -> "TagVocabulary":
         """Read a vocabulary from a file.
 
-        The file is JSON with `words`, which maps each name to its phrases, or a JSON list of names, or plain text with
-        one name in each line. The file `tags.json` of a trained head can be read, too.
+        The file is JSON with `words`, which maps each name to its phrases, and perhaps `none`, a list of phrases that
+        mention no tag; or a JSON list of names; or plain text with one name in each line. The file `tags.json` of a
+        trained head can be read, too.
 
         Raises:
             ValueError: the file has another form, or `TagVocabulary` refuses its content.
@@ -79,7 +88,7 @@ class TagVocabulary:
         path = Path(path)
         text = read_text(path)
         is_json = path.suffix.lower() == ".json" or text.lstrip()[:1] in ("{", "[")
-        content = parse_json_text(text, path) if is_json else [line for line in text.splitlines() if line.strip()]
+        content: Any = parse_json_text(text, path) if is_json else [line for line in text.splitlines() if line.strip()]
         try:
             if isinstance(content, list) and all(isinstance(name, str) for name in content):
                 return cls.of_names(content)
@@ -96,14 +105,19 @@ class TagVocabulary:
         Raises:
             ValueError: the content has another form, or `TagVocabulary` refuses it.
         """
+        names: Any
+        words: Any
         names, words = (content.get(key) if isinstance(content, Mapping) else None for key in ("names", "words"))
         if not is_texts(names) or not isinstance(words, list | tuple) or not all(is_texts(w) for w in words):
             raise ValueError("a vocabulary is a list of names, or 'words', which maps each name to a list of phrases")
-        return cls(tuple(names), tuple(tuple(phrases) for phrases in words))
+        if not is_texts(none := content.get("none", [])):
+            raise ValueError("'none' of a vocabulary is not a list of phrases")
+        return cls(tuple(names), tuple(tuple(phrases) for phrases in words), tuple(none))
 
     def to_dict(self) -> dict[str, list]:
-        """Return the vocabulary as lists, for JSON: `names`, and `words` in the same order."""
-        return {"names": list(self.names), "words": [list(phrases) for phrases in self.words]}
+        """Return the vocabulary as lists, for JSON: `names`, `words` in the same order, and `none` if there are any."""
+        lists: dict[str, list] = {"names": list(self.names), "words": [list(phrases) for phrases in self.words]}
+        return lists | ({"none": list(self.none)} if self.none else {})
 
     def find(self, sentence: str) -> list[int]:
         """Find the tags that a sentence mentions.
@@ -128,7 +142,7 @@ class TagVocabulary:
     @cached_property
     def _phrases(self) -> dict[str, list[tuple[list[str], list[int]]]]:
         """For each first word, the phrases that start with it, the longest first, and the tags of each phrase."""
-        tags: dict[str, list[int]] = {}
+        tags: dict[str, list[int]] = {phrase: [] for phrase in self.none}
         for number, phrases in enumerate(self.words):
             for phrase in phrases:
                 tags.setdefault(phrase, []).append(number)

@@ -1,13 +1,20 @@
 """A captioner with object tags: their words stand before the start token of a text."""
 
+import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from pyarrow import parquet
 from transformers import LlamaConfig
 
 import captioner
 from captioner import CaptionerModel
+from captioner.commands.caption import CaptionConfig, caption_files
+from captioner.commands.evaluate import EvaluateConfig, evaluate
+from captioner.data.config import TokenSourceConfig
+from captioner.data.readers import read_captions
 from captioner.generation import call
 from captioner.generation.prompts import Prompts, split_prompts
 from captioner.tag_head import TagConfig
@@ -175,3 +182,100 @@ def test_tags_take_room_in_the_decoder(make_tagged, tokens):
     model = make_tagged()
     with pytest.raises(ValueError, match="room for 64 tokens"):
         model.generate(image_tokens=tokens, tags=[[0, 1, 2] * 4] * 3, max_new_tokens=50)
+
+
+@pytest.fixture
+def saved(make_tagged, processor, tmp_path):
+    make_tagged().save_pretrained(tmp_path / "tagged")
+    processor.save_pretrained(tmp_path / "tagged")
+    return tmp_path / "tagged"
+
+
+def test_tags_of_captions_in_python(saved, images):
+    loaded = captioner.load(saved, "cpu")
+    pixels = loaded.processor.pixels(images / "a.jpg")[None]
+    tokens = loaded.encoder.encode(pixels)
+    row = loaded.model.predict_tags(tokens)[0].tolist()
+    (result,) = loaded.stream(images / "a.jpg")
+    expected = sorted(((p, n) for p, n in zip(row, VOCABULARY.names, strict=True) if p >= 0.3), reverse=True)
+    assert [(tag.tag, tag.probability) for tag in result.tags] == [(name, round(p, 4)) for p, name in expected]
+    assert len(result.tags) == 2
+    text = loaded(images / "a.jpg", tags=0)
+    assert text == loaded.processor.captions(loaded.model.generate(image_tokens=tokens, tags=[[]]))[0]
+    named = loaded(images / "a.jpg", tags=["Dog"])
+    assert named == loaded.processor.captions(loaded.model.generate(image_tokens=tokens, tags=[[0]]))[0]
+    (blind,) = loaded.stream(images / "a.jpg", tags=0)
+    assert (blind.tags, blind.caption) == (result.tags, text)
+    drawn = list(loaded.stream(images / "a.jpg", captions=2, do_sample=True, seed=3, tags=["dog", "beach"]))
+    assert [tag.tag for tag in drawn[0].tags] == ["dog", "beach"]
+    assert loaded.describe(tags=1) == loaded.describe() | {"tags": 1}
+    assert loaded.describe(min_tag=0.5)["min_tag"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"tags": -1}, "tags must be a whole number of at least 0, not -1"),
+        ({"tags": "dog"}, "a list of names such as"),
+        ({"tags": ["zebra"]}, "this captioner has no tag 'zebra'"),
+        ({"min_tag": 1.5}, "min_tag is a probability between 0 and 1, not 1.5"),
+    ],
+)
+def test_wrong_choices_of_tags_are_refused(saved, images, options, fault):
+    with pytest.raises(ValueError, match=fault):
+        captioner.load(saved, "cpu")(images / "a.jpg", **options)
+
+
+def test_a_captioner_without_tags_says_so(saved_model, images):
+    loaded = captioner.load(saved_model, "cpu")
+    assert next(loaded.stream(images / "a.jpg")).tags == []
+    assert loaded(images / "a.jpg", tags=0) == loaded(images / "a.jpg")
+    assert "tags" not in loaded.describe()
+    for options in ({"tags": 2}, {"min_tag": 0.2}, {"tags": ["dog"]}):
+        with pytest.raises(ValueError, match="this captioner has no tags"):
+            loaded(images / "a.jpg", **options)
+    with pytest.raises(ValueError, match="this captioner has no tags"):
+        caption_files(CaptionConfig((str(images),), model=str(saved_model), show_tags=True))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "txt"])
+def test_tags_are_shown_beside_captions(ending, saved, images, tmp_path, capsys):
+    output = tmp_path / f"captions.{ending}"
+    config = CaptionConfig((str(images),), model=str(saved), output=output, show_tags=True)
+    assert caption_files(config) == 0
+    results = {result.path: result for result in captioner.load(saved, "cpu").stream(sorted(images.iterdir()))}
+    written = [", ".join(f"{tag.tag} {tag.probability:.2f}" for tag in result.tags) for result in results.values()]
+    tags = [[vars(tag) for tag in result.tags] for result in results.values()]
+    if ending == "jsonl":
+        assert [json.loads(line)["tags"] for line in output.read_text().splitlines()] == tags
+    elif ending == "csv":
+        assert [row["tags"] for row in csv.DictReader(output.open())] == written
+    elif ending == "parquet":
+        assert parquet.read_table(output)["tags"].to_pylist() == tags
+    else:
+        assert [line.split("\t")[2] for line in output.read_text().splitlines()] == written
+        caption_files(replace(config, output=None))
+        assert capsys.readouterr().out == output.read_text()
+    (images / "d.png").write_bytes((images / "b.png").read_bytes())
+    if ending == "csv":
+        with pytest.raises(ValueError, match="show_tags"):
+            caption_files(replace(config, resume=True, show_tags=False))
+    assert caption_files(replace(config, resume=True)) == 0
+    with pytest.raises(ValueError, match="tags"):
+        caption_files(replace(config, resume=True, tags=0))
+
+
+def test_scores_without_tags(saved, noise, tmp_path):
+    """`tags` 0 gives the tag-blind scores: the captions are those of a captioner that reads no tags."""
+    data = TokenSourceConfig(root=str(noise), workers=0)
+    config = EvaluateConfig(str(saved), data, "val", tmp_path / "scores", max_new_tokens=6, show_tags=True)
+    rows = {}
+    for tags in (None, 0):
+        evaluate(replace(config, tags=tags, overwrite=True))
+        rows[tags] = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert [row["tags"] for row in rows[0]] == [row["tags"] for row in rows[None]]
+    loaded = captioner.load(saved, "cpu")
+    images = [row["image"] for row in read_captions(noise, "val")]
+    expected = loaded(images, tags=0, num_beams=3, max_new_tokens=6)
+    assert [row["caption"] for row in rows[0]] == expected
+    assert [row["caption"] for row in rows[None]] != expected

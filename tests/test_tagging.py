@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from training_runs import COLOURS, small_encoder
+from training_runs import COLOURS, debug, small_encoder
 
+import captioner
 from captioner.commands.cache import CacheConfig, fill_cache
 from captioner.commands.tags import run
 from captioner.data.config import SourceConfig
@@ -20,7 +21,9 @@ from captioner.tagging.fit import Targets, calibrate
 from captioner.tagging.vocabulary import make_vocabulary
 from captioner.tagging.words import frequent_nouns
 from captioner.tags import TagVocabulary
-from captioner.training.config import EncoderConfig
+from captioner.training.build import build_captioner
+from captioner.training.config import EncoderConfig, ModelConfig
+from captioner.training.loop import train
 
 VOCABULARY = TagVocabulary.of_names([*COLOURS, "square", "warm"])
 
@@ -73,7 +76,7 @@ def test_a_head_learns_from_mentions_and_labels(config, captioned, caplog, capsy
     scores = json.loads((config.output / "scores.json").read_text())
     assert scores["images"] == {"train": 32, "val": 8}
     assert scores["mentions"]["mean_ap"] == scores["labels"]["mean_ap"] == 1
-    assert scores["mentions"]["images"] == scores["labels"]["images"] == 8
+    assert scores["mentions"]["images"] == scores["labels"]["images"] == scores["both"]["images"] == 8
     rows = {row["tag"]: row for row in csv.DictReader((config.output / "tags.csv").open())}
     assert rows["warm"]["label_positives"] == "2"
     assert rows["square"]["label_ap"] == ""
@@ -222,7 +225,27 @@ def test_frequent_nouns():
 
 
 def test_classes_and_nouns_join_the_vocabulary(write):
-    file = str(write("file.json", {"words": {"hound": ["dog", "dogs"]}}))
+    file = str(write("file.json", {"words": {"hound": ["dog", "dogs"]}, "none": ["dog house"]}))
     joined = make_vocabulary([file, "words:2"], CAPTIONS, classes=["Hound", "cat"])
     assert joined.names == ("hound", "cat", "man", "ball")
     assert joined.words[1] == ("cat", "cats")
+    assert joined.none == ("dog house",)
+
+
+def test_a_trained_head_becomes_part_of_a_new_captioner(config, captioned, tmp_path):
+    """It predicts the same as in its folder, through training by words and by rewards."""
+    run(config)
+    head, _ = load_head(config.output, 192, 1)
+    settings = debug(captioned, tmp_path / "run", epochs=0.2)
+    settings = replace(settings, model=replace(settings.model, image_size=96, tags=config.output))
+    for stage in (settings, replace(settings, stage="scst", model=ModelConfig())):
+        model = captioner.load(train(stage), "cpu").model
+        tokens = torch.randn(2, 26, 192)
+        torch.testing.assert_close(model.predict_tags(tokens), head(tokens))
+    assert model.tags.vocabulary == VOCABULARY
+    with pytest.raises(ValueError, match=r"the tag head '.*' comes from other preprocessing: input_size"):
+        build_captioner(replace(settings.model, image_size=80), ["a red square"] * 9)
+    with pytest.raises(ValueError, match="comes from another encoder, lookupvit_tiny"):
+        build_captioner(replace(settings.model, encoder="vit_tiny_patch16_224"), ["a red square"] * 9)
+    with pytest.raises(ValueError, match="no tag head at"):
+        build_captioner(replace(settings.model, tags=tmp_path), ["a red square"] * 9)

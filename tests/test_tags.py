@@ -33,6 +33,14 @@ def test_tags_may_share_a_phrase():
     assert shared.find("a bag") == [0, 1]
 
 
+def test_phrases_of_no_tag_hide_shorter_phrases(write):
+    content = {"words": {"dog": ["dog"], "car": ["car"]}, "none": ["toy car", "Dog-House"]}
+    vocabulary = TagVocabulary.read(write("words.json", content))
+    assert vocabulary.find("a toy car and a dog house") == []
+    assert vocabulary.find("a toy dog in a car") == [0, 1]
+    assert TagVocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+
+
 def test_accents_in_either_form_are_letters():
     assert TagVocabulary.of_names(["café"]).find("im Cafe\u0301 sitzen") == [0]
 
@@ -59,6 +67,8 @@ def test_a_vocabulary_survives_json_with_sorted_keys():
         ({"words": {}}, "has no tag"),
         (["dog", "cat", "dog "], "the tag 'dog' twice"),
         (["dog", "Dog"], "the tag 'dog' and 'Dog' twice"),
+        ({"words": {"dog": ["dog"]}, "none": ["Dog"]}, "the phrase 'dog' of the tag 'dog' is among those of no tag"),
+        ({"words": {"dog": ["dog"]}, "none": "cat"}, "'none' of a vocabulary is not a list of phrases"),
         (["dog", " "], "a tag of the vocabulary has no name"),
         ({"words": {"dog": []}}, "the tag 'dog' has no phrase"),
         ({"words": {"dog": ["dog", "?!"]}}, "the phrase '\\?!' of the tag 'dog' contains no letter"),

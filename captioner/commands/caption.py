@@ -82,6 +82,14 @@ class CaptionConfig:
     min_confidence: float = 0.0
     """Least confidence of a caption, from 0 to 1: the geometric mean of its tokens' probabilities. An image whose
     captions are all below gets none."""
+    tags: int | None = None
+    """Most object tags that the model predicts in an image and reads before its caption, 0 for none; `None` for the
+    model's own number."""
+    min_tag: float | None = None
+    """Least probability of a predicted tag, from 0 to 1; `None` for the model's own."""
+    show_tags: bool = False
+    """Show the tags of each image and their probabilities beside its caption. With `tags` 0 the predicted ones are
+    shown, which the captions then do not depend on."""
     sample: bool = False
     """Draw captions at random instead of searching for the best."""
     seed: int = 0
@@ -104,6 +112,10 @@ class CaptionConfig:
             raise SettingError("resume and overwrite are about the file that output names: name it")
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "captions", "temperature", "top_k", "top_p")
         check_shares(self, "min_confidence")
+        if self.tags is not None and self.tags < 0:
+            raise SettingError(f"tags must be at least 0, not {self.tags}", "tags")
+        if self.min_tag is not None and not 0 <= self.min_tag <= 1:
+            raise SettingError(f"min_tag must be a share between 0 and 1, not {self.min_tag}", "min_tag")
         if self.top_p is not None and self.top_p > 1:
             raise SettingError(f"top_p must be a share between 0 and 1, not {self.top_p}", "top_p")
         if self.workers is not None and self.workers < 0:
@@ -116,13 +128,17 @@ class CaptionConfig:
         unused: dict[str, str] = {}
         if self.beside is None:
             unused |= dict.fromkeys(("prefix", "suffix"), "no files are written beside the images")
+        if self.beside is not None or self.metadata:
+            unused["show_tags"] = "captions are written beside the images or into them"
+        if self.tags == 0 and not self.show_tags:
+            unused["min_tag"] = "there are no tags"
         if not self.sample:
             unused |= dict.fromkeys(("seed", "temperature", "top_k", "top_p"), "captions are not sampled")
         return unused
 
     def search(self) -> dict[str, Any]:
         """Return the options of `Captioner.stream` that decide about the captions."""
-        names = ("num_beams", "max_new_tokens", "captions", "prompt", "min_confidence")
+        names = ("num_beams", "max_new_tokens", "captions", "prompt", "min_confidence", "tags", "min_tag")
         options = {name: getattr(self, name) for name in names}
         if self.sample:
             options |= {name: getattr(self, name) for name in ("seed", "temperature", "top_k", "top_p")}
@@ -173,9 +189,13 @@ def caption_files(config: CaptionConfig) -> int:
     from captioner.inference import load  # takes seconds, so errors in the inputs come first
 
     captioner = load(config.model, config.device)
+    if config.show_tags and captioner.model.tags is None:
+        raise SettingError("this captioner has no tags", "show_tags", "model")
     made_by: dict[str, Any] = {"captions": config.captions}
     if config.output is not None:
         made_by = captioner.describe(grid, **config.search())
+        if config.show_tags:
+            made_by["show_tags"] = True
         if (done or failed) and not check_maker(config.output, made_by):
             tell(f"{place} does not record what made it, so this is not checked")
     results = captioner.stream(
@@ -189,7 +209,7 @@ def caption_files(config: CaptionConfig) -> int:
     named = zip((name for name, _ in images), progress_bar(results, total=len(images), unit="img"), strict=True)
     output = nullcontext(each) if each is not None else open_output(config.output, made_by, append=bool(done | failed))
     with output as writer:
-        reasons = write_results(named, writer, failed)
+        reasons = write_results(named, writer, failed, config.show_tags)
     if images:
         tell(summarize(len(images) - reasons.total(), config.captions, reasons, place, len(done)))
     else:
@@ -209,7 +229,10 @@ def make_image_output(config: CaptionConfig) -> CaptionFiles | Metadata | None:
 
 
 def write_results(
-    results: Iterable[tuple[str, "Caption"]], writer: Writer | CaptionFiles | Metadata, failed: set[str]
+    results: Iterable[tuple[str, "Caption"]],
+    writer: Writer | CaptionFiles | Metadata,
+    failed: set[str],
+    show_tags: bool = False,
 ) -> Counter[str]:
     """Write the captions of each image as soon as they are made.
 
@@ -217,6 +240,7 @@ def write_results(
         results: name and captions of each image.
         writer: writes them.
         failed: images whose errors an earlier run wrote.
+        show_tags: whether to write tags, too.
 
     Returns:
         The number of images without a caption, by reason.
@@ -226,7 +250,7 @@ def write_results(
         result.path = name
         if result.error is None or name not in failed:
             try:
-                writer.write(result.as_dict())
+                writer.write(result.as_dict(show_tags))
             except ImageError as error:  # of one caption file, or of one image's metadata
                 result.error, result.reason = str(error), error.kind
         if result.error is not None:

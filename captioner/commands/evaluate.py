@@ -41,6 +41,13 @@ class EvaluateConfig:
     """Beams of the search."""
     max_new_tokens: int = 24
     """Longest caption in tokens."""
+    tags: int | None = None
+    """Most object tags that the model predicts in an image and reads before its caption, 0 for none (the tag-blind
+    scores); `None` for the model's own number."""
+    min_tag: float | None = None
+    """Least probability of a predicted tag, from 0 to 1; `None` for the model's own."""
+    show_tags: bool = False
+    """Write the tags of each image into `results.json`, too."""
     limit: int | None = None
     """Number of images of each data set to caption, from the first on; `None` for all."""
     spice: Path | None = None
@@ -49,6 +56,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "num_beams", "max_new_tokens", "limit")
         parse_grid(self.grid)
+        if self.tags is not None and self.tags < 0:
+            raise SettingError(f"tags must be at least 0, not {self.tags}", "tags")
+        if self.min_tag is not None and not 0 <= self.min_tag <= 1:
+            raise SettingError(f"min_tag must be a share between 0 and 1, not {self.min_tag}", "min_tag")
 
 
 SETTINGS = EvaluateConfig
@@ -81,6 +92,7 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | dict[str, Scores] 
     from captioner.data.batches import open_sets
     from captioner.data.sets import read_sets, set_names
     from captioner.data.token_cache import open_cache
+    from captioner.image_tags import make_choice
     from captioner.inference import load
     from captioner.metrics.java import spice_models
     from captioner.runs.files import check_folder
@@ -97,6 +109,7 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | dict[str, Scores] 
     if config.limit is not None:
         tables = [table.select(range(min(config.limit, len(table)))) for table in tables]
     captioner = load(config.model, str(accelerator.device))
+    make_choice(config.tags, config.min_tag).check(captioner.model)
     grid = parse_grid(config.grid)
     caches = [open_cache(folder, captioner.model, captioner.processor, grid) for folder in config.data.tokens]
     images = open_sets(dict(enumerate(tables)), captioner.processor, caches)
@@ -132,6 +145,7 @@ def evaluate_set(
         config: the evaluation.
     """
     from captioner.evaluation import caption_split, count_failed, score_results, write_results
+    from captioner.image_tags import make_choice
     from captioner.metrics import METRICS
     from captioner.runs.config import save_config
     from captioner.runs.files import open_whole
@@ -145,6 +159,8 @@ def evaluate_set(
         grid=parse_grid(config.grid),
         workers=config.data.workers,
         images=images,
+        tags=make_choice(config.tags, config.min_tag),
+        show_tags=config.show_tags,
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
     )

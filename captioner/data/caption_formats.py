@@ -20,7 +20,8 @@ LOW_CONFIDENCE = "below the least confidence"
 """Reason for an image whose best caption is withheld."""
 
 Row = Mapping[str, Any]
-"""A caption as `Caption.as_dict` returns it: the keys of `COLUMNS`, and `captions` if there are several."""
+"""A caption as `Caption.as_dict` returns it: the keys of `COLUMNS`, `captions` if there are several, and `tags` if they
+are shown."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Format:
             cannot express.
         read: yields the name of each image in the text of a file, and whether it has a caption.
         has_logprob: whether it shows log-probabilities.
-        header: returns the first line of a file, given the number of captions of each image; None for no such line.
+        header: returns the first line of a file, given the number of captions of each image and whether tags are shown;
+            None for no such line.
     """
 
     write: Callable[[Row, int], str | None]
     read: Callable[[str], Iterable[tuple[str, bool]]]
     has_logprob: bool = True
-    header: Callable[[int], str] | None = None
+    header: Callable[[int, bool], str] | None = None
 
 
 def write_csv(values: Iterable[Any]) -> str:
@@ -48,15 +50,17 @@ def write_csv(values: Iterable[Any]) -> str:
     return line.getvalue()
 
 
-def write_csv_header(captions: int) -> str:
-    """Write the names of the columns; those of several captions follow the usual ones."""
+def write_csv_header(captions: int, tags: bool = False) -> str:
+    """Write the names of the columns; those of tags and of several captions follow the usual ones."""
     more = [f"{column}_{number}" for number in range(2, captions + 1) for column in MORE_COLUMNS]
-    return write_csv([*COLUMNS, *(["confidence", *more] if captions > 1 else [])])
+    return write_csv([*COLUMNS, *(["tags"] if tags else []), *(["confidence", *more] if captions > 1 else [])])
 
 
 def write_csv_row(row: Row, captions: int) -> str:
     """Write a row of CSV; its name by the rule of `captioner.images.names`."""
     values = [escape_name(row["path"]), *(row[column] for column in COLUMNS[1:])]
+    if "tags" in row:
+        values.append(write_tags(row))
     if captions > 1:
         found = row.get("captions") or []
         values.append(found[0]["confidence"] if found else None)
@@ -64,6 +68,11 @@ def write_csv_row(row: Row, captions: int) -> str:
             one = found[number] if number < len(found) else {}
             values += [one.get(column) for column in MORE_COLUMNS]
     return write_csv(values)
+
+
+def write_tags(row: Row) -> str:
+    """Write the tags of an image and their probabilities as text: `dog 0.93, frisbee 0.41`."""
+    return ", ".join(f"{one['tag']} {one['probability']:.2f}" for one in row["tags"])
 
 
 def read_csv_rows(text: str) -> Iterator[tuple[str, bool]]:
@@ -89,11 +98,11 @@ def read_json_rows(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def write_line(row: Row, captions: int) -> str | None:
-    """Write `name<TAB>caption`, with more captions behind more tabs; an image without a caption has no line."""
+    """Write `name<TAB>caption`, more captions and tags behind more tabs; an image without a caption has no line."""
     if row["error"] is not None:
         return None
     texts = [one["caption"] for one in row["captions"]] if captions > 1 else [row["caption"]]
-    return "\t".join([escape_name(row["path"]), *texts])
+    return "\t".join([escape_name(row["path"]), *texts, *([write_tags(row)] if "tags" in row else [])])
 
 
 def read_lines(text: str) -> Iterator[tuple[str, bool]]:

@@ -165,7 +165,7 @@ def open_output(path: Path | None, made_by: Mapping[str, Any], append: bool = Fa
     Raises:
         SettingError: it cannot be opened or written.
     """
-    form, captions = find_format(path), made_by.get("captions", 1)
+    form, captions, tags = find_format(path), made_by.get("captions", 1), bool(made_by.get("show_tags"))
     if path is None:
         yield Writer(sys.stdout, form, captions=captions)
         return
@@ -181,11 +181,11 @@ def open_output(path: Path | None, made_by: Mapping[str, Any], append: bool = Fa
     try:
         if not append:
             write_settings(written, made_by)
-        elif form.header is not None and read_first_line(written) not in ("", form.header(captions)):
-            raise SettingError(f"{name} has columns for another number of captions", "captions", "output")
+        elif form.header is not None and read_first_line(written) not in ("", form.header(captions, tags)):
+            raise SettingError(f"{name} has other columns than these captions", "captions", "show_tags", "output")
         writer = Writer(file, form, name, captions)
         if form.header is not None and file.tell() == 0:
-            writer.write_line(form.header(captions))
+            writer.write_line(form.header(captions, tags))
         yield writer
     finally:
         with suppress(OSError):  # a full disk, for which the writer raised an error

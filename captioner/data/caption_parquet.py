@@ -50,6 +50,8 @@ def write_parquet(lines: Path, path: Path, made_by: Mapping[str, Any]) -> None:
     columns = {"path": pa.string(), "caption": pa.string(), "logprob": pa.float64(), "error": pa.string()}
     if made_by.get("captions", 1) > 1:
         columns["captions"] = pa.list_(one)
+    if made_by.get("show_tags"):
+        columns["tags"] = pa.list_(pa.struct({"tag": pa.string(), "probability": pa.float64()}))
     schema = pa.schema(list(columns.items()), metadata={KEY: json.dumps(made_by).encode()})
     captioned = {row["path"] for row in read_rows(lines) if row["error"] is None}
     with open_whole(path, "wb") as file, ParquetWriter(file, schema) as writer:

@@ -22,12 +22,16 @@ class CaptionGeneration:
     """Part of `CaptionerModel`; the attributes and methods declared here are that model's."""
 
     generation_config: GenerationConfig
-    fusion: Fusion
     tags: TagConfig | None
     read_image: Callable[..., torch.Tensor]
     prefix: Callable[..., torch.Tensor]
     pick_tags: Callable[[torch.Tensor], list[list[int]]]
     logits_at: Callable[..., torch.Tensor]
+
+    @property
+    def fusion(self) -> Fusion:
+        """The way in which the decoder reads the prefix."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def generate(

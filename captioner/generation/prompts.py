@@ -60,5 +60,5 @@ def split_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
     prompt = mask.bool() & (places >= first[:, None])
     words = mask.bool() & (places < first[:, None])
     before = [ids[own].tolist() for ids, own in zip(input_ids, words, strict=True)]
-    begin = int(first.min())
-    return Prompts((input_ids * prompt)[:, begin:], prompt[:, begin:].to(mask.dtype), before)
+    cut = int(first.min())
+    return Prompts((input_ids * prompt)[:, cut:], prompt[:, cut:].to(mask.dtype), before)

@@ -44,12 +44,20 @@ class Candidate(BaseModel):
     confidence: float | None = Field(description="Geometric mean of its tokens' probabilities, from 0 to 1.")
 
 
+class Tag(BaseModel):
+    """An object in an image."""
+
+    tag: str
+    probability: float
+
+
 class Result(BaseModel):
     """The captions of one image, or its error."""
 
     name: str
     caption: str | None = Field(description="The best caption.")
     captions: list[Candidate] = Field(description="All captions, best first.")
+    tags: list[Tag] = Field(description="Objects in the image, the most probable first; none for a model without tags.")
     error: str | None = Field(description="Why there is no caption.")
 
 
@@ -154,4 +162,5 @@ def create_app(
 def describe(result: Caption) -> dict[str, Any]:
     """Return the captions of an image for an answer."""
     captions = [asdict(one) for one in result.best_first()]
-    return {"name": result.path, "caption": result.caption, "captions": captions, "error": result.error}
+    tags = [asdict(tag) for tag in result.tags]
+    return {"name": result.path, "caption": result.caption, "captions": captions, "tags": tags, "error": result.error}

@@ -17,7 +17,7 @@ import torch
 from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.inference import Captioner
-from captioner.search import Candidate, Search
+from captioner.search import Findings, Search
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Job:
     key: str
     search: Search
     grid: Grid | None = None
-    result: "Future[list[Candidate]]" = field(default_factory=Future)
+    result: "Future[Findings]" = field(default_factory=Future)
 
     def fits(self, other: "Job") -> bool:
         """Return whether both can be in one batch."""
@@ -94,7 +94,7 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Put images into the queue, all or none; the `result` of each job will hold its captions, best first.
+        """Put images into the queue, all or none; the `result` of each job will hold its captions and tags.
 
         Raises:
             QueueFull: there are not enough places.
@@ -151,5 +151,5 @@ class Engine:
             for job in batch:
                 job.result.set_exception(error)
             return
-        for job, candidates in zip(batch, found, strict=True):
-            job.result.set_result(candidates)
+        for job, own in zip(batch, found, strict=True):
+            job.result.set_result(own)

@@ -48,6 +48,8 @@ class Options(BaseModel):
     num_beams: int | None = Field(None, ge=1, le=16, description="Beams of the search.")
     max_new_tokens: int | None = Field(None, ge=1, le=256, description="Longest caption in tokens.")
     min_confidence: float = Field(0.0, ge=0, le=1, description="Captions below this confidence are withheld.")
+    tags: int | None = Field(None, ge=0, le=64, description="Most object tags that the model reads first; 0 for none.")
+    min_tag: float | None = Field(None, ge=0, le=1, description="Least probability of an object tag.")
     sample: bool = Field(False, description="Draw captions at random instead of searching for the best.")
     seed: int | None = Field(None, ge=0, lt=2**53, description="Seed of sampling; without one, each answer differs.")
     temperature: float | None = Field(None, gt=0, le=100, allow_inf_nan=False, description="Temperature of sampling.")
@@ -72,7 +74,8 @@ class Options(BaseModel):
         if self.sample:
             generation |= {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         generation = {name: value for name, value in generation.items() if value is not None}
-        search = make_search(self.captions, self.prompt, self.seed, self.min_confidence, **generation)
+        common = (self.captions, self.prompt, self.seed, self.min_confidence, self.tags, self.min_tag)
+        search = make_search(*common, **generation)
         return search, parse_grid(self.grid)
 
 

@@ -60,7 +60,7 @@ class TagsConfig:
     model: EncoderConfig = field(default_factory=EncoderConfig)
     captioner: str | None = None
     """Folder or hub id of a captioner, or `shipped`. Its encoder, preprocessing and grid are used, in place of those of
-    `--model.*`."""
+    `model`."""
     grids: tuple[str, ...] = ()
     """Compressed grids such as `5x5 3x3 10x10`. Training draws one for each image, so that one head serves all. The
     first is that of validation. Without any, the model's own is used."""

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -194,12 +194,13 @@ class TokenReader:
             views: view of each.
             grid: compressed grid; `None` for the first grid of the caches.
         """
-        parts, places = [], []
+        parts: list[torch.Tensor] = []
+        places: list[np.ndarray] = []
         for number, (_, images) in enumerate(self.parts):
             mine = np.flatnonzero(self.place[rows, 0] == number)
             if len(mine):
                 opened = self.place[rows[mine], 1].tolist()
-                parts.append(images.batch(opened, views[mine].tolist(), grid)["image_tokens"])
+                parts.append(cast(torch.Tensor, images.batch(opened, views[mine].tolist(), grid)["image_tokens"]))
                 places.append(mine)
         tokens = torch.cat(parts)
         return tokens[np.argsort(np.concatenate(places))]

@@ -49,6 +49,10 @@ class Targets:
         total = weights.sum(0)
         return cls(torch.from_numpy(values / np.maximum(total, 1e-6)), torch.from_numpy(total))
 
+    def expected(self) -> np.ndarray:
+        """Return the expected values (n, K), NaN where nothing is known."""
+        return np.where(self.weights.numpy() > 0, self.values.numpy(), np.nan)
+
     @property
     def known(self) -> np.ndarray:
         """The images of which something is known, as rows."""

@@ -88,7 +88,7 @@ def make_head(
     if (config.output / DESCRIPTION).exists() and not config.overwrite:
         raise SettingError(f"'{config.output}' holds a tag head", "overwrite", "output")
     images = read_images(config)
-    grids = [parse_grid(each) for each in config.grids] or [grid]
+    grids: list[Grid | None] = [parse_grid(each) for each in config.grids] or [grid]
     tokens = TokenReader(open_caches(config, accelerator, encoder, source, grids, images.table), images.table)
     targets = Targets.of(images.labels, images.mentions, config.mention_weight)
     train, val = split_images(images, targets.known[tokens.usable[targets.known]], config.seed)
@@ -112,7 +112,7 @@ def make_head(
 
     scores = {
         kind: score_labels(probabilities, known[val], config.min_tag)
-        for kind, known in (("labels", images.labels), ("mentions", images.mentions))
+        for kind, known in (("labels", images.labels), ("mentions", images.mentions), ("both", targets.expected()))
         if not np.isnan(known[val]).all()
     }
     best = min(epochs, key=lambda epoch: epoch["val_loss"])["epoch"]

@@ -37,8 +37,11 @@ def make_vocabulary(sources: Sequence[str], captions: Iterable[str], classes: Se
             files.append(TagVocabulary(tuple(nouns), tuple(map(tuple, nouns.values()))))
         elif sum(counts):
             raise SettingError("the captions have no nouns for the vocabulary", "captions")
-    names = tuple(name for part in files for name in part.names)
-    return TagVocabulary(names, tuple(phrases for part in files for phrases in part.words))
+    return TagVocabulary(
+        names=tuple(name for part in files for name in part.names),
+        words=tuple(phrases for part in files for phrases in part.words),
+        none=tuple(phrase for part in files for phrase in part.none),
+    )
 
 
 def count_words(source: str) -> int:

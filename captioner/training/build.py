@@ -218,7 +218,7 @@ def build_captioner(config: ModelConfig, captions: list[str]) -> tuple[Captioner
         head, model_config.tags = trained.model.tag_head, trained.model.config.tags
     model = CaptionerModel(model_config)
     model.encoder.load_state_dict(encoder.state_dict())
-    if head is not None:
+    if head is not None and model.tag_head is not None:
         model.tag_head.load_state_dict(head.state_dict())
     if trained is not None:
         copy_captioner(trained.model, model)
