@@ -96,8 +96,7 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | dict[str, Scores] 
         OSError: a file is missing, such as SPICE's models.
     """
     from captioner.data.batches import open_sets
-    from captioner.data.sets import read_sets, set_names
-    from captioner.data.token_cache import open_cache
+    from captioner.data.sets import open_caches, read_sets, set_names
     from captioner.image_tags import make_choice
     from captioner.inference import load
     from captioner.metrics.java import spice_models
@@ -117,7 +116,7 @@ def evaluate_split(config: EvaluateConfig) -> tuple["Scores | dict[str, Scores] 
     captioner = load(config.model, str(accelerator.device))
     make_choice(config.tags, config.min_tag).check(captioner.model)
     grid = parse_grid(config.grid)
-    caches = [open_cache(folder, captioner.model, captioner.processor, grid) for folder in config.data.tokens]
+    caches = open_caches(config.data.tokens, captioner.model, captioner.processor, grid)
     images = open_sets(dict(enumerate(tables)), captioner.processor, caches)
     scores: dict[str, Scores] = {}
     failed = 0

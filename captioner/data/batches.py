@@ -182,7 +182,7 @@ class ImageRows(Dataset):
     def __init__(self, images: Images):
         self.images = images
 
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | int | str]:
+    def __getitem__(self, row: int) -> tuple[int, Any]:
         try:
             return row, self.images.open(row)
         except ImageError as error:

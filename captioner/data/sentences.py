@@ -66,16 +66,17 @@ def lines_of(path: Path, column: str) -> tuple[list[str], int, int]:
     """
     text = read_text(path)
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-    if ending in LINE_ENDINGS or is_object(first_line(text)):
+    lines = is_object(first_line(text)) and (ending != ".json" or "\n" in text.strip())
+    if ending in LINE_ENDINGS or lines:
         rows = parse_lines(text, path)
     elif ending in (".csv", ".tsv"):
         rows = parse_table(text, path)
     elif ending == ".json" or text.lstrip()[:1] == "{":
         raise ValueError(f"'{path}' is JSON, and neither JSON Lines, with an object in each line, nor plain text")
     else:
-        lines = text.splitlines()
-        full = [line for line in lines if line.strip()]
-        return full, len(lines) - len(full), 0
+        every = text.splitlines()
+        full = [line for line in every if line.strip()]
+        return full, len(every) - len(full), 0
     return column_of(rows, column, path)
 
 
@@ -93,6 +94,6 @@ def column_of(rows: Rows, column: str, path: Path) -> tuple[list[str], int, int]
     if found is None and rows.rows:
         fact = f"'{path}' has no column '{column}', only {', '.join(map(str, names))[:200]}"
         raise SettingError(fact, "caption_column")
-    captions = [read_captions_of(row.get(found)) for row in rows.rows]
+    captions = [read_captions_of(row.get(str(found))) for row in rows.rows]
     texts = [text for part in captions for text in part.texts]
     return texts, sum(part.empty for part in captions), sum(part.unreadable for part in captions)

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, TypeVar
 from captioner.data.config import SourceConfig
 from captioner.data.readers import read_captions
 from captioner.data.splits import NoSplitError
-from captioner.data.token_cache import image_names, image_size
+from captioner.data.token_cache import TokenCache, image_names, image_size, open_cache
 from captioner.errors import SettingError
+from captioner.grids import Grid
+from captioner.modeling import CaptionerModel
+from captioner.processing import CaptionerProcessor
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,8 +91,8 @@ def read_sets(
         tables.append(table)
     if len(lacking) == len(roots):
         raise lacking[0]
-    for error in lacking:
-        logger.warning("%s; the split '%s' is read from the other data sets", error, split)
+    for fact in lacking:
+        logger.warning("%s; the split '%s' is read from the other data sets", fact, split)
     return tables
 
 
@@ -98,6 +101,17 @@ def value_of(values: Sequence[T], number: int) -> T | None:
     if not values:
         return None
     return values[number if len(values) > 1 else 0]
+
+
+def open_caches(
+    folders: Sequence[Path],
+    model: CaptionerModel,
+    processor: CaptionerProcessor,
+    grid: Grid | None = None,
+    grids: Sequence[Grid] = (),
+) -> list[TokenCache]:
+    """Open token caches; for arguments and errors see `open_cache`."""
+    return [cache for folder in folders if (cache := open_cache(folder, model, processor, grid, grids)) is not None]
 
 
 def join_sets(tables: Sequence["Dataset"]) -> "Dataset":

@@ -80,6 +80,10 @@ class SeededStream(Dataset):
         """Return the items of a batch."""
         return [self[i] for i in positions]
 
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Batch items; where a subclass does not say how, each of their values is stacked."""
+        return default_collate(items)
+
     def grid(self, items: list[dict]) -> Grid | None:
         """Return the grid of the step that a batch of items belongs to."""
         return draw_grid(self.grids, self.seed, items[0]["place"] // self.per_step) if self.grids else None

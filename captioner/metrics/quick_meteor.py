@@ -14,8 +14,8 @@ ALPHA, BETA, GAMMA, DELTA = 0.85, 0.20, 0.60, 0.75
 STEM = 0.6
 """METEOR's weight of two words with one stem; equal words have the weight 1."""
 GRAMMAR_WORDS = """a an the this that these those some of in on at to from by with for into onto over under up down out
-off near through and or but as is are was were be been being has have had it its he his him she her they their them who which
-while there one"""
+off near through and or but as is are was were be been being has have had it its he his him she her they their them who
+which while there one"""
 GRAMMAR = frozenset(GRAMMAR_WORDS.split())
 """Words of grammar, which count less."""
 

@@ -257,16 +257,16 @@ class TrainConfig:
         else:
             unused |= {f"scst.{f.name}": f"the stage is {self.stage}" for f in fields(ScstConfig)}
         if self.stage == "text":
-            names = ("data.tokens", "data.weights", "data.captions_per_image", "data.workers", "model.blind")
-            names += ("inputs.image_dropout", "inputs.text_share")
-            unused |= dict.fromkeys(names, "stage text takes the captions of all sets once, and no image")
+            without = ["data.tokens", "data.weights", "data.captions_per_image", "data.workers", "model.blind"]
+            without += ["inputs.image_dropout", "inputs.text_share", "inputs.tag_spread"]
+            unused |= dict.fromkeys(without, "stage text takes the captions of all sets once, and no image")
         elif not self.inputs.text_share:
             unused["data.text"] = "inputs.text_share is 0"
         if self.model.tune != "lora":
             unused |= {f"model.{name}": f"tune is '{self.model.tune}', not 'lora'" for name in LORA}
         if self.init_from is not None or self.stage == "scst":
-            names = {f.name for f in fields(ModelConfig)} - {"tune", *LORA}
-            unused |= {f"model.{name}": "the captioner that training starts from has its own" for name in names}
+            own = {f.name for f in fields(ModelConfig)} - {"tune", *LORA}
+            unused |= {f"model.{name}": "the captioner that training starts from has its own" for name in own}
         elif self.model.decoder is not None:
             unused |= {f"model.{name}": "it is for a decoder from scratch" for name in SCRATCH}
         if self.data.streaming:

@@ -31,7 +31,7 @@ from captioner.processing import CaptionerProcessor
 from captioner.runs.sharding import whole_weights
 from captioner.tags import TagVocabulary
 from captioner.training.config import ScstConfig
-from captioner.training.inputs import PairedInputs, join_texts
+from captioner.training.inputs import PairedInputs, ReadImages, join_texts
 from captioner.training.rewards import CaptionReward
 from captioner.training.wrapped import call_method
 
@@ -73,9 +73,11 @@ class SelfCritical:
         """Sample K captions of each of B images.
 
         Returns:
-            `image_tokens` (B, M, D); the samples as `input_ids`, `attention_mask` and `labels` (B*K, T); `images`
-            (B*K,), the row of each sample's image in the training table; `captions`, the samples as text, and whether
-            each `ended`; with the greedy baseline also `greedy_captions` and `greedy_ended` (B).
+            `image_tokens` (B, M, D), with `inputs` those of a blank image behind them; the samples, then the human
+            texts, if there are any, as `input_ids`, `attention_mask` and `labels` (B*K + human, T), and the number of
+            the image tokens of each as `owners`; `images` (B*K,), the row of each sample's image in the training table;
+            `captions`, the samples as text, and whether each `ended`; with the greedy baseline also `greedy_captions`
+            and `greedy_ended` (B).
         """
         captioner = self.accelerator.unwrap_model(model)
         captioner.eval()
@@ -86,13 +88,11 @@ class SelfCritical:
             tokens = batch.get("image_tokens")
             if tokens is None:
                 tokens = captioner.encode(batch["pixel_values"], batch.get("grid"))
-            owners = None
-            if self.inputs is None:
-                images, tags = tokens, captioner.pick_tags(tokens)
+            if self.inputs is not None:
+                read = self.inputs.read_images(captioner, tokens)
             else:
-                read, owners, tags = self.inputs.read_images(captioner, tokens)
-                images = read[owners]
-            settings |= {"image_tokens": images, "tags": tags}
+                read = ReadImages(tokens, torch.arange(len(tokens), device=tokens.device), captioner.pick_tags(tokens))
+            settings |= {"image_tokens": read.image_tokens[read.owners], "tags": read.tags}
             search = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
             if self.config.search == "beam":
                 search = {"do_sample": False, "num_beams": count}
@@ -105,14 +105,12 @@ class SelfCritical:
         images = np.repeat(batch["rows"].cpu().numpy(), count)  # (B*K,)
         text = label_generated(sampled, self.prompt_length, self.processor.tokenizer.eos_token_id)
         if captioner.tags is not None:
-            text = put_before(text, [captioner.tags.words_of(group) for group in tags for _ in range(count)])
-        if self.inputs is None:
-            return {"image_tokens": tokens, "images": images, **decoded, **text}
-        made = {"image_tokens": read, "owners": owners.repeat_interleave(count), **text}
-        if self.config.xe_weight:
+            text = put_before(text, [captioner.tags.words_of(group) for group in read.tags for _ in range(count)])
+        owners = read.owners.repeat_interleave(count)  # (B*K,)
+        if self.inputs is not None and self.config.xe_weight:
             human = self.inputs.prepare(model, batch | {"image_tokens": tokens})
-            made |= join_texts(text, human) | {"owners": torch.cat([made["owners"], human["owners"]])}
-        return {"images": images, **decoded, **made}
+            text, owners = join_texts(text, human), torch.cat([owners, human["owners"]])
+        return {"image_tokens": read.image_tokens, "owners": owners, "images": images, **decoded, **text}
 
     def decode(self, sequences: torch.Tensor) -> tuple[list[str], list[bool]]:
         """Decode generated texts (B, T) without the prompt; returns B texts, and whether each reached its end token."""
@@ -126,7 +124,7 @@ class SelfCritical:
         The advantage of a human text is `xe_weight`.
         """
         inputs, targets = split_targets(batch)  # it waits for the device, so it comes before the forward
-        images = {name: batch[name] for name in ("image_tokens", "owners") if name in batch}
+        images = {name: batch[name] for name in ("image_tokens", "owners")}
         logits = call_method(model, "logits_at", **images, **inputs)  # (N, V)
         losses = token_loss(logits, targets, reduction="none")  # (N,)
         start = time.perf_counter()

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from captioner.data.batches import open_sets
+from captioner.data.sets import open_caches
 from captioner.data.stream import SeededStream
-from captioner.data.token_cache import open_cache
 from captioner.errors import SettingError
 from captioner.grids import Grid
 from captioner.modeling import CaptionerModel
@@ -81,7 +81,7 @@ def open_stage(
     """
     if isinstance(data, TextData):
         return text_stage(config, accelerator, data, held_out, model, processor, grids, per_step)
-    caches = [open_cache(folder, model, processor, grids=grids) for folder in config.data.tokens]
+    caches = open_caches(config.data.tokens, model, processor, grids=grids)
     images = open_sets({part.number: part.table for part in held_out}, processor, caches, required=False)
     sets = [ValidationSet(part.name, part.table, own) for part, own in zip(held_out, images, strict=True)]
     tags = TagWords(tag_vocabulary(config, model), processor, config.inputs)
@@ -92,8 +92,8 @@ def open_stage(
     captions_per_image = config.data.captions_per_image
     if config.stage == "scst":
         silence_dropout(model.decoder)
-        options = {"vocabulary": object_vocabulary(config, model), "inputs": inputs}
-        objective = SelfCritical(accelerator, processor, data.references, config.scst, config.max_new_tokens, **options)
+        objects, longest = object_vocabulary(config, model), config.max_new_tokens
+        objective = SelfCritical(accelerator, processor, data.references, config.scst, longest, objects, inputs)
         if not config.scst.xe_weight:
             captions_per_image = 1  # the model samples the captions that it learns from
     images_stream = data.stream(processor, captions_per_image, config.seed, caches, grids, per_step)

@@ -68,7 +68,7 @@ def validate(
         )
         scores = score_results(results, part.table, metrics=("BLEU", "CIDEr"))
         loss = validation_loss(accelerator, model, processor, part.table, images, config)
-        found.append({"loss_val": loss, **{name: scores[name] for name in ("CIDEr", "BLEU-4")}})
+        found.append({"loss_val": loss, **{name: float(scores[name] or 0) for name in ("CIDEr", "BLEU-4")}})
         captions.append((part, results))
     return Validation(join_records([part.name for part in sets], found), captions)
 
