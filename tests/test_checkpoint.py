@@ -17,7 +17,7 @@ from processes import Script
 from training_runs import debug_args, full_disk, losses, stop_at, truncate
 
 import captioner
-from captioner.data.token_cache import encoder_fingerprint
+from captioner.data.fingerprint import encoder_fingerprint
 from captioner.errors import SettingError
 from captioner.runs import checkpoint
 from captioner.runs.checkpoint import find_damage, list_checkpoints

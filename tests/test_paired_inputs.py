@@ -13,8 +13,8 @@ from training_runs import debug, losses, small_encoder, stop_at
 
 import captioner
 from captioner.data.batches import CaptionStream
+from captioner.data.fingerprint import encoder_fingerprint
 from captioner.data.readers import read_captions
-from captioner.data.token_cache import encoder_fingerprint
 from captioner.encoders import describe_encoder, frozen_encoder
 from captioner.errors import SettingError
 from captioner.labels import IGNORED

@@ -126,7 +126,7 @@ def open_encoder(
         The encoder; its fingerprint, as `encoder_fingerprint` returns it; and the grid of its captioner, `None` for the
         encoder's default.
     """
-    from captioner.data.token_cache import encoder_fingerprint
+    from captioner.data.fingerprint import encoder_fingerprint
     from captioner.encoders import describe_encoder, frozen_encoder
     from captioner.inference import load
     from captioner.processing import image_settings

@@ -14,7 +14,7 @@ from transformers import (
 
 from captioner.configuration import CaptionerConfig
 from captioner.data.encoding import token_shapes
-from captioner.data.token_cache import compare_sources, encoder_fingerprint
+from captioner.data.fingerprint import compare_sources, encoder_fingerprint
 from captioner.encoders import TokenEncoder, describe_encoder, frozen_encoder
 from captioner.errors import SettingError
 from captioner.fusion import FUSIONS

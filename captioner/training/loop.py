@@ -19,8 +19,8 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from captioner.data.fingerprint import encoder_fingerprint
 from captioner.data.stream import raise_errors
-from captioner.data.token_cache import encoder_fingerprint
 from captioner.labels import count_targets
 from captioner.modeling import CaptionerModel
 from captioner.processing import CaptionerProcessor
