@@ -171,7 +171,7 @@ def test_rows_of_several_captions_do_not_go_below_columns_of_one(caption, images
     (tmp_path / "out.csv.settings.json").unlink()
     before = output.read_bytes()
     assert caption(images, "--output", output, "--resume", "--captions", "2") == 1
-    assert "out.csv' has columns for another number of captions" in capsys.readouterr().err
+    assert "out.csv' has other columns than these captions" in capsys.readouterr().err
     assert output.read_bytes() == before
 
 

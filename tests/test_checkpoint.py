@@ -24,6 +24,7 @@ from captioner.runs.checkpoint import find_damage, list_checkpoints
 from captioner.runs.files import recover_folder, replace_folder
 from captioner.runs.interruption import Interruption
 from captioner.training import loop as decoder
+from captioner.training import stages
 from captioner.training.loop import train
 from captioner.training.saving import save_best
 
@@ -47,13 +48,13 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(unbroken, tmp_path,
 
 
 def test_a_signal_during_validation_stops_at_once_and_validation_comes_again(unbroken, tmp_path, monkeypatch):
-    validate = decoder.validate
+    validate = stages.validate
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*args)
+        return validate(*args, **options)
 
-    monkeypatch.setattr(decoder, "validate", interrupted)
+    monkeypatch.setattr(stages, "validate", interrupted)
     with pytest.raises(SystemExit, match="143"):
         train(replace(unbroken, output=tmp_path))
     monkeypatch.undo()

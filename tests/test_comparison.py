@@ -22,7 +22,7 @@ def test_the_comparison_has_a_line_for_each_encoder_and_grid_and_goes_on(caption
         args += [f"--{name}", tmp_path / name]
     done = run_together(*args, processes=1)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("training and") == 2
+    assert done.stdout.count(" training images and ") == 2
     rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
     assert [(row["encoder"], row["grid"], row["tokens"]) for row in rows] == [
         ("ViT", "all", 17),
