@@ -294,36 +294,21 @@ LITE2_TEACHER = TeacherConfig(
 
 
 def lookupvit_flickr8k_coco() -> PretrainConfig:
-    """Distil the shipped LookupViT from an ImageNet classifier, a COCO detector and labels of 80 classes.
+    """Distil a wider LookupViT from a stronger classifier, a COCO detector and labels of 80 classes. Not finished yet.
 
     captioner pretrain lookupvit_flickr8k_coco --captions flickr8k coco/annotations/captions_train.json \\
         --images coco/images pretrain/imagenette_2500.parquet ... --held-out coco/annotations/captions_val.json \\
         --tags coco/annotations/labels80.json --teachers.0.checkpoint tf_efficientnet_lite2.safetensors \\
         --teachers.1.name yolox_nano.onnx
     """
-    return PretrainConfig(
+    return replace(
+        lookupvit_tiny_distill_cpu(),
         output=Path("runs/lookupvit_flickr8k_coco"),
-        encoder="lookupvit_tiny_patch16_224",
         encoder_options={"stem": LITE2_TEACHER.name, "embed_dim": 256, "num_heads": 4, "depth": 6, "img_size": 160},
         teachers=(LITE2_TEACHER, replace(COCO_TEACHER, image_size=320)),
-        captions_repeat=2,
-        word_weight=0.2,
-        words_from="teachers",
         tag_weight=0.3,
-        tags_from="teachers",
-        grids=(3, 5, 5, 5, 7, 10),
-        early_size=112,
-        early_share=0.75,
-        late_size=160,
-        store_size=224,
         views=3,
         train_stem=0.1,
-        steps=3000,
-        batch_size=256,
-        optimizer="muon",
-        learning_rate=0.01,
-        mixed_precision="bf16",
-        workers=2,
     )
 
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from PIL import Image
-
 from captioner.data.archives import Member, is_archive, search_archive
 from captioner.data.image_files import search_folder
 from captioner.data.path_filter import EXCLUDED, PathFilter
 from captioner.images.names import escape_name
-from captioner.images.opening import MAX_BYTES, SUFFIXES, UNREAD, ignore_pillow_warnings, supported
+from captioner.images.opening import MAX_BYTES, SUFFIXES, UNREAD, read_size, supported
 
 STANDARD_INPUT = "-"
 
@@ -171,11 +169,8 @@ def is_image(data: bytes) -> bool:
     format or broken; it is refused when it is opened.
     """
     formats = [name for name in supported() if name != "TGA"]  # TGA has no signature, so its decoder accepts text
-    try:
-        with ignore_pillow_warnings(), Image.open(io.BytesIO(data), formats=formats):
-            return True
-    except Exception:  # for broken data, Pillow raises nearly any error
-        pass
+    if read_size(data, formats) is not None:
+        return True
     head = data[:HEAD]
     if b"\0" not in head or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return False

@@ -29,7 +29,7 @@ from captioner.encoders.base import PretrainedPart, TokenEncoder, TokenMaps, ima
 from captioner.encoders.from_vit import init_from_vit
 from captioner.encoders.maps import cell_weights, resize_tokens
 from captioner.encoders.mhbc import MHBC
-from captioner.encoders.registry import create_timm
+from captioner.encoders.registry import create_timm, timm_config
 from captioner.encoders.rollout import AttentionRecorder, mix, normalize, shares
 from captioner.encoders.stems import NetworkStem, create_stem, init_stem
 from captioner.errors import SettingError
@@ -301,20 +301,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> LookupViT:
     return build_model_with_cfg(LookupViT, variant, pretrained, **kwargs)
 
 
-_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "fixed_input_size": False,
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
-    "license": "apache-2.0",
-}
 default_cfgs = generate_default_cfgs(
-    {f"lookupvit_{size}_patch16_224": dict(_CFG) for size in ("tiny", "small", "base", "large")}
+    {f"lookupvit_{size}_patch16_224": timm_config() for size in ("tiny", "small", "base", "large")}
 )
 
 

@@ -97,6 +97,22 @@ def frozen_encoder(name: str) -> TokenEncoder:
     return encoder
 
 
+def timm_config(**changes: Any) -> dict[str, Any]:
+    """Return what timm knows of an encoder of this package; `changes` replace single entries, such as `mean`."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    } | changes
+
+
 def create_timm(what: str, name: str, *settings: str, **options: Any) -> Any:
     """Build a timm model, such as a teacher, whose weights or outputs are used.
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from captioner.encoders.base import TokenEncoder, TokenMaps, image_size
 from captioner.encoders.maps import pool_tokens
+from captioner.encoders.registry import timm_config
 from captioner.encoders.semantic import split_prefix
 from captioner.encoders.traced import Traced, join
 from captioner.errors import SettingError
@@ -194,16 +195,5 @@ class SemanticEncoder(TokenEncoder):
             )
 
 
-DEFAULT_CFG: dict[str, Any] = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "fixed_input_size": False,
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
-    "license": "apache-2.0",
-}
+DEFAULT_CFG = timm_config(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """What timm knows of every variant of STViT."""

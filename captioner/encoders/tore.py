@@ -84,28 +84,28 @@ class Tore(TokenEncoder):
     @property
     def network_blocks(self) -> nn.Sequential:
         """The L blocks."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement network_blocks")
 
     @property
     def own_map(self) -> Grid:
         """The map of cells (h, w) of an image of the encoder's own size."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement own_map")
 
     def embed_glimpse(
         self, glimpse: torch.Tensor, places: Sequence[Place], size: Grid, grid: Grid | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Turn the pixels of a glimpse into what the blocks take: tokens, prefix tokens first, and lookup tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement embed_glimpse")
 
     def run_blocks(
         self, tokens: torch.Tensor, lookup: torch.Tensor | None, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the blocks [start, stop)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement run_blocks")
 
     def norm_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Apply the last norm."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement norm_tokens")
 
     # Iterator and aggregator
 

@@ -17,25 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from captioner.encoders.base import TokenEncoder, TokenMaps
 from captioner.encoders.maps import pool_tokens
-from captioner.encoders.registry import create_timm
+from captioner.encoders.registry import create_timm, timm_config
 from captioner.errors import SettingError
 from captioner.grids import Grid, write_grid
 
 Place = tuple[int, int]
 """Row and column of the upper left cell of a part of an image."""
 
-VIT_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "fixed_input_size": False,
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "first_conv": "vit.patch_embed.proj",
-    "classifier": "head",
-    "license": "apache-2.0",
-}
+VIT_CFG = timm_config(first_conv="vit.patch_embed.proj")
 """timm configuration of an encoder that is a `ViTEncoder`."""
 
 

@@ -228,6 +228,15 @@ def supported() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def read_size(data: bytes, formats: list[str] | tuple[str, ...]) -> tuple[int, int] | None:
+    """Read the width and height in the header of an encoded image; `None` if no decoder of these formats can."""
+    try:
+        with ignore_pillow_warnings(), Image.open(io.BytesIO(data), formats=formats) as image:
+            return image.size
+    except Exception:  # as in `open_image`
+        return None
+
+
 PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """An entry of `warnings.filters` that ignores the warnings of Pillow's modules."""
 

@@ -1,21 +1,19 @@
 """Read requests: images as bytes, and options of captioning. No part of a request names a file of this machine."""
 
 import binascii
-import io
 import re
 from base64 import b64decode
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Request
-from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
 from captioner.grids import Grid, parse_grid
 from captioner.images import ImageError, supported
 from captioner.images.names import escape_name
-from captioner.images.opening import ignore_pillow_warnings
+from captioner.images.opening import read_size
 from captioner.search import Search, make_search
 from captioner.serving.answers import describe_fault, refuse
 from captioner.serving.settings import Limits
@@ -101,11 +99,7 @@ class Upload:
         Raises:
             ImageError: it has too many pixels.
         """
-        try:
-            with ignore_pillow_warnings(), Image.open(io.BytesIO(self.data), formats=supported()) as image:
-                width, height = image.size
-        except Exception:  # for broken data, Pillow raises nearly any error; the image is refused when it is decoded
-            return
+        width, height = read_size(self.data, supported()) or (0, 0)  # a broken image is refused when it is decoded
         if width * height > pixels:
             fact = f"'{escape_name(self.name)}' is {width}x{height} px; over {pixels / 1e6:g} megapixels is refused"
             raise ImageError(fact, "too large")

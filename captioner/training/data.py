@@ -92,11 +92,6 @@ class RowData:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def references(self) -> list[list[str]]:
-        """Raise NotImplementedError: a stream does not hold all captions."""
-        raise NotImplementedError("a stream does not hold the captions of all images")
-
     def captions(self) -> list[str]:
         """Return the texts on which a tokenizer is trained: the captions of the first rows, and the added sentences."""
         return self.rows.first_captions() + list(self.sentences)
@@ -148,11 +143,6 @@ class TextData:
 
     def __len__(self) -> int:
         return len(self.sentences)
-
-    @property
-    def references(self) -> list[list[str]]:
-        """Raise NotImplementedError: sentences are not about images."""
-        raise NotImplementedError("sentences are not about images")
 
     def captions(self) -> list[str]:
         """Return the captions on which a tokenizer is trained: all sentences."""

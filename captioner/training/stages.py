@@ -18,7 +18,7 @@ from captioner.runs.digests import digest_json
 from captioner.tags import TagVocabulary
 from captioner.training.build import TEXT_TAGS, read_vocabulary, tag_vocabulary
 from captioner.training.config import InputConfig, TrainConfig
-from captioner.training.data import HeldOut, TextData, TrainingData
+from captioner.training.data import HeldOut, TableData, TextData, TrainingData
 from captioner.training.inputs import MixedStream, PairedInputs
 from captioner.training.objectives import BlankImage, CrossEntropy, Objective
 from captioner.training.scst import SelfCritical, silence_dropout
@@ -91,6 +91,7 @@ def open_stage(
     objective: Objective = CrossEntropy(config.label_smoothing, inputs=inputs)
     captions_per_image = config.data.captions_per_image
     if config.stage == "scst":
+        assert isinstance(data, TableData), "TrainConfig refuses rewards on a stream"
         silence_dropout(model.decoder)
         objects, longest = object_vocabulary(config, model), config.max_new_tokens
         objective = SelfCritical(accelerator, processor, data.references, config.scst, longest, objects, inputs)
