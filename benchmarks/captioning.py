@@ -8,7 +8,6 @@
 Other programs slow both sides, so the ratios count, and of the times the least.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import tyro
+from timing import time_in_turn
 
 import captioner
 from captioner.generation import call
@@ -40,13 +40,8 @@ class Settings:
 
 def measure(ways: Mapping[str, Callable[[], object]], settings: Settings) -> None:
     """Print a line for each way: milliseconds an image, and how many times as fast as the first."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(settings.repeats + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if turn:  # the first is to warm up
-                times[name].append(1000 * (time.perf_counter() - start) / settings.batch)
+    seconds = time_in_turn(ways, settings.repeats)
+    times = {name: [1000 * each / settings.batch for each in taken] for name, taken in seconds.items()}
     base = next(iter(times.values()))
     for name, taken in times.items():
         ratio = median(a / b for a, b in zip(base, taken, strict=True))

@@ -4,17 +4,18 @@
 
 One GFLOP is 10^9 multiplications and additions, counted by torch for one image through the whole encoder, patch
 embedding included. Every model is timed in turn, `repeats` times over, and its median taken, so that a change of the
-machine's mood falls on all alike.
+machine's speed falls on all alike.
 """
 
 import platform
-import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import timm
 import torch
 import tyro
+from timing import time_in_turn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,20 +58,14 @@ def measure(settings: Settings, size: int) -> None:
     models = build(settings, size)
     one = torch.randn(1, 3, size, size, device=settings.device)
     pixels = torch.randn(settings.batch, 3, size, size, device=settings.device)
-    flops, seconds = {}, {key: [] for key in models}
+    flops = {}
     for key, (model, args) in models.items():
         # torch counts no FLOPs of the fused attention of CPUs
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.forward_features(one, *args)
         flops[key] = counter.get_total_flops() / 1e9
-        model.forward_features(pixels, *args)  # warm up
-    for _ in range(settings.repeats):
-        for key, (model, args) in models.items():
-            start = time.perf_counter()
-            model.forward_features(pixels, *args)
-            if settings.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds[key].append(time.perf_counter() - start)
+    runs = {key: partial(model.forward_features, pixels, *args) for key, (model, args) in models.items()}
+    seconds = time_in_turn(runs, settings.repeats, settings.device)
     baseline = next(iter(models))
     base_seconds = median(seconds[baseline])
     print(f"\n{size} px{'':<28}{'M params':>9}{'GFLOPs':>9}{'of ViT':>8}{'images/s':>10}{'speed-up':>10}")

@@ -8,7 +8,6 @@ change of the machine's speed falls on all alike. Weights are random: they chang
 """
 
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from statistics import median
 import timm
 import torch
 import tyro
+from timing import time_in_turn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,17 +56,9 @@ def measure(settings: Settings, size: int) -> None:
     forwards = {f"ViT-{settings.scale}": vit.forward_features}
     forwards |= {f"ToSA r = {ratio}": partial(tosa.forward_tokens, ratio=ratio) for ratio in (*settings.ratios, 1.0)}
     pixels = torch.randn(settings.batch, 3, size, size, device=settings.device)
-    flops, seconds = {}, {key: [] for key in forwards}
-    for key, encode in forwards.items():
-        flops[key] = count_flops(encode, pixels[:1])
-        encode(pixels)  # warm up
-    for _ in range(settings.repeats):
-        for key, encode in forwards.items():
-            start = time.perf_counter()
-            encode(pixels)
-            if settings.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds[key].append(time.perf_counter() - start)
+    flops = {key: count_flops(encode, pixels[:1]) for key, encode in forwards.items()}
+    runs = {key: partial(encode, pixels) for key, encode in forwards.items()}
+    seconds = time_in_turn(runs, settings.repeats, settings.device)
     base = next(iter(forwards))
     print(f"\n{size} px{'':<12}{'GFLOPs':>9}{'of ViT':>8}{'images/s':>10}{'speed-up':>10}")
     for key in forwards:
