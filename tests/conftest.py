@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and several ru
 
 import numpy as np
 import torch
+from commands import run
 from PIL import Image
 from score_data import coco
 from training_runs import COLOURS, debug
@@ -182,3 +183,22 @@ def write(tmp_path):
 @pytest.fixture
 def annotations(write):
     return write("captions_val.json", coco())
+
+
+@pytest.fixture
+def model(saved_model):
+    """A captioner that was saved and loaded."""
+    from captioner import load
+
+    return load(saved_model, "cpu")
+
+
+@pytest.fixture
+def image():
+    return Image.effect_noise((64, 64), 90).convert("RGB")
+
+
+@pytest.fixture
+def caption(saved_model):
+    """Return a function that runs `captioner caption` with a small captioner and returns its exit code."""
+    return lambda *args: run("caption", *args, "--model", saved_model, "--max-new-tokens", "5")

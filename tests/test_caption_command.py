@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from commands import run
 from PIL import Image
 
-from captioner import cli
 from captioner.data import caption_output
 from captioner.data.caption_formats import find_format
 from captioner.data.caption_output import Writer, open_output, read_output
@@ -21,13 +21,6 @@ NAMES = [
     *("separator\u2028.jpg", "latin\udce9.jpg", "back\\t.jpg", "smile😀.jpg", " space .jpg", 'quote",.jpg'),
 ]
 """Names that some program splits, cannot encode or takes for an escape."""
-
-
-def run(*args):
-    """Run the command in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(arg) for arg in args])
-    return stopped.value.code
 
 
 def pipe(monkeypatch, data):

@@ -6,22 +6,10 @@ import stat
 import pytest
 from PIL import Image
 
-from captioner import cli, open_image
+from captioner import open_image
 from captioner.data.caption_metadata import Metadata
 
 pyexiv2 = pytest.importorskip("pyexiv2", reason="needs the extra 'metadata'")
-
-
-@pytest.fixture
-def caption(saved_model):
-    """Return a function that runs the command in this process and returns its exit code."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["caption", *map(str, args), "--model", str(saved_model), "--max-new-tokens", "5"])
-        return stopped.value.code
-
-    return run
 
 
 def read(path):

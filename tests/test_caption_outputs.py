@@ -8,23 +8,10 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from captioner import cli
 from captioner.data import caption_parquet
 from captioner.data.caption_output import Writer
 
 ENDINGS = ("jsonl", "csv", "txt", "parquet")
-
-
-@pytest.fixture
-def caption(saved_model):
-    """Return a function that runs the command in this process and returns its exit code."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["caption", *map(str, args), "--model", str(saved_model), "--max-new-tokens", "5"])
-        return stopped.value.code
-
-    return run
 
 
 def rows_of(path):

@@ -5,17 +5,11 @@ import json
 import pytest
 import timm
 import torch
+from commands import succeed
 from safetensors.torch import save_file
 from training_runs import losses
 
-from captioner import cli
 from captioner.encoders import create_encoder, describe_encoder
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(arg) for arg in args])
-    assert stopped.value.code == 0
 
 
 @pytest.fixture
@@ -40,7 +34,7 @@ def test_goes_through_every_job(name, options, captioned, teacher, tmp_path, cap
     options = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 64, **options}
     written = [f"{key}={value}" for key, value in options.items()]
     args = ["--captions", captioned, "--encoder", name, "--encoder-options", *written, *teacher, "--grids", "2"]
-    run("pretrain", "debug", *args, "--image-size", "64", "--steps", "4", "--log-every", "1", "--output", encoder)
+    succeed("pretrain", "debug", *args, "--image-size", "64", "--steps", "4", "--log-every", "1", "--output", encoder)
     assert len(losses(encoder)) == 4
     own = losses(encoder, "selector")
     assert (len(own) == 4 and min(own.values()) > 0) if name.startswith("tosa") else not own
@@ -51,10 +45,10 @@ def test_goes_through_every_job(name, options, captioned, teacher, tmp_path, cap
 
     data = ["--data.root", captioned, "--data.workers", "0"]
     base = ["--model.encoder", f"local-dir:{encoder}"]
-    run("cache", *data, *base, "--grids", "2x2", "--output", tokens)
+    succeed("cache", *data, *base, "--grids", "2x2", "--output", tokens)
     assert json.loads((tokens / "cache.json").read_text())["grids"] == {"2x2": [5, 24]}
     args = ["debug", *data, *base, "--model.grid", "2x2", "--epochs", "1", "--data.tokens", tokens]
-    run("train", *args, "--output", model)
+    succeed("train", *args, "--output", model)
     capsys.readouterr()
-    run("caption", captioned / "images" / "val0.png", "--model", model / "best")
+    succeed("caption", captioned / "images" / "val0.png", "--model", model / "best")
     assert capsys.readouterr().out.startswith(f"{captioned}")

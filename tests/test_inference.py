@@ -20,16 +20,6 @@ from captioner import CaptionerModel, ImageError
 from captioner.errors import SettingError
 
 
-@pytest.fixture
-def model(saved_model):
-    return captioner.load(saved_model, "cpu")
-
-
-@pytest.fixture
-def image():
-    return Image.effect_noise((64, 64), 90).convert("RGB")
-
-
 def encode(image, form="PNG"):
     buffer = io.BytesIO()
     image.save(buffer, form)

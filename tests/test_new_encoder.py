@@ -5,20 +5,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from commands import succeed
 from safetensors.torch import save_file
 from toy_encoder import WindowEncoder
 from training_runs import losses
 
-from captioner import cli
 from captioner.encoders import TokenEncoder, create_encoder, describe_encoder, own_encoders, rebuild_encoder
 
 PACKAGE = Path(__file__).parents[1] / "captioner"
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(arg) for arg in args])
-    assert stopped.value.code == 0
 
 
 def test_a_new_encoder_goes_through_every_job_at_grids_of_its_own(captioned, classes, tmp_path, monkeypatch, capsys):
@@ -41,7 +35,7 @@ def test_a_new_encoder_goes_through_every_job_at_grids_of_its_own(captioned, cla
     args = ["--captions", captioned, "--encoder", "window_patch8_32", "--encoder-options", "embed_dim=16"]
     args += ["--teachers.0.name", "resnet10t", "--teachers.0.checkpoint", tmp_path / "teacher.safetensors"]
     args += ["--teachers.0.num-classes", "7", "--image-size", "32", "--grids", "2", "4", "--steps", "8"]
-    run("pretrain", "debug", *args, "--probe-train", classes, "--probe-val", classes, "--output", encoder)
+    succeed("pretrain", "debug", *args, "--probe-train", classes, "--probe-val", classes, "--output", encoder)
     assert grids() == {(1, 1), (2, 2), (4, 4)}  # 1x1 to try sizes; then both are drawn, and probed
     records = [json.loads(line) for line in (encoder / "log.jsonl").read_text().splitlines()]
     assert [record["grid"] for record in records if "probe_top1" in record] == [2, 4]
@@ -52,14 +46,14 @@ def test_a_new_encoder_goes_through_every_job_at_grids_of_its_own(captioned, cla
     data = ["--data.root", captioned, "--data.workers", "0"]
     base = ["--model.encoder", f"local-dir:{encoder}"]
     asked.clear()
-    run("cache", *data, *base, "--grids", "2x2", "4x4", "--output", tokens)
+    succeed("cache", *data, *base, "--grids", "2x2", "4x4", "--output", tokens)
     assert grids() == {(2, 2), (4, 4)}
     assert json.loads((tokens / "cache.json").read_text())["grids"] == {"2x2": [4, 16], "4x4": [16, 16]}
 
     args = ["debug", *data, *base, "--model.grid", "2x2", "--grids", "2x2", "4x4", "--epochs", "1"]
-    run("train", *args, "--output", tmp_path / "online")
+    succeed("train", *args, "--output", tmp_path / "online")
     assert grids() == {(2, 2), (4, 4)}
-    run("train", *args, "--data.tokens", tokens, "--output", model)
+    succeed("train", *args, "--data.tokens", tokens, "--output", model)
     rounded = [losses(folder) for folder in (tmp_path / "online", model)]
     assert rounded[0].keys() == rounded[1].keys()
     assert list(rounded[0].values()) == pytest.approx(list(rounded[1].values()), abs=0.02)  # tokens in half precision
@@ -69,15 +63,15 @@ def test_a_new_encoder_goes_through_every_job_at_grids_of_its_own(captioned, cla
     assert config["grid"] == [2, 2]
     asked.clear()
     evaluation = ["--model", model / "best", "--split", "val"]
-    run("evaluate", *data, *evaluation, "--grid", "4x4", "--output", tmp_path / "scores")
+    succeed("evaluate", *data, *evaluation, "--grid", "4x4", "--output", tmp_path / "scores")
     assert grids() == {(4, 4)}
-    run("evaluate", *data, *evaluation, "--grid", "4x4", "--data.tokens", tokens, "--output", tmp_path / "cached")
+    succeed("evaluate", *data, *evaluation, "--grid", "4x4", "--data.tokens", tokens, "--output", tmp_path / "cached")
     assert not grids()
     one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("scores", "cached"))
     assert sum(a == b for a, b in zip(one, other, strict=True)) >= len(one) - 1
     for grid, expected in (((), (2, 2)), (("--grid", "2x4"), (2, 4))):
         capsys.readouterr()
-        run("caption", captioned / "images" / "val0.png", "--model", model / "best", *grid)
+        succeed("caption", captioned / "images" / "val0.png", "--model", model / "best", *grid)
         assert grids() == {expected}
         assert capsys.readouterr().out.startswith(f"{captioned}")
 

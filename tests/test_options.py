@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from commands import run
 
 from captioner import cli
 from captioner.commands.cache import CacheConfig
@@ -19,12 +20,6 @@ from captioner.recipes import PRETRAIN, TRAIN
 from captioner.training.config import ModelConfig, ScstConfig, TrainConfig
 
 PACKAGE = Path(__file__).parents[1] / "captioner"
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(arg) for arg in args])
-    return stopped.value.code
 
 
 @pytest.mark.parametrize(

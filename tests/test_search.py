@@ -6,22 +6,10 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 
-import captioner
 from captioner import ImageError
 from captioner.data.open_ahead import open_ahead
 from captioner.search import SeededNoise
-
-
-@pytest.fixture
-def model(saved_model):
-    return captioner.load(saved_model, "cpu")
-
-
-@pytest.fixture
-def image():
-    return Image.effect_noise((64, 64), 90).convert("RGB")
 
 
 def test_the_largest_sum_of_logits_and_noise_is_a_draw():

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from commands import succeed
 from safetensors.torch import save_file
 from training_runs import losses
 
@@ -15,12 +16,6 @@ SMALL = {
     "stvit_tiny_patch16_224": ["embed_dim=24", "depth=4", "image_layers=1"],
     "stvitr_swin_tiny_patch4_window7_224": ["embed_dim=12", "depths=(1,1,4,1)", "window_size=2", "unit_layers=4"],
 }
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(arg) for arg in args])
-    assert stopped.value.code == 0
 
 
 @pytest.fixture
@@ -39,25 +34,25 @@ def test_pretraining_caching_training_and_captioning(name, captioned, teacher, t
     encoder, tokens, model = tmp_path / "encoder", tmp_path / "tokens", tmp_path / "model"
     args = ["--captions", captioned, "--encoder", name, "--encoder-options", "img_size=64", *SMALL[name]]
     args += [*teacher, "--image-size", "64", "--grids", "1", "2", "--steps", "20"]
-    run("pretrain", "debug", *args, "--learning-rate", "3e-3", "--output", encoder)
+    succeed("pretrain", "debug", *args, "--learning-rate", "3e-3", "--output", encoder)
     learned = list(losses(encoder).values())
     assert sum(learned[-4:]) < sum(learned[:4])
     assert set(losses(encoder, "grid").keys()) == set(range(1, 21))
 
     data = ["--data.root", captioned, "--data.workers", "0"]
     base = ["--model.encoder", f"local-dir:{encoder}"]
-    run("cache", *data, *base, "--grids", "2x2", "--output", tokens)
+    succeed("cache", *data, *base, "--grids", "2x2", "--output", tokens)
     exported = create_encoder(f"local-dir:{encoder}").freeze()
     prefix, width = exported.num_prefix_tokens, exported.embed_dim
     assert json.loads((tokens / "cache.json").read_text())["grids"] == {"2x2": [4 + prefix, width]}
 
     args = ["debug", *data, *base, "--model.grid", "2x2", "--epochs", "1"]
-    run("train", *args, "--data.tokens", tokens, "--output", model)
+    succeed("train", *args, "--data.tokens", tokens, "--output", model)
     reloaded = CaptionerModel.from_pretrained(model / "best")
     pixels = torch.randn(2, 3, 64, 96)
     assert torch.equal(reloaded.encode(pixels), exported.encode(pixels, "2x2"))
     capsys.readouterr()
-    run("caption", captioned / "images" / "val0.png", "--model", model / "best")
+    succeed("caption", captioned / "images" / "val0.png", "--model", model / "best")
     assert capsys.readouterr().out.startswith(f"{captioned}")
 
 

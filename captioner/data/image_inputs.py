@@ -38,6 +38,20 @@ class FoundImages:
     notes: list[str] = field(default_factory=list)
     """Notes: files in folders that were left out because they are not images."""
 
+    def add_left_out(self, place: str, left_out: str, empty: bool, unread: bool) -> None:
+        """Add a message about the files of a folder or an archive that are left out, or about an empty one.
+
+        Args:
+            place: its kind and name.
+            left_out: the files, counted by kind; empty for none.
+            empty: whether it has no image.
+            unread: whether some of the files are images of a format that is not read.
+        """
+        if empty:
+            self.problems.append(f"no images in {place}" + (f"; left out: {left_out}" if left_out else ""))
+        elif left_out:
+            (self.problems if unread else self.notes).append(f"left out in {place}: {left_out}")
+
 
 def find_images(
     inputs: Sequence[str], standard_input: BinaryIO | None = None, path_filter: PathFilter | None = None
@@ -77,25 +91,17 @@ def add_file(found: FoundImages, path: str, path_filter: PathFilter | None) -> N
     found.images += [(member.name, member) for member in archive.members]
     if archive.problem:
         found.problems.append(archive.problem)
-    left_out = archive.left_out()
-    if not archive.members and not archive.problem:
-        found.problems.append(f"no images in the archive '{name}'" + (f"; left out: {left_out}" if left_out else ""))
-    elif left_out:
-        lines = found.problems if archive.unread else found.notes
-        lines.append(f"left out in the archive '{name}': {left_out}")
+    empty = not archive.members and not archive.problem
+    found.add_left_out(f"the archive '{name}'", archive.left_out(), empty, bool(archive.unread))
 
 
 def add_folder(found: FoundImages, name: str, path_filter: PathFilter | None) -> None:
     """Add the images of a folder and the folders within it."""
     folder = search_folder(Path(name), path_filter)
-    left_out, name = folder.left_out(), escape_name(name)
     found.images += [(path, path) for path in sorted(map(str, folder.files))]
     found.problems += folder.unreadable
-    if not folder.files and not folder.unreadable:
-        found.problems.append(f"no images in the folder '{name}'" + (f"; left out: {left_out}" if left_out else ""))
-    elif left_out:
-        lines = found.problems if folder.unread else found.notes
-        lines.append(f"left out in the folder '{name}': {left_out}")
+    empty = not folder.files and not folder.unreadable
+    found.add_left_out(f"the folder '{escape_name(name)}'", folder.left_out(), empty, bool(folder.unread))
 
 
 def add_pattern(found: FoundImages, pattern: str, path_filter: PathFilter | None) -> None:
